@@ -1,0 +1,58 @@
+"""The visual-token budget: which counts are trained, how often, and the keyed draw (paper section 3.2).
+
+A count is a pure function of (seed, epoch, sample id): it is drawn when a pack is planned, never in `forward`. So every
+length is known before an image is decoded, every rank agrees without talking, and a resumed run draws the same counts.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def keyed_uniform(seed, epoch, sample_ids):
+    """Uniform numbers in [0, 1) that depend on (seed, epoch, sample id) alone: [S] int64 ids -> [S] float64.
+
+    A counter-based generator (two rounds of the SplitMix64 finaliser), vectorised; no state is carried.
+    """
+    key = _mix(_mix(np.array([seed], dtype=np.uint64)) ^ np.uint64(epoch))
+    bits = _mix(_mix(np.asarray(sample_ids).astype(np.uint64) ^ key) + key)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(x):
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualTokenBudget:
+    """Distribution over visual-token counts, possibly changing with the number of samples seen.
+
+    counts: the trained counts. probabilities: one per count. schedule: points (samples seen, probabilities), linear in
+    between and constant outside; empty keeps `probabilities`.
+    """
+
+    counts: tuple[int, ...]
+    probabilities: tuple[float, ...]
+    schedule: tuple[tuple[int, tuple[float, ...]], ...] = ()
+
+    def probabilities_at(self, samples_seen):
+        """Probability of each count after `samples_seen` samples: [S] -> [S, counts]."""
+        samples_seen = np.asarray(samples_seen, dtype=np.float64)
+        if not self.schedule:
+            return np.broadcast_to(np.asarray(self.probabilities), (*samples_seen.shape, len(self.counts)))
+        places = [place for place, _ in self.schedule]
+        columns = zip(*(probabilities for _, probabilities in self.schedule))
+        return np.stack([np.interp(samples_seen, places, column) for column in columns], axis=-1)
+
+    def draw(self, seed, epoch, sample_ids, samples_seen):
+        """Counts of samples by the inverse distribution function of their keyed uniform: [S] ids -> [S] int64.
+
+        `samples_seen` [S] is each sample's place in the training order, which a schedule looks at.
+        """
+        cumulative = np.cumsum(self.probabilities_at(samples_seen), axis=-1)[..., :-1]
+        uniform = keyed_uniform(seed, epoch, sample_ids)
+        return np.asarray(self.counts, dtype=np.int64)[(uniform[:, None] >= cumulative).sum(-1)]

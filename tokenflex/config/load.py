@@ -1,0 +1,150 @@
+"""Strict loading: YAML file, then `section.key=value` overrides, then one check; errors are one line each."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ..errors import UserError
+from .schema import RunConfig
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader without its surprises: `3e-3` is a number; `12:30:45`, `on` and `no` are text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float", ":bool", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in (
+    ("bool", r"^(true|True|false|False)$"),
+    ("int", r"^[-+]?\d[\d_]*$"),
+    ("float", r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?$"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), None)
+
+
+def load_config(path=None, overrides=(), schema=RunConfig):
+    """The checked configuration of a YAML file (or the defaults) with `section.key=value` overrides on top.
+
+    Raises:
+        UserError: no such file, broken YAML, an unknown key (the nearest is named), or a value of the wrong type.
+    """
+    values = {}
+    if path is not None:
+        try:
+            values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader) or {}
+        except OSError as error:
+            raise UserError(f"config {path}: {error.strerror}; give the path of a YAML file, for example configs/quickstart.yaml") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise UserError(f"config {path}: holds a {type(values).__name__} at the top; wanted `section: ...` entries")
+    values = apply_overrides(values, overrides)
+    where = f"config {path}" if path is not None else "config"
+    try:
+        return schema.model_validate(_merged(schema().model_dump(), values))
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_explain(problem, schema) for problem in error.errors())) from None
+
+
+def apply_overrides(values, overrides):
+    """A copy of `values` with each `section.key=value` of `overrides` set.
+
+    Raises:
+        UserError: an override without `=`, or one that goes through a value that is no section.
+    """
+    values = {key: value for key, value in values.items()}
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise UserError(f"override {override!r}: wanted section.key=value, for example train.num_steps=200")
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError:
+            value = text
+        *sections, key = path.lstrip("-").split(".")
+        node = values
+        for section in sections:
+            inner = node.get(section, {})
+            if not isinstance(inner, dict):
+                raise UserError(f"override {override!r}: {section} is {inner!r}, not a section")
+            node[section] = node = dict(inner)
+        node[key] = value
+    return values
+
+
+def _merged(defaults, values):
+    """`values` over `defaults`, section by section, so that one given key leaves its section's other defaults alone."""
+    merged = dict(defaults)
+    for key, value in values.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _explain(problem, schema):
+    """One pydantic problem in our words: where, what came, what was wanted, the nearest key."""
+    path = [str(part) for part in problem["loc"]]
+    where = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        section = _section(schema, path[:-1])
+        known = list(section.model_fields)
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.4)
+        everywhere = [key for key, _, _ in _fields(schema)]
+        elsewhere = [key for key in everywhere if key.split(".")[-1] == path[-1]]
+        hint = f"; did you mean {'.'.join([*path[:-1], near[0]])}?" if near else ""
+        hint = f"; did you mean {elsewhere[0]}?" if elsewhere else hint
+        return f"unknown key {where}{hint or '; known here: ' + ', '.join(known)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    came = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"
+    return f"{where}: {message[0].lower() + message[1:]}{came}" if where else message + came
+
+
+def _section(schema, path):
+    for part in path:
+        schema = _section_type(schema.model_fields[part].annotation) or schema
+    return schema
+
+
+def _section_type(annotation):
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _fields(schema, prefix=""):
+    """(dotted key, default, documentation) of every leaf."""
+    for name, field in schema.model_fields.items():
+        inner = _section_type(field.annotation)
+        if inner:
+            # the default of a section may differ from the defaults of its type
+            for key, default, text in _fields(inner, f"{prefix}{name}."):
+                yield key, getattr(field.default, key.rsplit(".", 1)[-1], default), text
+        else:
+            yield prefix + name, field.default, field.description or ""
+
+
+def describe(schema=RunConfig):
+    """Documentation of every key, one per paragraph, for `--help`."""
+    lines = []
+    for key, default, text in _fields(schema):
+        lines += [f"  {key}={_short(default)}", f"      {text}"]
+    return "\n".join(lines)
+
+
+def _short(value):
+    if isinstance(value, tuple):
+        return "[" + ",".join(_short(entry) for entry in value) + "]"
+    return str(value) if not isinstance(value, str) or value else "''"
+
+
+def save_config(config, path):
+    """Write a configuration as YAML that `load_config` reads back to an equal one."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    Path(path).write_text(text, encoding="utf-8")

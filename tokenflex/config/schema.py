@@ -1,0 +1,214 @@
+"""The configuration of a run as frozen, strictly checked models; the text under each field is its documentation.
+
+The defaults are those of a real run (SigLIP-so400m + Qwen2.5 as in the paper); `configs/quickstart.yaml` holds the tiny
+model that trains on two CPU cores.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+Paths = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+
+
+class BudgetConfig(Section):
+    """Visual-token counts and how often each is drawn in training (paper section 3.2)."""
+
+    num_visual_tokens: tuple[PositiveInt, ...] = (64, 144, 256)
+    """Counts per image (or tile) seen in training."""
+    probabilities: tuple[NonNegativeFloat, ...] = (0.2, 0.3, 0.5)
+    """Probability of each count."""
+    schedule: tuple[tuple[NonNegativeInt, tuple[NonNegativeFloat, ...]], ...] = ()
+    """Change of the probabilities over training: points `[samples seen, [p, ...]]`, linear in between; empty keeps them."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if len(set(self.num_visual_tokens)) != len(self.num_visual_tokens) or not self.num_visual_tokens:
+            raise ValueError(f"num_visual_tokens is {list(self.num_visual_tokens)}; it must hold distinct counts")
+        for probabilities in (self.probabilities, *(p for _, p in self.schedule)):
+            if len(probabilities) != len(self.num_visual_tokens):
+                raise ValueError(
+                    f"{len(probabilities)} probabilities {list(probabilities)} came for {len(self.num_visual_tokens)} counts "
+                    f"{list(self.num_visual_tokens)}; give one probability per count"
+                )
+            if abs(sum(probabilities) - 1) > 1e-6:
+                raise ValueError(f"the probabilities {list(probabilities)} sum to {sum(probabilities):g}; they must sum to 1")
+        samples = [at for at, _ in self.schedule]
+        if samples != sorted(set(samples)):
+            raise ValueError(f"the schedule's points are at samples {samples}; they must rise")
+        return self
+
+
+class ModelConfig(Section):
+    """What the model is made of."""
+
+    init_from: str = ""
+    """Folder or hub id of an exported TokenFLEX model to go on from (the next stage); then vision and text are its own."""
+    vision: str | dict = "google/siglip-so400m-patch14-384"
+    """Vision encoder: a hub id or local folder (pretrained), or a configuration dict with `model_type` (from scratch)."""
+    text: str | dict = "Qwen/Qwen2.5-7B-Instruct"
+    """Causal language model: a hub id or local folder (pretrained), or a configuration dict with `model_type` (from scratch)."""
+    tokenizer: str = ""
+    """Hub id or folder of the tokenizer; empty takes the language model's, or the embedded corpus' own."""
+    image_size: tuple[PositiveInt, PositiveInt] = (384, 384)
+    """Height and width in pixels that every image is resized to; whole multiples of the encoder's patch."""
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Per-channel mean that is subtracted (of pixels in 0..1)."""
+    image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.5, 0.5, 0.5)
+    """Per-channel standard deviation to divide by."""
+    pooling_mode: Literal["adaptive", "resize"] = "adaptive"
+    """`adaptive`: the paper's adaptive average pooling; `resize`: the authors' release (bilinear, then average)."""
+    projector_multiplier: PositiveInt = 3
+    """Inner width of the SwiGLU projector in units of the vision width."""
+    projector_backend: Literal["auto", "reference"] = "auto"
+    """`auto`: fused kernels on GPU where installed; `reference`: plain torch everywhere."""
+    vision_feature_layer: int = -1
+    """Hidden state of the encoder to use; -1 is the last, -2 the one before."""
+    image_tokens: tuple[str, str, str] = ("<img>", "<IMG_CONTEXT>", "</img>")
+    """The tokenizer's tokens before, in place of, and after an image (Qwen: <|vision_start|> <|image_pad|> <|vision_end|>)."""
+    add_image_tokens: bool = False
+    """Add image tokens that the tokenizer lacks (the embedding grows where it must)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    trust_remote_code: bool = False
+    """Allow the pretrained parts to run code from their own repositories."""
+
+
+class EmbeddedCorpusConfig(Section):
+    """Size of the corpus that is built at first run where `data.train` is `embedded`."""
+
+    num_train: PositiveInt = 8000
+    """Training samples (several questions each)."""
+    num_eval_per_task: PositiveInt = 300
+    """Held-out questions per task."""
+    seed: NonNegativeInt = 0
+    """Seed of every draw."""
+
+
+class DataConfig(Section):
+    """Where samples come from and how they are packed."""
+
+    train: Paths = ("embedded",)
+    """Training shards: tar files, folders of them, or glob patterns; `embedded` builds the quick-start corpus."""
+    evaluation: Paths = ("embedded",)
+    """Evaluation shards, likewise; empty for none."""
+    cache_dir: str = "~/.cache/tokenflex"
+    """Where the embedded corpus and indexes of read-only shards are kept."""
+    embedded: EmbeddedCorpusConfig = EmbeddedCorpusConfig()
+    """The embedded corpus."""
+    pack_length: PositiveInt = 8192
+    """Tokens per pack, text and visual."""
+    max_images_per_pack: PositiveInt = 48
+    """Images (or tiles) per pack at most; bounds the vision encoder's memory."""
+    packs_per_step: PositiveInt = 64
+    """Packs per optimizer step over all ranks; the number of ranks must divide it."""
+    lockstep_packs: PositiveInt = 8
+    """Packs in a row that share one visual-token count, so that ranks run the same shapes; must divide packs_per_step."""
+    packs_per_micro_batch: PositiveInt = 1
+    """Packs that one rank runs through the model at once, at most; the rest of its share is accumulated."""
+    over_long: Literal["error", "drop"] = "error"
+    """What to do with a sample longer than a pack: stop and name it, or leave it out and count it."""
+    num_workers: NonNegativeInt = 4
+    """Processes per rank that read and decode; 0 reads in the training process."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.packs_per_step % self.lockstep_packs:
+            raise ValueError(f"lockstep_packs={self.lockstep_packs} does not divide packs_per_step={self.packs_per_step}")
+        return self
+
+
+class PartConfig(Section):
+    """How one part of the model is trained."""
+
+    train: bool = True
+    """Whether it is trained; a frozen part keeps its weights bit for bit."""
+    learning_rate: NonNegativeFloat = 2e-5
+    """Peak learning rate."""
+
+
+class OptimizerConfig(Section):
+    """AdamW with one group per part, and the learning-rate schedule."""
+
+    vision: PartConfig = PartConfig(learning_rate=2e-6)
+    """The vision encoder."""
+    projector: PartConfig = PartConfig(learning_rate=2e-5)
+    """The token-adaptive projector."""
+    text: PartConfig = PartConfig(learning_rate=2e-5)
+    """The language model."""
+    weight_decay: NonNegativeFloat = 0.05
+    """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
+    betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.95)
+    """Decay rates of the two moments."""
+    eps: PositiveFloat = 1e-8
+    """Added to the denominator."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients are clipped to this global norm; 0 clips nothing."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_fraction: NonNegativeFloat = Field(default=0.03, le=1)
+    """Share of the steps over which the rate rises from zero."""
+    final_fraction: NonNegativeFloat = Field(default=0.0, le=1)
+    """Rate at the end as a share of the peak."""
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    num_steps: PositiveInt = 1000
+    """Optimizer steps in all."""
+    loss_weighting: Literal["token", "sample", "sqrt"] = "sqrt"
+    """Weight of each learned token of a sample with n of them: 1, 1/n or 1/sqrt(n) (the authors' release)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of the forward and backward pass; `auto` is bf16 on GPU and fp32 on CPU, where it is the fast one."""
+    seed: NonNegativeInt = 0
+    """Seed of weights, sample order and visual-token draws."""
+    log_every: PositiveInt = 10
+    """Steps between two lines of metrics.jsonl."""
+    save_every: NonNegativeInt = 500
+    """Steps between two checkpoints; 0 saves at the end and on interruption only."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints kept."""
+    wandb: Literal["auto", "off"] = "auto"
+    """`auto` logs to wandb where it is installed: online if WANDB_API_KEY is set, else offline into the run folder."""
+
+
+class EvaluateConfig(Section):
+    """Greedy exact-match accuracy per task and visual-token count."""
+
+    at_end: bool = True
+    """Evaluate the exported model after training."""
+    num_visual_tokens: tuple[PositiveInt, ...] = (64, 100, 144, 196, 256)
+    """Counts to evaluate at; they need not have been trained."""
+    max_samples_per_task: PositiveInt = 1000
+    """Questions per task at most."""
+    max_new_tokens: PositiveInt = 32
+    """Length of an answer at most."""
+    batch_size: PositiveInt = 32
+    """Questions generated together."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: str = Field(default="tokenflex", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; its folder is `<output_dir>/<name>`. Letters, digits, dot, dash and underscore."""
+    output_dir: str = "runs"
+    """Folder of all runs."""
+    model: ModelConfig = ModelConfig()
+    """The model."""
+    budget: BudgetConfig = BudgetConfig()
+    """Visual-token counts."""
+    data: DataConfig = DataConfig()
+    """The data."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimizer."""
+    train: TrainConfig = TrainConfig()
+    """The loop."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Evaluation."""

@@ -1,0 +1,161 @@
+"""The sidecar index: per sample its lengths and its place, so that packs are planned without opening a shard.
+
+An index is a folder of memory-mapped columns (`text_tokens.npy`, ...) and a `manifest.json` with the shards' names, sizes
+and sample counts and a fingerprint of tokenizer and chat template: lengths counted by another tokenizer are an error, not
+a surprise at step 10,000.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UserError
+from .sample import parse_sample
+from .shards import walk_shard
+
+VERSION = 1
+COLUMNS = {"text_tokens": np.uint32, "learned_tokens": np.uint32, "num_images": np.uint16, "offset": np.uint64, "num_bytes": np.uint32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """The samples of a list of shards, in the shards' order.
+
+    text_tokens [S]: tokens without visual ones (image markers counted). learned_tokens [S]: those the loss looks at.
+    num_images [S]. offset, num_bytes [S]: place in the shard. shards: paths. first_sample [shards + 1]: ids per shard.
+    """
+
+    shards: list
+    first_sample: np.ndarray
+    text_tokens: np.ndarray
+    learned_tokens: np.ndarray
+    num_images: np.ndarray
+    offset: np.ndarray
+    num_bytes: np.ndarray
+    fingerprint: str
+
+    def __len__(self):
+        return len(self.text_tokens)
+
+    def shard_of(self, sample_id):
+        """Path of the shard that holds a sample."""
+        return self.shards[int(np.searchsorted(self.first_sample, sample_id, side="right")) - 1]
+
+
+def fingerprint(processor):
+    """What the lengths in an index depend on: tokenizer, chat template, image tokens, format version."""
+    parts = (
+        processor.tokenizer.backend_tokenizer.to_str(),
+        str(processor.chat_template),
+        processor.image_start_token + processor.image_token + processor.image_end_token,
+        str(VERSION),
+    )
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def index_folder(shards, cache_dir):
+    """Where the index of these shards lies: beside them if they share a writable folder, else in the cache."""
+    folders = {shard.parent for shard in shards}
+    if len(folders) == 1 and os.access(shards[0].parent, os.W_OK):
+        return shards[0].parent / "index"
+    name = hashlib.sha256("\n".join(str(shard.resolve()) for shard in shards).encode()).hexdigest()[:16]
+    return Path(cache_dir).expanduser() / "indexes" / name
+
+
+def load_or_build_index(shards, processor, folder, num_workers=1):
+    """The index at `folder`, built first where it is missing or older than a shard.
+
+    Raises:
+        UserError: a shard or sample that cannot be read, or an index of another tokenizer.
+    """
+    if not _is_current(folder, shards):
+        build_index(shards, processor, folder, num_workers)
+    return load_index(folder, shards, processor)
+
+
+def load_index(folder, shards, processor):
+    """Open an index, memory-mapped.
+
+    Raises:
+        UserError: its fingerprint is not this processor's; the message has both and the way to mend it.
+    """
+    folder = Path(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    wanted = fingerprint(processor)
+    if manifest["fingerprint"] != wanted:
+        raise UserError(
+            f"index {folder}: made with tokenizer and template {manifest['fingerprint']}, this run has {wanted}; "
+            f"remove the folder or run: python launch/index.py --rebuild with this run's config"
+        )
+    columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in COLUMNS}
+    first_sample = np.cumsum([0, *(entry["num_samples"] for entry in manifest["shards"])])
+    return Index(shards=list(shards), first_sample=first_sample, fingerprint=wanted, **columns)
+
+
+def build_index(shards, processor, folder, num_workers=1, map_shards=None):
+    """Read every shard once and write the index at `folder` in one rename.
+
+    `map_shards(function, shards)` runs the function on each shard and yields the results in order; by default over
+    `num_workers` processes (the MPI entry point brings its own).
+    """
+    if map_shards is None:
+        map_shards = lambda function, items: _map_processes(function, items, num_workers)  # noqa: E731
+    entries, columns = [], {name: [] for name in COLUMNS}
+    for shard, arrays in zip(shards, map_shards(ShardScanner(processor), shards)):
+        entries.append({"name": shard.name, **_stamp(shard), "num_samples": len(arrays["offset"])})
+        for name in COLUMNS:
+            columns[name].append(arrays[name])
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    for name, dtype in COLUMNS.items():
+        np.save(temporary / f"{name}.npy", np.concatenate([np.empty(0, dtype), *columns[name]]))
+    manifest = {"version": VERSION, "fingerprint": fingerprint(processor), "shards": entries}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+class ShardScanner:
+    """`scanner(shard)` -> the columns of one shard; carries the processor to other processes."""
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __call__(self, shard):
+        rows = []
+        for members, offset, num_bytes in walk_shard(shard):
+            sample = parse_sample(members, shard)
+            encoded = self.processor.encode(sample.messages, [0] * len(sample.images))
+            rows.append((len(encoded.input_ids), sum(encoded.is_target), len(sample.images), offset, num_bytes))
+        table = np.array(rows, dtype=np.uint64).reshape(-1, len(COLUMNS))
+        return {name: table[:, i].astype(dtype) for i, (name, dtype) in enumerate(COLUMNS.items())}
+
+
+def _map_processes(function, items, num_workers):
+    if num_workers <= 1 or len(items) <= 1:
+        yield from map(function, items)
+        return
+    with ProcessPoolExecutor(min(num_workers, len(items))) as pool:
+        yield from pool.map(function, items)
+
+
+def _stamp(shard):
+    status = shard.stat()
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def _is_current(folder, shards):
+    manifest = Path(folder) / "manifest.json"
+    if not manifest.exists():
+        return False
+    entries = json.loads(manifest.read_text())["shards"]
+    stamps = [{key: entry[key] for key in ("name", "size", "mtime_ns")} for entry in entries]
+    return stamps == [{"name": shard.name, **_stamp(shard)} for shard in shards]

@@ -1,0 +1,153 @@
+"""Planned steps -> packed batches of one rank, read and decoded by worker processes in an order that no worker changes."""
+
+import signal
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import UserError
+from .collate import collate
+from .plan import Position
+from .sample import parse_sample
+from .shards import read_sample
+
+
+@dataclass(frozen=True)
+class MicroBatchPlan:
+    """What one rank does in one micro-step: sample ids, their visual-token counts, and where this stands in the run."""
+
+    position: Position
+    is_last: bool
+    sample_ids: np.ndarray
+    counts: np.ndarray
+    total_weight: float
+
+
+def micro_batches(steps, rank, num_ranks, packs_per_micro_batch):
+    """A rank's share of each step: yields `MicroBatchPlan`s, `is_last` on the one that completes the optimizer step.
+
+    Micro-step m takes packs [m * R * k, (m + 1) * R * k) of the step, rank r the k packs from r * k on: so the step holds
+    the same packs on any number of ranks R.
+    """
+    for step in steps:
+        share = len(step.packs) // num_ranks
+        per_micro = min(packs_per_micro_batch, share)
+        for first in range(0, share, per_micro):
+            begin = first * num_ranks + rank * per_micro
+            packs = step.packs[begin : begin + per_micro]
+            yield MicroBatchPlan(
+                position=step.position,
+                is_last=first + per_micro == share,
+                sample_ids=np.concatenate([pack.sample_ids for pack in packs]),
+                counts=np.concatenate([pack.counts for pack in packs]),
+                total_weight=step.total_weight,
+            )
+
+
+def num_micro_steps(packs_per_step, num_ranks, packs_per_micro_batch):
+    """Micro-steps per optimizer step.
+
+    Raises:
+        UserError: the ranks do not divide the packs of a step, or the packs of a micro-batch do not divide a rank's share.
+    """
+    share, rest = divmod(packs_per_step, num_ranks)
+    if rest:
+        raise UserError(
+            f"data.packs_per_step={packs_per_step} does not divide over {num_ranks} ranks; "
+            f"set it to a multiple of {num_ranks} or start with another number of ranks"
+        )
+    per_micro = min(packs_per_micro_batch, share)
+    if share % per_micro:
+        raise UserError(
+            f"data.packs_per_micro_batch={packs_per_micro_batch} does not divide the {share} packs that each of {num_ranks} "
+            f"ranks has per step; choose a divisor of {share}"
+        )
+    return share // per_micro
+
+
+class PackDataset(Dataset):
+    """`dataset[MicroBatchPlan]` -> (plan, PackedBatch or the UserError that came in its place).
+
+    Opens shards where it runs and keeps the last few open. An error travels as a value: raised in a worker process it
+    would arrive wrapped in the worker's traceback.
+    """
+
+    MAX_OPEN_SHARDS = 16
+
+    def __init__(self, index, processor, loss_weighting, blank_count):
+        self.index = index
+        self.processor = processor
+        self.loss_weighting = loss_weighting
+        self.blank_count = blank_count
+        self._files = {}
+
+    def sample(self, sample_id):
+        """One parsed sample by id."""
+        shard = self.index.shard_of(sample_id)
+        place = int(self.index.offset[sample_id]), int(self.index.num_bytes[sample_id])
+        return parse_sample(read_sample(self._open(shard), *place, where=shard), where=shard)
+
+    def __getitem__(self, plan):
+        try:
+            return plan, self.batch(plan)
+        except UserError as error:
+            return plan, error
+
+    def batch(self, plan):
+        """The packed batch of a plan.
+
+        Raises:
+            UserError: a sample that cannot be read, or whose length is not the one in the index.
+        """
+        ids = plan.sample_ids
+        samples = [self.sample(sample_id) for sample_id in ids]
+        batch = collate(samples, plan.counts, ids, self.processor, self.loss_weighting, plan.total_weight, self.blank_count)
+        if len(ids):
+            planned = self.index.text_tokens[ids] + self.index.num_images[ids].astype(np.int64) * plan.counts
+            wrong = np.flatnonzero(planned != batch.cu_seq_lens.diff().numpy())
+            if len(wrong):
+                first = samples[wrong[0]]
+                raise UserError(
+                    f"{self.index.shard_of(ids[wrong[0]])}, sample {first.key}: has {int(batch.cu_seq_lens.diff()[wrong[0]])} tokens, "
+                    f"the index says {int(planned[wrong[0]])}; the shard has changed: index it again"
+                )
+        return batch
+
+    def _open(self, shard):
+        if shard not in self._files:
+            if len(self._files) >= self.MAX_OPEN_SHARDS:
+                self._files.pop(next(iter(self._files))).close()
+            try:
+                self._files[shard] = open(shard, "rb")
+            except OSError as error:
+                raise UserError(f"{shard}: {error.strerror}; the shard was there when it was indexed: restore it or index again") from None
+        return self._files[shard]
+
+
+def batch_loader(dataset, plans, num_workers, pin_memory):
+    """Iterate (MicroBatchPlan, PackedBatch) in the order of `plans`, whatever the number of workers.
+
+    Raises:
+        UserError: a batch that could not be made, when its turn comes.
+    """
+    loader = DataLoader(
+        dataset,
+        sampler=plans,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if num_workers else None,
+        worker_init_fn=_quiet_worker if num_workers else None,
+    )
+    for plan, batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield plan, batch
+
+
+def _quiet_worker(worker_id):
+    """Ctrl-C is for the trainer, which saves and then ends its workers; one thread each."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)

@@ -1,0 +1,115 @@
+"""Greedy exact-match accuracy of an exported model, per task and visual-token count."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+import webdataset
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
+
+from ..data import embedded_corpus, find_shards, parse_sample
+from ..errors import UserError
+from ..export import is_exported, loading_code
+from .report import accuracy_table, plot_accuracy
+
+
+def evaluate_run(config, launch, say, model_folder=None):
+    """Evaluate the exported model of a run on its evaluation shards, all ranks together; print table, plot and loading code.
+
+    Writes `accuracy.json` and `accuracy.png` into the run's folder. Returns {task: {count: accuracy}} on every rank.
+
+    Raises:
+        UserError: no exported model, or no evaluation shards.
+    """
+    root = Path(config.output_dir).expanduser() / config.name
+    folder = Path(model_folder or root / "model")
+    if not is_exported(folder):
+        raise UserError(f"evaluation: no exported model at {folder}; train first, or give --model DIR")
+    sources = [
+        str(embedded_corpus(config.data) / "eval") if source == "embedded" else source for source in config.data.evaluation
+    ]
+    samples = read_samples(find_shards(sources, "data.evaluation"), config.evaluate.max_samples_per_task)
+    say(f"evaluate  {len(samples)} questions at {list(config.evaluate.num_visual_tokens)} visual tokens")
+    device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(device).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    right, asked = evaluate_model(model, processor, samples[launch.rank :: launch.num_ranks], config.evaluate, say)
+    accuracy, totals = _over_ranks(right, asked, config.evaluate.num_visual_tokens, launch)
+    if launch.rank == 0:
+        record = {"accuracy": accuracy, "num_questions": totals, "trained": model.config.trained_num_visual_tokens}
+        root.mkdir(parents=True, exist_ok=True)
+        (root / "accuracy.json").write_text(json.dumps(record, indent=1))
+        plot_accuracy(record, root / "accuracy.png")
+        say("\n" + accuracy_table(record))
+        say(f"\nplot      {root / 'accuracy.png'}\nmodel     {folder}\n\n{loading_code(folder)}")
+    return accuracy
+
+
+def read_samples(shards, max_per_task):
+    """Evaluation samples of webdataset shards, at most `max_per_task` of each task, in the shards' order."""
+    samples, per_task = [], Counter()
+    for members in webdataset.WebDataset([str(shard) for shard in shards], shardshuffle=False):
+        sample = parse_sample({k: v for k, v in members.items() if k not in ("__url__", "__local_path__")}, members["__url__"])
+        if sample.messages[-1]["role"] != "assistant":
+            raise UserError(f"{members['__url__']}, sample {sample.key}: ends with a {sample.messages[-1]['role']} message; wanted the expected answer")
+        if per_task[sample.task] < max_per_task:
+            per_task[sample.task] += 1
+            samples.append(sample)
+    return samples
+
+
+def exact_match(answer, expected):
+    """Whether an answer is the expected one but for case and surrounding space."""
+    return answer.strip().casefold() == expected.strip().casefold()
+
+
+def evaluate_model(model, processor, samples, settings, say=lambda text: None):
+    """Right answers and questions asked, as two counters over (task, count).
+
+    Samples without an image are asked once and counted at every count. `settings` is the configuration's evaluate section.
+    """
+    logging.set_verbosity_error()  # that a count was not trained is the point of the table, not a warning
+    right, asked = Counter(), Counter()
+    for with_images in (True, False):
+        group = [sample for sample in samples if bool(sample.images) == with_images]
+        for count in settings.num_visual_tokens if with_images else settings.num_visual_tokens[:1]:
+            hits = _hits(model, processor, group, count, settings)
+            for shown in (count,) if with_images else settings.num_visual_tokens:
+                for sample, hit in zip(group, hits):
+                    asked[sample.task, shown] += 1
+                    right[sample.task, shown] += hit
+    return right, asked
+
+
+def _hits(model, processor, samples, count, settings):
+    """Per sample, whether its last message is answered exactly."""
+    hits = []
+    for begin in range(0, len(samples), settings.batch_size):
+        batch = samples[begin : begin + settings.batch_size]
+        prompts = [sample.decoded_messages()[:-1] for sample in batch]
+        inputs = processor.apply_chat_template(
+            prompts, tokenize=True, add_generation_prompt=True, num_visual_tokens=count
+        ).to(model.device)
+        output = model.generate(**inputs, max_new_tokens=settings.max_new_tokens, do_sample=False)
+        answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        expected = ["".join(item["text"] for item in sample.messages[-1]["content"]) for sample in batch]
+        hits += map(exact_match, answers, expected)
+    return hits
+
+
+def _over_ranks(right, asked, counts, launch):
+    """{task: {count: accuracy}} and {task: questions} from every rank's counters."""
+    tasks = sorted({task for task, _ in asked})
+    if launch.num_ranks > 1:
+        names = [None] * launch.num_ranks
+        torch.distributed.all_gather_object(names, tasks)
+        tasks = sorted({task for some in names for task in some})
+    table = torch.tensor([[[right[t, c], asked[t, c]] for c in counts] for t in tasks], dtype=torch.float64)
+    if launch.num_ranks > 1:
+        table = table.to("cuda" if torch.cuda.is_available() else "cpu")
+        torch.distributed.all_reduce(table)
+    table = table.tolist()
+    accuracy = {task: {str(c): hit / total for c, (hit, total) in zip(counts, row)} for task, row in zip(tasks, table)}
+    return accuracy, {task: int(row[0][1]) for task, row in zip(tasks, table)}

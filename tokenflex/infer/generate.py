@@ -1,0 +1,68 @@
+"""Load an exported model once and ask it about images, each at its own number of visual tokens."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ..data import decode_image
+from ..errors import UserError
+from ..export import is_exported
+
+
+class Generator:
+    """`generator(prompt, images, num_visual_tokens)` -> answer. Runs on the GPU where there is one.
+
+    Raises:
+        UserError: the folder holds no exported model.
+    """
+
+    def __init__(self, folder):
+        if not is_exported(folder):
+            raise UserError(f"--model {folder}: no exported model there (no config.json); give the folder that training wrote, runs/NAME/model")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(device).eval()
+        self.processor = AutoProcessor.from_pretrained(folder)
+
+    def __call__(self, prompt, images=(), num_visual_tokens=None, max_new_tokens=64):
+        """The answer to `prompt` about `images` (paths), at `num_visual_tokens` (one for all or one per image).
+
+        Raises:
+            UserError: an image that cannot be read, or a count that does not fit.
+        """
+        opened = [_read_image(path) for path in images]
+        content = [{"type": "image", "image": image} for image in opened] + [{"type": "text", "text": prompt}]
+        try:
+            inputs = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                tokenize=True,
+                add_generation_prompt=True,
+                num_visual_tokens=num_visual_tokens,
+            ).to(self.model.device)
+        except ValueError as error:
+            raise UserError(f"--num-visual-tokens: {error}") from None
+        output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def _read_image(path):
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"--image {path}: {error.strerror}; give the path of an image file") from None
+    return decode_image(data, f"--image {path}")
+
+
+def parse_num_visual_tokens(text):
+    """`144`, `8x12` (rows x columns), or a list of either with commas, one per image.
+
+    Raises:
+        UserError: anything else, or a count below 1.
+    """
+    counts = []
+    for entry in text.split(","):
+        numbers = entry.lower().split("x")
+        if len(numbers) > 2 or not all(number.strip().isdigit() and int(number) > 0 for number in numbers):
+            raise UserError(f"--num-visual-tokens {text}: {entry!r} is no count; wanted a positive number such as 144, rows x columns such as 8x12, or a list such as 64,256")
+        counts.append(int(numbers[0]) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1])))
+    return counts[0] if len(counts) == 1 else counts

@@ -1,0 +1,172 @@
+"""From the configuration's model section to a model and its processor: pretrained parts, parts from scratch, or both."""
+
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ..errors import UserError
+from .attention import PACKED, register_packed_attention
+from .configuration_tokenflex import TokenFlexConfig
+from .image_processing_tokenflex import TokenFlexImageProcessor
+from .modeling_tokenflex import TokenFlexForConditionalGeneration
+from .processing_tokenflex import TokenFlexProcessor, missing_tokens
+from .vision import patch_grid
+
+
+def build_processor(model, budget, default_tokenizer=""):
+    """Tokenizer and image processor of a run.
+
+    Args:
+        model, budget: the configuration's sections.
+        default_tokenizer: folder to use where the configuration names neither a tokenizer nor a pretrained text model.
+
+    Raises:
+        UserError: no tokenizer, or one without chat template or image tokens.
+    """
+    source = model.tokenizer or model.init_from or (model.text if isinstance(model.text, str) else default_tokenizer)
+    if not source:
+        raise UserError("model.tokenizer: empty, and the language model is built from scratch; name a tokenizer's folder or hub id")
+    tokenizer = _load("model.tokenizer", source, lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code))
+    if not tokenizer.chat_template:
+        raise UserError(f"model.tokenizer {source}: has no chat template; name an instruction-tuned model's tokenizer")
+    missing = missing_tokens(tokenizer, model.image_tokens)
+    if missing and not model.add_image_tokens:
+        raise UserError(
+            f"model.tokenizer {source}: lacks the image tokens {missing}; name three special tokens it has in model.image_tokens, "
+            "or set model.add_image_tokens=true"
+        )
+    if missing:
+        tokenizer.add_special_tokens({"additional_special_tokens": missing})
+    height, width = model.image_size
+    image_processor = TokenFlexImageProcessor(height, width, model.image_mean, model.image_std)
+    start, token, end = model.image_tokens
+    return TokenFlexProcessor(
+        image_processor,
+        tokenizer,
+        num_visual_tokens=max(budget.num_visual_tokens),
+        patch_grid=_grid(vision_config(model), model.image_size),
+        image_start_token=start,
+        image_token=token,
+        image_end_token=end,
+    )
+
+
+def build_model(model, budget, processor, dtype):
+    """The model of a run, in training mode with packed attention.
+
+    Pretrained parts are loaded within whatever sharding context is active; every weight must be found in the checkpoint.
+
+    Raises:
+        UserError: a part that cannot be loaded, or that lacks weights.
+    """
+    register_packed_attention()
+    if model.init_from:
+        built = _load("model.init_from", model.init_from, lambda: _initialised_from(model, dtype))
+    else:
+        built = _composed(model, budget, processor, dtype)
+    built.projector.backend = model.projector_backend
+    built.config.trained_num_visual_tokens = sorted(budget.num_visual_tokens)
+    built.config.default_num_visual_tokens = max(budget.num_visual_tokens)
+    built.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    built.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    if len(processor.tokenizer) > built.get_input_embeddings().num_embeddings:
+        built.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
+    built.language_model.set_attn_implementation(PACKED)
+    if model.gradient_checkpointing:
+        built.gradient_checkpointing_enable({"use_reentrant": False})
+    return built
+
+
+def vision_config(model):
+    """The vision encoder's configuration object, without its pooling head."""
+    if model.init_from:
+        return AutoConfig.from_pretrained(model.init_from, trust_remote_code=True).vision_config
+    config = _part_config("model.vision", model.vision, model.trust_remote_code)
+    config = getattr(config, "vision_config", config)  # a dual encoder such as SigLIP or CLIP
+    if hasattr(config, "vision_use_head"):
+        config.vision_use_head = False
+    return config
+
+
+def _composed(model, budget, processor, dtype):
+    vision, text = vision_config(model), _part_config("model.text", model.text, model.trust_remote_code)
+    text = getattr(text, "text_config", text)
+    if isinstance(model.text, dict):
+        text.vocab_size = max(model.text.get("vocab_size", 0), len(processor.tokenizer))
+    text.bos_token_id, text.eos_token_id = processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id
+    text.pad_token_id = processor.tokenizer.pad_token_id
+    height, width = model.image_size
+    config = TokenFlexConfig(
+        vision,
+        text,
+        image_height=height,
+        image_width=width,
+        pooling_mode=model.pooling_mode,
+        projector_multiplier=model.projector_multiplier,
+        vision_feature_layer=model.vision_feature_layer,
+        image_start_token_id=processor.image_start_token_id,
+        image_token_id=processor.image_token_id,
+        image_end_token_id=processor.image_end_token_id,
+        trained_num_visual_tokens=budget.num_visual_tokens,
+        dtype=dtype,
+    )
+    tower = _pretrained("model.vision", AutoModel, model.vision, vision, dtype, model) if isinstance(model.vision, str) else None
+    language = _pretrained("model.text", AutoModelForCausalLM, model.text, text, dtype, model) if isinstance(model.text, str) else None
+    return TokenFlexForConditionalGeneration(config, vision_tower=tower, language_model=language).to(dtype)
+
+
+def _initialised_from(model, dtype):
+    built, info = TokenFlexForConditionalGeneration.from_pretrained(model.init_from, dtype=dtype, output_loading_info=True)
+    _check_complete("model.init_from", model.init_from, info)
+    return built
+
+
+def _pretrained(key, auto_class, source, config, dtype, model):
+    load = lambda: auto_class.from_pretrained(  # noqa: E731
+        source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=model.trust_remote_code
+    )
+    part, info = _load(key, source, load)
+    _check_complete(key, source, info)
+    return part
+
+
+def _check_complete(key, source, info):
+    """A weight that the checkpoint lacks would silently keep its random start.
+
+    Raises:
+        UserError: weights are missing or have another shape.
+    """
+    missing = sorted(info["missing_keys"]) + sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    if missing:
+        raise UserError(f"{key} {source}: {len(missing)} weights are missing or of another shape, first {missing[0]}; is it the right checkpoint?")
+
+
+def _part_config(key, part, trust_remote_code):
+    if isinstance(part, str):
+        return _load(key, part, lambda: AutoConfig.from_pretrained(part, trust_remote_code=trust_remote_code))
+    values = dict(part)
+    model_type = values.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(f"{key}: model_type is {model_type!r}; wanted a model type of transformers, for example siglip_vision_model or qwen3")
+    return _load(key, model_type, lambda: CONFIG_MAPPING[model_type](**values))
+
+
+def _load(key, source, load):
+    """Run a loader of transformers; what it raises for a bad source becomes one line.
+
+    Raises:
+        UserError: the source does not exist or cannot be used.
+    """
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        kind = "folder" if Path(source).exists() else "hub id or folder"
+        raise UserError(f"{key}: {kind} {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+
+
+def _grid(config, image_size):
+    try:
+        return patch_grid(config, *image_size)
+    except ValueError as error:
+        raise UserError(f"model.image_size: {error}") from None

@@ -1,0 +1,87 @@
+"""Who am I: rank, number of ranks and meeting point, from whatever started this process.
+
+The deepspeed launcher and torchrun set torch's own variables; `srun` and `mpirun` set theirs, which are mapped here, so
+that nothing later has to guess. A process that nothing started is rank 0 of 1.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+
+from ..errors import UserError
+
+DEFAULT_PORT = 29500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Place of this process in the job."""
+
+    rank: int
+    num_ranks: int
+    local_rank: int
+    local_num_ranks: int
+    master_addr: str
+    master_port: int
+    launcher: str
+
+    def variables(self):
+        """The environment variables that torch.distributed and DeepSpeed read."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.num_ranks),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_num_ranks),
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+        }
+
+
+def discover(environment):
+    """The `Launch` that environment variables describe.
+
+    Raises:
+        UserError: variables of a launcher that contradict each other or lack the meeting point.
+    """
+    get = environment.get
+    address, port = get("MASTER_ADDR"), int(get("MASTER_PORT") or DEFAULT_PORT)
+    if get("RANK") is not None and get("WORLD_SIZE") is not None:
+        launcher, names = "torch", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    elif get("OMPI_COMM_WORLD_SIZE") is not None:
+        names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
+        launcher = "openmpi"
+    elif get("PMI_SIZE") is not None and get("SLURM_PROCID") is None:
+        launcher, names = "mpi", ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+    elif get("SLURM_PROCID") is not None and int(get("SLURM_NTASKS", "1")) > 1:
+        launcher, names = "slurm", ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+        address = address or first_host(get("SLURM_STEP_NODELIST") or get("SLURM_NODELIST") or "")
+    else:
+        return Launch(
+            rank=0, num_ranks=1, local_rank=0, local_num_ranks=1, master_addr="127.0.0.1", master_port=port, launcher="none"
+        )
+    rank, num_ranks = int(get(names[0])), int(get(names[1]))
+    local_rank = int(get(names[2]) or rank)
+    local_num_ranks = int(re.match(r"\d+", get(names[3]) or str(num_ranks))[0])
+    if not 0 <= rank < num_ranks:
+        raise UserError(f"{launcher} start: {names[0]}={rank} and {names[1]}={num_ranks}; the rank must be below the number of ranks")
+    if address is None and num_ranks > local_num_ranks:
+        raise UserError(f"{launcher} start: {num_ranks} ranks over several hosts but no MASTER_ADDR; export MASTER_ADDR=<host of rank 0>")
+    return Launch(
+        rank=rank, num_ranks=num_ranks, local_rank=local_rank, local_num_ranks=local_num_ranks,
+        master_addr=address or "127.0.0.1", master_port=port, launcher=launcher,
+    )  # fmt: skip
+
+
+def first_host(node_list):
+    """First host of a SLURM node list: `gpu[003-006,9],cpu1` -> `gpu003`."""
+    match = re.match(r"([^,\[]+)(?:\[(\d+))?", node_list)
+    if not match:
+        raise UserError(f"SLURM node list {node_list!r}: wanted names such as node[01-04]; export MASTER_ADDR=<host of rank 0>")
+    return match[1] + (match[2] or "")
+
+
+def join(environment=os.environ):
+    """Discover the launch and export torch's variables for it; returns the `Launch`."""
+    launch = discover(environment)
+    environment.update(launch.variables())
+    return launch

@@ -1,0 +1,26 @@
+"""One micro-step: a packed batch through the model to its share of the step's loss."""
+
+from .loss import weighted_cross_entropy
+
+
+def batch_loss(model, batch, normalise):
+    """The share of the step's loss that a `PackedBatch` holds.
+
+    `model` is anything that is called like `TokenFlexForConditionalGeneration` (bare or under an engine); `normalise` turns
+    image bytes into pixel values. Logits are computed at the learned places only.
+    """
+    outputs = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        pixel_values=normalise(batch.images),
+        num_visual_tokens=batch.counts,
+        visual_positions=batch.visual_positions,
+        is_dummy_image=batch.is_dummy_image,
+        cu_seq_lens_q=batch.cu_seq_lens,
+        cu_seq_lens_k=batch.cu_seq_lens,
+        max_length_q=batch.max_length,
+        max_length_k=batch.max_length,
+        logits_to_keep=batch.logits_positions,
+        use_cache=False,
+    )
+    return weighted_cross_entropy(outputs.logits.squeeze(0), batch.targets, batch.weights, batch.total_weight)
