@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Evaluate an exported model on a run's evaluation shards, on all ranks of the launcher.
 
-    deepspeed launch/evaluate.py --config recipe.yaml
-    python launch/evaluate.py --model DIR evaluate.num_visual_tokens=[64,100,256]
+deepspeed launch/evaluate.py --config recipe.yaml
+python launch/evaluate.py --model DIR evaluate.num_visual_tokens=[64,100,256]
 """
 
 import argparse
@@ -17,7 +17,9 @@ QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override any value of the configuration")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="override any value of the configuration"
+    )
     parser.add_argument("--config", default=str(QUICKSTART), help="recipe in YAML (default: the quick start)")
     parser.add_argument("--model", help="exported model folder (default: the run's own)")
     parser.add_argument("--local_rank", type=int, help="set by launchers; the environment is what counts")

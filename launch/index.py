@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Build the sidecar index of training shards, in parallel under MPI or alone.
 
-    mpirun -n 8 python launch/index.py --config recipe.yaml
-    python launch/index.py 'data.train=[/data/shards]' --rebuild
+mpirun -n 8 python launch/index.py --config recipe.yaml
+python launch/index.py 'data.train=[/data/shards]' --rebuild
 """
 
 import argparse
@@ -18,7 +18,9 @@ QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override any value of the configuration")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="override any value of the configuration"
+    )
     parser.add_argument("--config", default=str(QUICKSTART), help="recipe in YAML (default: the quick start)")
     parser.add_argument("--rebuild", action="store_true", help="build again even if an index is there")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

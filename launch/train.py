@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Train a TokenFLEX model: pack, train under ZeRO, export, evaluate. Starts under deepspeed, torchrun, srun or mpirun.
 
-    deepspeed launch/train.py --ds_config configs/zero3.json
-    deepspeed launch/train.py --ds_config configs/zero3.json --config recipe.yaml train.num_steps=200
+deepspeed launch/train.py --ds_config configs/zero3.json
+deepspeed launch/train.py --ds_config configs/zero3.json --config recipe.yaml train.num_steps=200
 """
 
 import argparse
@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 from tokenflex.config import describe, load_config
-from tokenflex.errors import UserError
 from tokenflex.launching import entry_point
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -22,10 +21,19 @@ def parse(argv):
         epilog="configuration keys, with the defaults that a recipe overrides:\n\n" + describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override any value of the configuration")
-    parser.add_argument("--ds_config", "--deepspeed_config", default=str(QUICKSTART.parent / "zero3.json"), help="DeepSpeed JSON (ZeRO stage, offload, communication)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="override any value of the configuration"
+    )
+    parser.add_argument(
+        "--ds_config",
+        "--deepspeed_config",
+        default=str(QUICKSTART.parent / "zero3.json"),
+        help="DeepSpeed JSON (ZeRO stage, offload, communication)",
+    )
     parser.add_argument("--config", default=str(QUICKSTART), help="recipe in YAML (default: the quick start)")
-    parser.add_argument("--fresh", action="store_true", help="begin anew, removing the run's checkpoints; default is to resume")
+    parser.add_argument(
+        "--fresh", action="store_true", help="begin anew, removing the run's checkpoints; default is to resume"
+    )
     parser.add_argument("--local_rank", type=int, help="set by launchers; the environment is what counts")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_intermixed_args(argv)

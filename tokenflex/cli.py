@@ -7,15 +7,29 @@ from .launching import entry_point
 
 
 def parser():
-    top = argparse.ArgumentParser(prog="tokenflex", description="Vision-language models with any number of visual tokens.")
+    top = argparse.ArgumentParser(
+        prog="tokenflex", description="Vision-language models with any number of visual tokens."
+    )
     top.set_defaults(debug=False)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    generate = commands.add_parser("generate", help="ask an exported model about images", description="Ask an exported model about images.")
-    generate.add_argument("--model", required=True, metavar="DIR", help="folder that training exported (runs/NAME/model)")
-    generate.add_argument("--image", action="append", default=[], metavar="FILE", help="image file; may be given several times")
+    generate = commands.add_parser(
+        "generate", help="ask an exported model about images", description="Ask an exported model about images."
+    )
+    generate.add_argument(
+        "--model", required=True, metavar="DIR", help="folder that training exported (runs/NAME/model)"
+    )
+    generate.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="image file; may be given several times"
+    )
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
-    generate.add_argument("--num-visual-tokens", metavar="N", help="visual tokens per image: 144, 8x12 (rows x columns), or a list with one per image: 64,256 (default: the model's largest trained count)")
-    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="length of the answer at most (default 64)")
+    generate.add_argument(
+        "--num-visual-tokens",
+        metavar="N",
+        help="visual tokens per image: 144, 8x12 (rows x columns), or a list with one per image: 64,256 (default: the model's largest trained count)",
+    )
+    generate.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="length of the answer at most (default 64)"
+    )
     generate.add_argument("--debug", action="store_true", help="show the traceback of an error")
     generate.set_defaults(run=_generate)
     return top

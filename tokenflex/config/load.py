@@ -39,7 +39,9 @@ def load_config(path=None, overrides=(), schema=RunConfig):
         try:
             values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader) or {}
         except OSError as error:
-            raise UserError(f"config {path}: {error.strerror}; give the path of a YAML file, for example configs/quickstart.yaml") from None
+            raise UserError(
+                f"config {path}: {error.strerror}; give the path of a YAML file, for example configs/quickstart.yaml"
+            ) from None
         except yaml.YAMLError as error:
             raise UserError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):

@@ -6,7 +6,17 @@ model that trains on two CPU cores.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 
 class Section(BaseModel):
@@ -37,7 +47,9 @@ class BudgetConfig(Section):
                     f"{list(self.num_visual_tokens)}; give one probability per count"
                 )
             if abs(sum(probabilities) - 1) > 1e-6:
-                raise ValueError(f"the probabilities {list(probabilities)} sum to {sum(probabilities):g}; they must sum to 1")
+                raise ValueError(
+                    f"the probabilities {list(probabilities)} sum to {sum(probabilities):g}; they must sum to 1"
+                )
         samples = [at for at, _ in self.schedule]
         if samples != sorted(set(samples)):
             raise ValueError(f"the schedule's points are at samples {samples}; they must rise")
@@ -119,7 +131,9 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _check(self):
         if self.packs_per_step % self.lockstep_packs:
-            raise ValueError(f"lockstep_packs={self.lockstep_packs} does not divide packs_per_step={self.packs_per_step}")
+            raise ValueError(
+                f"lockstep_packs={self.lockstep_packs} does not divide packs_per_step={self.packs_per_step}"
+            )
         return self
 
 

@@ -19,7 +19,9 @@ def embedded_corpus(data, say=print):
     try:
         from .corpus import build_corpus
     except ImportError as error:
-        raise UserError(f"data.train: the embedded corpus needs the package {error.name}; run: pip install 'tokenflex[quickstart]'") from None
+        raise UserError(
+            f"data.train: the embedded corpus needs the package {error.name}; run: pip install 'tokenflex[quickstart]'"
+        ) from None
     if not (folder / "corpus.json").exists():
         say(f"corpus    building {size.num_train} samples into {folder}")
     return build_corpus(folder, seed=size.seed, num_train=size.num_train, num_eval_per_task=size.num_eval_per_task)

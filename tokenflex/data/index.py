@@ -21,7 +21,13 @@ from .sample import parse_sample
 from .shards import walk_shard
 
 VERSION = 1
-COLUMNS = {"text_tokens": np.uint32, "learned_tokens": np.uint32, "num_images": np.uint16, "offset": np.uint64, "num_bytes": np.uint32}
+COLUMNS = {
+    "text_tokens": np.uint32,
+    "learned_tokens": np.uint32,
+    "num_images": np.uint16,
+    "offset": np.uint64,
+    "num_bytes": np.uint32,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,7 +103,9 @@ class PackDataset(Dataset):
         """
         ids = plan.sample_ids
         samples = [self.sample(sample_id) for sample_id in ids]
-        batch = collate(samples, plan.counts, ids, self.processor, self.loss_weighting, plan.total_weight, self.blank_count)
+        batch = collate(
+            samples, plan.counts, ids, self.processor, self.loss_weighting, plan.total_weight, self.blank_count
+        )
         if len(ids):
             planned = self.index.text_tokens[ids] + self.index.num_images[ids].astype(np.int64) * plan.counts
             wrong = np.flatnonzero(planned != batch.cu_seq_lens.diff().numpy())
@@ -122,7 +124,9 @@ class PackDataset(Dataset):
             try:
                 self._files[shard] = open(shard, "rb")
             except OSError as error:
-                raise UserError(f"{shard}: {error.strerror}; the shard was there when it was indexed: restore it or index again") from None
+                raise UserError(
+                    f"{shard}: {error.strerror}; the shard was there when it was indexed: restore it or index again"
+                ) from None
         return self._files[shard]
 
 

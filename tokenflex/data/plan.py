@@ -116,7 +116,9 @@ class Planner:
         num_steps = -(-len(rows) // per_step)
         empty = Pack(np.empty(0, np.int64), np.empty(0, np.int64))
         rows += [[empty] * self.data.lockstep_packs] * (num_steps * per_step - len(rows))
-        return [tuple(pack for row in rows[s * per_step : (s + 1) * per_step] for pack in row) for s in range(num_steps)]
+        return [
+            tuple(pack for row in rows[s * per_step : (s + 1) * per_step] for pack in row) for s in range(num_steps)
+        ]
 
     def _pack(self, order, counts, lengths):
         """First fit per count, then text-only samples into the gaps: a list of (count, places in `order`)."""

@@ -35,7 +35,12 @@ class Sample:
         """
         decoded = iter([decode_image(data, f"sample {self.key}, image {i}") for i, data in enumerate(self.images)])
         return [
-            {**message, "content": [{**item, "image": next(decoded)} if item["type"] == "image" else item for item in message["content"]]}
+            {
+                **message,
+                "content": [
+                    {**item, "image": next(decoded)} if item["type"] == "image" else item for item in message["content"]
+                ],
+            }
             for message in self.messages
         ]
 
@@ -50,7 +55,9 @@ def decode_image(data, where):
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
         image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: not a readable image ({error}); wanted a JPEG, PNG or WebP file; repair or remove the sample") from None
+        raise UserError(
+            f"{where}: not a readable image ({error}); wanted a JPEG, PNG or WebP file; repair or remove the sample"
+        ) from None
     return image
 
 
@@ -69,13 +76,23 @@ def parse_sample(members, where):
     except ValueError as error:
         raise UserError(f"{where}: {key}.json is not valid JSON ({error})") from None
     if not isinstance(record, dict) or not isinstance(record.get("messages"), list) or not record["messages"]:
-        raise UserError(f"{where}: {key}.json holds no list of messages; wanted {{'messages': [{{'role': ..., 'content': ...}}]}}")
+        raise UserError(
+            f"{where}: {key}.json holds no list of messages; wanted {{'messages': [{{'role': ..., 'content': ...}}]}}"
+        )
     messages = [_message(message, where) for message in record["messages"]]
     images = _images(members, where)
     tags = sum(item["type"] == "image" for message in messages for item in message["content"])
     if tags != len(images):
-        raise UserError(f"{where}: the messages have {tags} image tags but the sample has {len(images)} images; each image needs one tag")
-    return Sample(key=key, messages=messages, images=images, task=str(record.get("task", "")), source=str(record.get("source", "")))
+        raise UserError(
+            f"{where}: the messages have {tags} image tags but the sample has {len(images)} images; each image needs one tag"
+        )
+    return Sample(
+        key=key,
+        messages=messages,
+        images=images,
+        task=str(record.get("task", "")),
+        source=str(record.get("source", "")),
+    )
 
 
 def _message(message, where):
@@ -87,11 +104,15 @@ def _message(message, where):
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
-        raise UserError(f"{where}: a message's content is a {type(content).__name__}; wanted a string or a list of items")
+        raise UserError(
+            f"{where}: a message's content is a {type(content).__name__}; wanted a string or a list of items"
+        )
     for item in content:
         kind = item.get("type") if isinstance(item, dict) else item
         if kind not in ("text", "image") or (kind == "text" and not isinstance(item.get("text"), str)):
-            raise UserError(f"{where}: a message holds the item {item!r:.80}; wanted a text item with its text, or an image item")
+            raise UserError(
+                f"{where}: a message holds the item {item!r:.80}; wanted a text item with its text, or an image item"
+            )
     return {"role": message["role"], "content": content}
 
 
@@ -102,8 +123,12 @@ def _images(members, where):
         number, _, kind = extension.rpartition(".")
         if kind.lower() in IMAGE_EXTENSIONS:
             if number and not number.isdigit():
-                raise UserError(f"{where}: member .{extension} has no number; name images .0.jpg, .1.jpg, ... in the order of their tags")
+                raise UserError(
+                    f"{where}: member .{extension} has no number; name images .0.jpg, .1.jpg, ... in the order of their tags"
+                )
             numbered[int(number or 0)] = data
     if sorted(numbered) != list(range(len(numbered))):
-        raise UserError(f"{where}: images are numbered {sorted(numbered)}; wanted 0 to {len(numbered) - 1} without gaps")
+        raise UserError(
+            f"{where}: images are numbered {sorted(numbered)}; wanted 0 to {len(numbered) - 1} without gaps"
+        )
     return [numbered[number] for number in sorted(numbered)]

@@ -21,7 +21,9 @@ def find_shards(sources, what="data.train"):
         path = Path(source).expanduser()
         found = sorted(path.glob("*.tar")) if path.is_dir() else [Path(p) for p in sorted(glob.glob(str(path)))]
         if not found:
-            raise UserError(f"{what}: no shard at {source}; wanted a .tar file, a folder of them or a glob pattern such as data/*.tar")
+            raise UserError(
+                f"{what}: no shard at {source}; wanted a .tar file, a folder of them or a glob pattern such as data/*.tar"
+            )
         shards += found
     return shards
 
@@ -41,7 +43,9 @@ def walk_shard(path):
             for info in tar:
                 key, extension = base_plus_ext(info.name)
                 if key is None:
-                    raise UserError(f"{path}: member {info.name!r} has no extension; wanted names such as 000001.json, 000001.0.jpg")
+                    raise UserError(
+                        f"{path}: member {info.name!r} has no extension; wanted names such as 000001.json, 000001.0.jpg"
+                    )
                 if members is not None and members["__key__"] != key:
                     yield members, start, info.offset - start
                     members = None
@@ -59,21 +63,27 @@ def read_sample(file, offset, num_bytes, where):
     file.seek(offset)
     data = file.read(num_bytes)
     if len(data) != num_bytes:
-        raise UserError(f"{where}: ends at {offset + len(data)} bytes, the index says {offset + num_bytes}; the shard has changed: index it again")
+        raise UserError(
+            f"{where}: ends at {offset + len(data)} bytes, the index says {offset + num_bytes}; the shard has changed: index it again"
+        )
     members = None
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
         for info in tar:
             key, _ = base_plus_ext(info.name)
             members = members or {"__key__": key}
             if members["__key__"] != key:
-                raise UserError(f"{where}: holds {key!r} where the index says {members['__key__']!r}; the shard has changed: index it again")
+                raise UserError(
+                    f"{where}: holds {key!r} where the index says {members['__key__']!r}; the shard has changed: index it again"
+                )
             _add_member(members, tar, info, where)
     return members
 
 
 def _add_member(members, tar, info, where):
     if not info.isreg():
-        raise UserError(f"{where}: member {info.name!r} is not a regular file; links and folders have no place in a shard")
+        raise UserError(
+            f"{where}: member {info.name!r} is not a regular file; links and folders have no place in a shard"
+        )
     extension = base_plus_ext(info.name)[1].lower()
     if extension in members:
         raise UserError(f"{where}: member {info.name!r} comes twice; keys must be unique within a shard")

@@ -28,7 +28,8 @@ def evaluate_run(config, launch, say, model_folder=None):
     if not is_exported(folder):
         raise UserError(f"evaluation: no exported model at {folder}; train first, or give --model DIR")
     sources = [
-        str(embedded_corpus(config.data) / "eval") if source == "embedded" else source for source in config.data.evaluation
+        str(embedded_corpus(config.data) / "eval") if source == "embedded" else source
+        for source in config.data.evaluation
     ]
     samples = read_samples(find_shards(sources, "data.evaluation"), config.evaluate.max_samples_per_task)
     say(f"evaluate  {len(samples)} questions at {list(config.evaluate.num_visual_tokens)} visual tokens")
@@ -51,9 +52,13 @@ def read_samples(shards, max_per_task):
     """Evaluation samples of webdataset shards, at most `max_per_task` of each task, in the shards' order."""
     samples, per_task = [], Counter()
     for members in webdataset.WebDataset([str(shard) for shard in shards], shardshuffle=False):
-        sample = parse_sample({k: v for k, v in members.items() if k not in ("__url__", "__local_path__")}, members["__url__"])
+        sample = parse_sample(
+            {k: v for k, v in members.items() if k not in ("__url__", "__local_path__")}, members["__url__"]
+        )
         if sample.messages[-1]["role"] != "assistant":
-            raise UserError(f"{members['__url__']}, sample {sample.key}: ends with a {sample.messages[-1]['role']} message; wanted the expected answer")
+            raise UserError(
+                f"{members['__url__']}, sample {sample.key}: ends with a {sample.messages[-1]['role']} message; wanted the expected answer"
+            )
         if per_task[sample.task] < max_per_task:
             per_task[sample.task] += 1
             samples.append(sample)

@@ -7,6 +7,7 @@ import torch
 
 from ..model import TokenFlexForConditionalGeneration
 
+
 def loading_code(folder):
     """The lines of Python that load an exported model, for a person to copy."""
     return (

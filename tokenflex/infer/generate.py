@@ -19,7 +19,9 @@ class Generator:
 
     def __init__(self, folder):
         if not is_exported(folder):
-            raise UserError(f"--model {folder}: no exported model there (no config.json); give the folder that training wrote, runs/NAME/model")
+            raise UserError(
+                f"--model {folder}: no exported model there (no config.json); give the folder that training wrote, runs/NAME/model"
+            )
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(device).eval()
         self.processor = AutoProcessor.from_pretrained(folder)
@@ -63,6 +65,8 @@ def parse_num_visual_tokens(text):
     for entry in text.split(","):
         numbers = entry.lower().split("x")
         if len(numbers) > 2 or not all(number.strip().isdigit() and int(number) > 0 for number in numbers):
-            raise UserError(f"--num-visual-tokens {text}: {entry!r} is no count; wanted a positive number such as 144, rows x columns such as 8x12, or a list such as 64,256")
+            raise UserError(
+                f"--num-visual-tokens {text}: {entry!r} is no count; wanted a positive number such as 144, rows x columns such as 8x12, or a list such as 64,256"
+            )
         counts.append(int(numbers[0]) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1])))
     return counts[0] if len(counts) == 1 else counts

@@ -52,7 +52,9 @@ def packed_backend(device_type):
 
     def flash(query, key, value, cu_seq_lens, max_length, scaling, dropout):
         lengths = (cu_seq_lens, cu_seq_lens, max_length, max_length)
-        return flash_attn_varlen_func(query, key, value, *lengths, dropout_p=dropout, softmax_scale=scaling, causal=True)
+        return flash_attn_varlen_func(
+            query, key, value, *lengths, dropout_p=dropout, softmax_scale=scaling, causal=True
+        )
 
     return flash
 
@@ -73,7 +75,10 @@ def _sdpa_per_sample(query, key, value, cu_seq_lens, max_length, scaling, dropou
     outputs = [
         F.scaled_dot_product_attention(
             *(x.transpose(0, 1).unsqueeze(0) for x in sample),
-            dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+            dropout_p=dropout,
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
         for sample in zip(query.split(lengths), key.split(lengths), value.split(lengths))
     ]
@@ -82,7 +87,7 @@ def _sdpa_per_sample(query, key, value, cu_seq_lens, max_length, scaling, dropou
 
 def _no_mask(*args, **kwargs):
     """`cu_seq_lens_q` says all that a mask would: none is built."""
-    return None
+    return
 
 
 def register_packed_attention():

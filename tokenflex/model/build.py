@@ -1,5 +1,6 @@
 """From the configuration's model section to a model and its processor: pretrained parts, parts from scratch, or both."""
 
+import contextlib
 from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -26,8 +27,14 @@ def build_processor(model, budget, default_tokenizer=""):
     """
     source = model.tokenizer or model.init_from or (model.text if isinstance(model.text, str) else default_tokenizer)
     if not source:
-        raise UserError("model.tokenizer: empty, and the language model is built from scratch; name a tokenizer's folder or hub id")
-    tokenizer = _load("model.tokenizer", source, lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code))
+        raise UserError(
+            "model.tokenizer: empty, and the language model is built from scratch; name a tokenizer's folder or hub id"
+        )
+    tokenizer = _load(
+        "model.tokenizer",
+        source,
+        lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code),
+    )
     if not tokenizer.chat_template:
         raise UserError(f"model.tokenizer {source}: has no chat template; name an instruction-tuned model's tokenizer")
     missing = missing_tokens(tokenizer, model.image_tokens)
@@ -52,19 +59,20 @@ def build_processor(model, budget, default_tokenizer=""):
     )
 
 
-def build_model(model, budget, processor, dtype):
+def build_model(model, budget, processor, dtype, loading=contextlib.nullcontext):
     """The model of a run, in training mode with packed attention.
 
-    Pretrained parts are loaded within whatever sharding context is active; every weight must be found in the checkpoint.
+    Pretrained parts are loaded within `loading()`, which may shard them as they come; every weight must be found in the
+    checkpoint. Parts from scratch are built whole: their start must be the same on any number of ranks.
 
     Raises:
         UserError: a part that cannot be loaded, or that lacks weights.
     """
     register_packed_attention()
     if model.init_from:
-        built = _load("model.init_from", model.init_from, lambda: _initialised_from(model, dtype))
+        built = _load("model.init_from", model.init_from, lambda: _initialised_from(model, dtype, loading))
     else:
-        built = _composed(model, budget, processor, dtype)
+        built = _composed(model, budget, processor, dtype, loading)
     built.projector.backend = model.projector_backend
     built.config.trained_num_visual_tokens = sorted(budget.num_visual_tokens)
     built.config.default_num_visual_tokens = max(budget.num_visual_tokens)
@@ -89,7 +97,7 @@ def vision_config(model):
     return config
 
 
-def _composed(model, budget, processor, dtype):
+def _composed(model, budget, processor, dtype, loading):
     vision, text = vision_config(model), _part_config("model.text", model.text, model.trust_remote_code)
     text = getattr(text, "text_config", text)
     if isinstance(model.text, dict):
@@ -111,22 +119,27 @@ def _composed(model, budget, processor, dtype):
         trained_num_visual_tokens=budget.num_visual_tokens,
         dtype=dtype,
     )
-    tower = _pretrained("model.vision", AutoModel, model.vision, vision, dtype, model) if isinstance(model.vision, str) else None
-    language = _pretrained("model.text", AutoModelForCausalLM, model.text, text, dtype, model) if isinstance(model.text, str) else None
+    tower = language = None
+    if isinstance(model.vision, str):
+        tower = _pretrained("model.vision", AutoModel, model.vision, vision, dtype, model, loading)
+    if isinstance(model.text, str):
+        language = _pretrained("model.text", AutoModelForCausalLM, model.text, text, dtype, model, loading)
     return TokenFlexForConditionalGeneration(config, vision_tower=tower, language_model=language).to(dtype)
 
 
-def _initialised_from(model, dtype):
-    built, info = TokenFlexForConditionalGeneration.from_pretrained(model.init_from, dtype=dtype, output_loading_info=True)
+def _initialised_from(model, dtype, loading):
+    with loading():
+        built, info = TokenFlexForConditionalGeneration.from_pretrained(
+            model.init_from, dtype=dtype, output_loading_info=True
+        )
     _check_complete("model.init_from", model.init_from, info)
     return built
 
 
-def _pretrained(key, auto_class, source, config, dtype, model):
-    load = lambda: auto_class.from_pretrained(  # noqa: E731
-        source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=model.trust_remote_code
-    )
-    part, info = _load(key, source, load)
+def _pretrained(key, auto_class, source, config, dtype, model, loading):
+    options = {"config": config, "dtype": dtype, "trust_remote_code": model.trust_remote_code}
+    with loading():
+        part, info = _load(key, source, lambda: auto_class.from_pretrained(source, output_loading_info=True, **options))
     _check_complete(key, source, info)
     return part
 
@@ -139,7 +152,9 @@ def _check_complete(key, source, info):
     """
     missing = sorted(info["missing_keys"]) + sorted(str(entry[0]) for entry in info["mismatched_keys"])
     if missing:
-        raise UserError(f"{key} {source}: {len(missing)} weights are missing or of another shape, first {missing[0]}; is it the right checkpoint?")
+        raise UserError(
+            f"{key} {source}: {len(missing)} weights are missing or of another shape, first {missing[0]}; is it the right checkpoint?"
+        )
 
 
 def _part_config(key, part, trust_remote_code):
@@ -148,7 +163,9 @@ def _part_config(key, part, trust_remote_code):
     values = dict(part)
     model_type = values.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
-        raise UserError(f"{key}: model_type is {model_type!r}; wanted a model type of transformers, for example siglip_vision_model or qwen3")
+        raise UserError(
+            f"{key}: model_type is {model_type!r}; wanted a model type of transformers, for example siglip_vision_model or qwen3"
+        )
     return _load(key, model_type, lambda: CONFIG_MAPPING[model_type](**values))
 
 

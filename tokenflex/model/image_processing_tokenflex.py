@@ -37,7 +37,9 @@ class TokenFlexImageProcessor(BaseImageProcessor):
 
     def normalised(self, resized_BHW3):
         """Bytes [B, height, width, 3] -> float32 `pixel_values` [B, 3, height, width], on the device they are on."""
-        mean, std = (torch.tensor(x, device=resized_BHW3.device).view(3, 1, 1) for x in (self.image_mean, self.image_std))
+        mean, std = (
+            torch.tensor(x, device=resized_BHW3.device).view(3, 1, 1) for x in (self.image_mean, self.image_std)
+        )
         return (resized_BHW3.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 

@@ -170,7 +170,9 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
             sides = self._sides(num_visual_tokens, len(pixel_values), input_ids)
             counts = [rows * columns for rows, columns in sides]
             pad = self.generation_config.pad_token_id or 0
-            input_ids, attention_mask = resize_image_runs(input_ids, attention_mask, counts, self.config.image_token_id, pad)
+            input_ids, attention_mask = resize_image_runs(
+                input_ids, attention_mask, counts, self.config.image_token_id, pad
+            )
         sides = sides or self._sides(None, len(pixel_values), input_ids)
         embeds = self.get_input_embeddings()(input_ids)
         visual_VD = self.get_image_features(pixel_values.to(embeds.dtype), sides).to(embeds.dtype)

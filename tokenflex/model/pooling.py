@@ -21,7 +21,9 @@ def sides_of(num_visual_tokens, grid):
     """
     if isinstance(num_visual_tokens, (tuple, list)):
         if len(num_visual_tokens) != 2 or any(not _is_count(n) for n in num_visual_tokens):
-            raise ValueError(f"num_visual_tokens is {num_visual_tokens!r}; a pair must hold two positive integers (rows, columns)")
+            raise ValueError(
+                f"num_visual_tokens is {num_visual_tokens!r}; a pair must hold two positive integers (rows, columns)"
+            )
         return tuple(num_visual_tokens)
     if not _is_count(num_visual_tokens):
         raise ValueError(f"num_visual_tokens is {num_visual_tokens!r}; it must be a positive integer, for example 64")
@@ -67,7 +69,9 @@ def adaptive_pool(features_PC, grids, sides, mode="adaptive"):
         raise ValueError(f"adaptive_pool got {len(grids)} grids but {len(sides)} sides; one side per image is needed")
     num_patches = sum(height * width for height, width in grids)
     if features_PC.shape[0] != num_patches:
-        raise ValueError(f"adaptive_pool got {features_PC.shape[0]} feature rows but the grids hold {num_patches} patches")
+        raise ValueError(
+            f"adaptive_pool got {features_PC.shape[0]} feature rows but the grids hold {num_patches} patches"
+        )
     if not grids:
         return features_PC
     if len(set(zip(grids, sides))) == 1:

@@ -73,7 +73,9 @@ class TokenFlexProcessor(ProcessorMixin):
         self.patch_grid = tuple(patch_grid)
         self._template_cache = {}
         self.image_start_token, self.image_token, self.image_end_token = tokens
-        self.image_start_token_id, self.image_token_id, self.image_end_token_id = tokenizer.convert_tokens_to_ids(list(tokens))
+        self.image_start_token_id, self.image_token_id, self.image_end_token_id = tokenizer.convert_tokens_to_ids(
+            list(tokens)
+        )
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     def __call__(self, images=None, text=None, num_visual_tokens=None, return_tensors="pt", **kwargs):
@@ -93,7 +95,9 @@ class TokenFlexProcessor(ProcessorMixin):
         tag = self.image_start_token + self.image_token + self.image_end_token
         num_tags = sum(prompt.count(tag) for prompt in texts)
         if num_tags != len(images):
-            raise ValueError(f"the text has {num_tags} image tags {tag} but {len(images)} images came; each image needs one tag")
+            raise ValueError(
+                f"the text has {num_tags} image tags {tag} but {len(images)} images came; each image needs one tag"
+            )
         counts = iter(self.counts(num_visual_tokens, len(images)))
         encode = lambda piece: self.tokenizer(piece, add_special_tokens=False)["input_ids"]  # noqa: E731
         rows = []
@@ -112,7 +116,9 @@ class TokenFlexProcessor(ProcessorMixin):
         if isinstance(num_visual_tokens, (int, tuple)):
             num_visual_tokens = [num_visual_tokens] * num_images
         if len(num_visual_tokens) != num_images:
-            raise ValueError(f"num_visual_tokens has {len(num_visual_tokens)} entries for {num_images} images; give one per image")
+            raise ValueError(
+                f"num_visual_tokens has {len(num_visual_tokens)} entries for {num_images} images; give one per image"
+            )
         sides = [sides_of(count, self.patch_grid) for count in num_visual_tokens]
         return [rows * columns for rows, columns in sides]
 
@@ -142,7 +148,9 @@ class TokenFlexProcessor(ProcessorMixin):
                 text = lambda items: "".join(tag if item["type"] == "image" else item["text"] for item in items)  # noqa: E731
                 texts.append(STAND_IN.sub(lambda match: text(contents[int(match[1])]), rendered))  # noqa: B023
             return texts if is_batch else texts[0]
-        num_images = [sum(item["type"] == "image" for m in messages for item in _items(m)) for messages in conversations]
+        num_images = [
+            sum(item["type"] == "image" for m in messages for item in _items(m)) for messages in conversations
+        ]
         counts = self.counts(num_visual_tokens, sum(num_images))
         rows, images = [], []
         for messages, number in zip(conversations, num_images):
@@ -164,9 +172,13 @@ class TokenFlexProcessor(ProcessorMixin):
         rendered, contents = self._render(messages, add_generation_prompt, chat_template, **kwargs)
         num_images = sum(item["type"] == "image" for items in contents for item in items)
         if num_images != len(counts):
-            raise ValueError(f"the conversation has {num_images} image tags but {len(counts)} images; each image needs one tag")
+            raise ValueError(
+                f"the conversation has {num_images} image tags but {len(counts)} images; each image needs one tag"
+            )
         texts = [item["text"] for items in contents for item in items if item["type"] == "text"]
-        text_ids = iter(self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else [])
+        text_ids = iter(
+            self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+        )
         encoded = EncodedConversation([], [], [], [])
         counts, after_answer = iter(counts), False
         for index, piece in enumerate(STAND_IN.split(rendered)):
@@ -175,7 +187,9 @@ class TokenFlexProcessor(ProcessorMixin):
                 for item in contents[int(piece)]:
                     if item["type"] == "image":
                         encoded.image_starts.append(len(encoded.input_ids) + 1)
-                        encoded.images.append(next((item[key] for key in ("image", "path", "url") if key in item), None))
+                        encoded.images.append(
+                            next((item[key] for key in ("image", "path", "url") if key in item), None)
+                        )
                         encoded.extend(self._image_ids(next(counts)) + self._template_ids("\n"))
                     else:
                         encoded.extend(next(text_ids), is_target=after_answer)
@@ -215,14 +229,18 @@ class TokenFlexProcessor(ProcessorMixin):
             "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
         }
         if images:
-            data["pixel_values"] = self.image_processor([load_image(str(image)) if isinstance(image, (str, Path)) else image for image in images])["pixel_values"]
+            data["pixel_values"] = self.image_processor(
+                [load_image(str(image)) if isinstance(image, (str, Path)) else image for image in images]
+            )["pixel_values"]
         return BatchFeature(data, tensor_type=return_tensors)
 
 
 def missing_tokens(tokenizer, tokens):
     """Those of `tokens` that are not single tokens of `tokenizer`."""
     ids = tokenizer.convert_tokens_to_ids(list(tokens))
-    return [token for token, index in zip(tokens, ids) if index is None or tokenizer.convert_ids_to_tokens(index) != token]
+    return [
+        token for token, index in zip(tokens, ids) if index is None or tokenizer.convert_ids_to_tokens(index) != token
+    ]
 
 
 def _items(message):

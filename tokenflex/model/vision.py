@@ -42,7 +42,9 @@ def patch_features(vision_tower, pixel_values, layer=-1):
     config = vision_tower.config
     height, width = pixel_values.shape[-2:]
     rows, columns = patch_grid(config, height, width)
-    outputs = vision_tower(**_inputs(config, pixel_values, rows, columns), output_hidden_states=layer != -1, return_dict=True)
+    outputs = vision_tower(
+        **_inputs(config, pixel_values, rows, columns), output_hidden_states=layer != -1, return_dict=True
+    )
     hidden = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
     if hidden.dim() == 4:
         return hidden.flatten(2).transpose(1, 2).flatten(0, 1)

@@ -1,6 +1,14 @@
 """Ranks and shards: who this process is, and the engine that trains across all of them."""
 
-from .engine import Engine, load_ds_config, quiet_libraries, resolve_ds_config, sharded_loading, start_process_group, zero_stage
+from .engine import (
+    Engine,
+    load_ds_config,
+    quiet_libraries,
+    resolve_ds_config,
+    sharded_loading,
+    start_process_group,
+    zero_stage,
+)
 from .environment import Launch, join
 
 __all__ = [

@@ -32,7 +32,9 @@ def load_ds_config(path):
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--ds_config {path}: {error.strerror}; give a DeepSpeed JSON file, for example configs/zero3.json") from None
+        raise UserError(
+            f"--ds_config {path}: {error.strerror}; give a DeepSpeed JSON file, for example configs/zero3.json"
+        ) from None
     except ValueError as error:
         raise UserError(f"--ds_config {path}: not valid JSON: {error}") from None
     for key, ours in OURS.items():
@@ -184,7 +186,9 @@ class Engine:
         """
         path, extra = self._engine.load_checkpoint(str(folder), tag=tag)
         if path is None:
-            raise UserError(f"checkpoint {folder}/{tag}: DeepSpeed could not load it; remove it to go on from the one before, or start with --fresh")
+            raise UserError(
+                f"checkpoint {folder}/{tag}: DeepSpeed could not load it; remove it to go on from the one before, or start with --fresh"
+            )
         return extra
 
     def close(self):

@@ -48,7 +48,12 @@ def discover(environment):
     if get("RANK") is not None and get("WORLD_SIZE") is not None:
         launcher, names = "torch", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     elif get("OMPI_COMM_WORLD_SIZE") is not None:
-        names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
+        names = (
+            "OMPI_COMM_WORLD_RANK",
+            "OMPI_COMM_WORLD_SIZE",
+            "OMPI_COMM_WORLD_LOCAL_RANK",
+            "OMPI_COMM_WORLD_LOCAL_SIZE",
+        )
         launcher = "openmpi"
     elif get("PMI_SIZE") is not None and get("SLURM_PROCID") is None:
         launcher, names = "mpi", ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
@@ -57,15 +62,25 @@ def discover(environment):
         address = address or first_host(get("SLURM_STEP_NODELIST") or get("SLURM_NODELIST") or "")
     else:
         return Launch(
-            rank=0, num_ranks=1, local_rank=0, local_num_ranks=1, master_addr="127.0.0.1", master_port=port, launcher="none"
+            rank=0,
+            num_ranks=1,
+            local_rank=0,
+            local_num_ranks=1,
+            master_addr="127.0.0.1",
+            master_port=port,
+            launcher="none",
         )
     rank, num_ranks = int(get(names[0])), int(get(names[1]))
     local_rank = int(get(names[2]) or rank)
     local_num_ranks = int(re.match(r"\d+", get(names[3]) or str(num_ranks))[0])
     if not 0 <= rank < num_ranks:
-        raise UserError(f"{launcher} start: {names[0]}={rank} and {names[1]}={num_ranks}; the rank must be below the number of ranks")
+        raise UserError(
+            f"{launcher} start: {names[0]}={rank} and {names[1]}={num_ranks}; the rank must be below the number of ranks"
+        )
     if address is None and num_ranks > local_num_ranks:
-        raise UserError(f"{launcher} start: {num_ranks} ranks over several hosts but no MASTER_ADDR; export MASTER_ADDR=<host of rank 0>")
+        raise UserError(
+            f"{launcher} start: {num_ranks} ranks over several hosts but no MASTER_ADDR; export MASTER_ADDR=<host of rank 0>"
+        )
     return Launch(
         rank=rank, num_ranks=num_ranks, local_rank=local_rank, local_num_ranks=local_num_ranks,
         master_addr=address or "127.0.0.1", master_port=port, launcher=launcher,
@@ -76,7 +91,9 @@ def first_host(node_list):
     """First host of a SLURM node list: `gpu[003-006,9],cpu1` -> `gpu003`."""
     match = re.match(r"([^,\[]+)(?:\[(\d+))?", node_list)
     if not match:
-        raise UserError(f"SLURM node list {node_list!r}: wanted names such as node[01-04]; export MASTER_ADDR=<host of rank 0>")
+        raise UserError(
+            f"SLURM node list {node_list!r}: wanted names such as node[01-04]; export MASTER_ADDR=<host of rank 0>"
+        )
     return match[1] + (match[2] or "")
 
 

@@ -24,7 +24,14 @@ class Meter:
             return
         self.path = Path(folder) / "metrics.jsonl"
         _forget_steps_from(self.path, first_step)
-        self.bar = tqdm(total=config.train.num_steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stdout, mininterval=0.5)
+        self.bar = tqdm(
+            total=config.train.num_steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            file=sys.stdout,
+            mininterval=0.5,
+        )
         self.wandb = _start_wandb(folder, config)
         self.begin = time.perf_counter()
 
@@ -39,9 +46,14 @@ class Meter:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         counts = " ".join(f"{count}:{number}" for count, number in record["images_per_count"].items())
-        self.bar.set_postfix_str(f"loss {record['loss']:.3f} | tokens/s {record['tokens_per_s']:.0f} | images {counts or 'none'}", refresh=False)
+        self.bar.set_postfix_str(
+            f"loss {record['loss']:.3f} | tokens/s {record['tokens_per_s']:.0f} | images {counts or 'none'}",
+            refresh=False,
+        )
         if self.wandb:
-            self.wandb.log({key: value for key, value in record.items() if isinstance(value, (int, float))}, step=record["step"])
+            self.wandb.log(
+                {key: value for key, value in record.items() if isinstance(value, (int, float))}, step=record["step"]
+            )
 
     def advance(self):
         """One optimizer step is done."""
@@ -81,4 +93,11 @@ def _start_wandb(folder, config):
         return None
     mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
     settings = wandb.Settings(silent=True, console="off")
-    return wandb.init(project="tokenflex", name=config.name, dir=str(folder), mode=mode, config=config.model_dump(mode="json"), settings=settings)
+    return wandb.init(
+        project="tokenflex",
+        name=config.name,
+        dir=str(folder),
+        mode=mode,
+        config=config.model_dump(mode="json"),
+        settings=settings,
+    )

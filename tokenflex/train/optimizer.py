@@ -36,7 +36,9 @@ def build_optimizer(model, config):
                 groups.append({"params": members, "lr": settings.learning_rate, "weight_decay": decay})
                 peaks.append(settings.learning_rate)
     if not groups:
-        raise UserError("optimizer: vision, projector and text are all frozen; set optimizer.projector.train=true or another part's")
+        raise UserError(
+            "optimizer: vision, projector and text are all frozen; set optimizer.projector.train=true or another part's"
+        )
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True), peaks
 
 

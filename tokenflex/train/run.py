@@ -1,5 +1,6 @@
 """A whole run: data, model, engine, loop, export. What `launch/train.py` calls once the configuration is read."""
 
+import functools
 import json
 import shutil
 from dataclasses import dataclass
@@ -11,7 +12,16 @@ from .. import parallel
 from ..budget import VisualTokenBudget
 from ..checkpoint import complete_checkpoints, load_newest_checkpoint
 from ..config import save_config
-from ..data import PackDataset, Planner, Position, batch_loader, embedded_corpus, find_shards, index_folder, load_or_build_index
+from ..data import (
+    PackDataset,
+    Planner,
+    Position,
+    batch_loader,
+    embedded_corpus,
+    find_shards,
+    index_folder,
+    load_or_build_index,
+)
 from ..data.loader import micro_batches, num_micro_steps
 from ..errors import UserError
 from ..export import export_model
@@ -67,8 +77,8 @@ def run_training(config, ds_config, launch, fresh=False, say=print):
 
     torch.manual_seed(config.train.seed)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    with parallel.sharded_loading(ds_config):
-        model = build_model(config.model, config.budget, processor, dtype)
+    loading = functools.partial(parallel.sharded_loading, ds_config)
+    model = build_model(config.model, config.budget, processor, dtype, loading)
     optimizer, peak_rates = build_optimizer(model, config.optimizer)
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     engine = parallel.Engine(model, optimizer, ds_config, launch, device)
@@ -83,11 +93,23 @@ def run_training(config, ds_config, launch, fresh=False, say=print):
     _set_random_state(config.train.seed, progress["step"], launch.rank)
     steps = planner.steps_from(Position(**progress["position"]))
     plans = micro_batches(steps, launch.rank, launch.num_ranks, config.data.packs_per_micro_batch)
-    batches = batch_loader(dataset, _first(plans, (config.train.num_steps - progress["step"]) * num_accumulated), config.data.num_workers, device.type == "cuda")
+    batches = batch_loader(
+        dataset,
+        _first(plans, (config.train.num_steps - progress["step"]) * num_accumulated),
+        config.data.num_workers,
+        device.type == "cuda",
+    )
     meter = Meter(folder.root, config, progress["step"], launch.rank == 0)
     try:
         is_complete = train(
-            engine, batches, processor.image_processor.normalised, peak_rates, config, progress, folder.checkpoints, meter
+            engine,
+            batches,
+            processor.image_processor.normalised,
+            peak_rates,
+            config,
+            progress,
+            folder.checkpoints,
+            meter,
         )
     finally:
         meter.close()
@@ -116,7 +138,9 @@ def prepare_data(config, launch, say):
     torch.distributed.barrier()
     index = load_or_build_index(shards, processor, place)
     budget = VisualTokenBudget(
-        counts=config.budget.num_visual_tokens, probabilities=config.budget.probabilities, schedule=config.budget.schedule
+        counts=config.budget.num_visual_tokens,
+        probabilities=config.budget.probabilities,
+        schedule=config.budget.schedule,
     )
     planner = Planner(index, budget, config.data, config.train.seed, config.train.loss_weighting)
     dataset = PackDataset(index, processor, config.train.loss_weighting, blank_count=min(budget.counts))

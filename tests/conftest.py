@@ -1,0 +1,121 @@
+"""Shared pieces of the suite: the tiny recipe, its corpus (built once per session), and ranks as real processes."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokenflex.config import load_config
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "tests" / "tiny.yaml"
+
+torch.set_num_threads(1)  # the suite shares two cores with the ranks that it starts
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    """One folder for everything that is built once per session: the embedded corpus and its index."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def tiny_config(cache_dir):
+    return load_config(TINY, [f"data.cache_dir={cache_dir}"])
+
+
+@pytest.fixture(scope="session")
+def corpus(tiny_config):
+    from tokenflex.data import embedded_corpus
+
+    return embedded_corpus(tiny_config.data, say=lambda text: None)
+
+
+@pytest.fixture(scope="session")
+def processor(tiny_config, corpus):
+    from tokenflex.model import build_processor
+
+    return build_processor(tiny_config.model, tiny_config.budget, str(corpus / "tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def index(corpus, processor):
+    from tokenflex.data import find_shards, load_or_build_index
+
+    return load_or_build_index(find_shards([str(corpus / "train")]), processor, corpus / "train" / "index")
+
+
+@pytest.fixture
+def model(tiny_config, processor):
+    from tokenflex.model import build_model
+
+    torch.manual_seed(0)
+    return build_model(tiny_config.model, tiny_config.budget, processor, torch.float32)
+
+
+@dataclass
+class Finished:
+    """What a process left behind."""
+
+    status: int
+    output: str
+
+
+def run_ranks(num_ranks, arguments, timeout_s=240, environment=None):
+    """Run `python <arguments>` as ranks 0..n-1 of one job; returns how each ended.
+
+    A rank that fails ends the others soon after (they would wait for it); a job that hangs fails the test.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes, logs = [], []
+    for rank in range(num_ranks):
+        variables = {**common, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1, **(environment or {})}
+        logs.append(tempfile.TemporaryFile(mode="w+"))
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *map(str, arguments)],
+                env={**os.environ, **{name: str(value) for name, value in variables.items()}},
+                cwd=ROOT,
+                stdout=logs[-1],
+                stderr=subprocess.STDOUT,
+            )
+        )
+    deadline = time.monotonic() + timeout_s
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        if any(process.poll() for process in processes):
+            deadline = min(deadline, time.monotonic() + 10)
+        time.sleep(0.05)
+    is_hung = [process.poll() is None for process in processes]
+    for process in processes:
+        process.kill()
+        process.wait()
+    finished = []
+    for process, log in zip(processes, logs):
+        log.seek(0)
+        finished.append(Finished(process.returncode, log.read()))
+    if all(is_hung):
+        pytest.fail(f"{num_ranks} ranks hung for {timeout_s} s\n" + "\n".join(end.output[-2000:] for end in finished))
+    return finished
+
+
+def train_ranks(num_ranks, output_dir, cache_dir, *overrides, timeout_s=240, ds_config="configs/zero3.json"):
+    """A training run of the tiny recipe on real ranks; returns their outputs after checking that all succeeded."""
+    arguments = ["launch/train.py", "--config", TINY, "--ds_config", ds_config]
+    finished = run_ranks(
+        num_ranks, [*arguments, f"output_dir={output_dir}", f"data.cache_dir={cache_dir}", *overrides], timeout_s
+    )
+    for rank, end in sorted(
+        enumerate(finished), key=lambda item: item[1].status < 0
+    ):  # the first to fail, not the killed
+        assert end.status == 0, f"rank {rank} ended with {end.status}:\n{end.output[-4000:]}"
+    return finished

@@ -1,0 +1,141 @@
+"""Laws of a job: one rank = two ranks, resumed = uninterrupted, and no rank waits for another's image."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT, TINY, run_ranks, train_ranks
+
+
+def metrics(output_dir, name="tiny"):
+    return [json.loads(line) for line in (output_dir / name / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory, cache_dir, corpus):
+    """The tiny recipe on one rank: the reference of the laws below."""
+    folder = tmp_path_factory.mktemp("one_rank")
+    train_ranks(1, folder, cache_dir)
+    return folder
+
+
+def test_one_rank_equals_two_ranks(one_rank, tmp_path, cache_dir):
+    train_ranks(2, tmp_path, cache_dir)
+    one, two = metrics(one_rank), metrics(tmp_path)
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two):
+        assert abs(a["loss"] - b["loss"]) < 1e-6, (a, b)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        for key in ("num_tokens", "num_visual_tokens", "num_samples", "images_per_count"):
+            assert a[key] == b[key], key
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_every_zero_stage_trains_alike(stage, one_rank, tmp_path, cache_dir):
+    config = json.loads((ROOT / "configs" / "zero3.json").read_text())
+    config["zero_optimization"] = {"stage": stage}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    train_ranks(1, tmp_path, cache_dir, ds_config=tmp_path / "ds.json")
+    for a, b in zip(metrics(one_rank), metrics(tmp_path), strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-5, (a, b)
+
+
+def test_workers_change_nothing(one_rank, tmp_path, cache_dir):
+    train_ranks(1, tmp_path, cache_dir, "data.num_workers=2")
+    assert [line["loss"] for line in metrics(one_rank)] == [line["loss"] for line in metrics(tmp_path)]
+
+
+def test_interrupt_saves_and_the_same_command_continues_the_curve(one_rank, tmp_path, cache_dir):
+    """Ctrl-C in the middle of a run of real processes, then the same command again."""
+    command = [sys.executable, "launch/train.py", "--config", str(TINY), "--ds_config", "configs/zero3.json"]
+    command += [f"output_dir={tmp_path}", f"data.cache_dir={cache_dir}"]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "29671"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    log = tmp_path / "tiny" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "the same command goes on from there" in output
+    num_before = len(metrics(tmp_path))
+    assert 2 <= num_before < 6
+    again = subprocess.run(command, cwd=ROOT, env=variables, text=True, capture_output=True, timeout=240)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"at step {num_before}" in again.stdout
+    for a, b in zip(metrics(one_rank), metrics(tmp_path), strict=True):
+        assert a["step"] == b["step"]
+        assert abs(a["loss"] - b["loss"]) < 1e-6, (a, b)
+
+
+def test_a_changed_plan_is_refused_on_resume(one_rank, cache_dir):
+    ends = run_ranks(
+        1,
+        [
+            "launch/train.py",
+            "--config",
+            TINY,
+            f"output_dir={one_rank}",
+            f"data.cache_dir={cache_dir}",
+            "data.pack_length=512",
+        ],
+    )
+    assert ends[0].status == 2
+    assert "made with another data.pack_length" in ends[0].output and "--fresh" in ends[0].output
+
+
+TEXT_ONLY_ON_ONE_RANK = """
+import sys
+import numpy as np
+import torch
+from tokenflex import parallel
+from tokenflex.config import load_config
+from tokenflex.data import PackDataset, Position, find_shards, load_or_build_index
+from tokenflex.data.loader import MicroBatchPlan
+from tokenflex.model import build_model, build_processor
+from tokenflex.train.optimizer import build_optimizer
+from tokenflex.train.step import batch_loss
+
+recipe, corpus = sys.argv[1:]
+config = load_config(recipe)
+launch = parallel.join()
+parallel.quiet_libraries()
+device = parallel.start_process_group(launch)
+ds_config = parallel.resolve_ds_config(parallel.load_ds_config("configs/zero3.json"), "fp32", 2, 1.0)
+ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # every weight is gathered, none is kept
+processor = build_processor(config.model, config.budget, corpus + "/tokenizer")
+index = load_or_build_index(find_shards([corpus + "/train"]), processor, corpus + "/train/index")
+torch.manual_seed(0)
+model = build_model(config.model, config.budget, processor, torch.float32)
+optimizer, rates = build_optimizer(model, config.optimizer)
+engine = parallel.Engine(model, optimizer, ds_config, launch, device)
+engine.train()
+dataset = PackDataset(index, processor, "sqrt", blank_count=4)
+text, images = np.flatnonzero(index.num_images == 0), np.flatnonzero(index.num_images > 0)
+for micro in range(4):
+    ids = text[:2] if launch.rank == micro % 2 else images[micro : micro + 2]
+    counts = np.where(index.num_images[ids] > 0, 12, 0)
+    batch = dataset.batch(MicroBatchPlan(Position(), micro % 2 == 1, ids, counts, 4.0))
+    loss = batch_loss(engine, batch, processor.image_processor.normalised)
+    engine.backward(loss)
+    engine.step(rates)
+    assert torch.isfinite(loss)
+print("DONE", launch.rank)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_text_only_micro_batch_on_one_rank_does_not_hang_zero3(tmp_path, corpus):
+    script = tmp_path / "text_only.py"
+    script.write_text(TEXT_ONLY_ON_ONE_RANK)
+    for rank, end in enumerate(run_ranks(2, [script, TINY, corpus], timeout_s=120)):
+        assert end.status == 0 and f"DONE {rank}" in end.output, end.output[-3000:]
