@@ -29,11 +29,12 @@ def parse(argv):
 
 def main(arguments, say):
     from tokenflex import parallel
+
+    parallel.quiet_libraries()
     from tokenflex.evaluate import evaluate_run
 
     config = load_config(arguments.config, arguments.overrides)
     launch = parallel.join()
-    parallel.quiet_libraries()
     say.is_main = launch.rank == 0
     parallel.start_process_group(launch)
     evaluate_run(config, launch, say, arguments.model)

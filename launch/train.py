@@ -41,13 +41,14 @@ def parse(argv):
 
 def main(arguments, say):
     from tokenflex import parallel
+
+    parallel.quiet_libraries()
     from tokenflex.evaluate import evaluate_run
     from tokenflex.train.run import run_folder, run_training
 
     config = load_config(arguments.config, arguments.overrides)
     ds_config = parallel.load_ds_config(arguments.ds_config)
     launch = parallel.join()
-    parallel.quiet_libraries()
     say.is_main = launch.rank == 0
     if not run_training(config, ds_config, launch, arguments.fresh, say):
         say(f"stopped   and saved in {run_folder(config).checkpoints}; the same command goes on from there")

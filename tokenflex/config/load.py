@@ -60,7 +60,7 @@ def apply_overrides(values, overrides):
     Raises:
         UserError: an override without `=`, or one that goes through a value that is no section.
     """
-    values = {key: value for key, value in values.items()}
+    values = dict(values)
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path:

@@ -122,7 +122,7 @@ class PackDataset(Dataset):
             if len(self._files) >= self.MAX_OPEN_SHARDS:
                 self._files.pop(next(iter(self._files))).close()
             try:
-                self._files[shard] = open(shard, "rb")
+                self._files[shard] = open(shard, "rb")  # noqa: SIM115  kept open on purpose
             except OSError as error:
                 raise UserError(
                     f"{shard}: {error.strerror}; the shard was there when it was indexed: restore it or index again"

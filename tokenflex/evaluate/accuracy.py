@@ -1,13 +1,13 @@
 """Greedy exact-match accuracy of an exported model, per task and visual-token count."""
 
 import json
+import logging
 from collections import Counter
 from pathlib import Path
 
 import torch
 import webdataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import logging
 
 from ..data import embedded_corpus, find_shards, parse_sample
 from ..errors import UserError
@@ -51,7 +51,9 @@ def evaluate_run(config, launch, say, model_folder=None):
 def read_samples(shards, max_per_task):
     """Evaluation samples of webdataset shards, at most `max_per_task` of each task, in the shards' order."""
     samples, per_task = [], Counter()
-    for members in webdataset.WebDataset([str(shard) for shard in shards], shardshuffle=False):
+    urls = [str(shard) for shard in shards]
+    every_rank_reads_all = lambda urls: urls  # ranks share the questions out afterwards, not the shards
+    for members in webdataset.WebDataset(urls, shardshuffle=False, nodesplitter=every_rank_reads_all):
         sample = parse_sample(
             {k: v for k, v in members.items() if k not in ("__url__", "__local_path__")}, members["__url__"]
         )
@@ -75,7 +77,7 @@ def evaluate_model(model, processor, samples, settings, say=lambda text: None):
 
     Samples without an image are asked once and counted at every count. `settings` is the configuration's evaluate section.
     """
-    logging.set_verbosity_error()  # that a count was not trained is the point of the table, not a warning
+    logging.getLogger(type(model).__module__).setLevel(logging.ERROR)  # untrained counts are the point of the table
     right, asked = Counter(), Counter()
     for with_images in (True, False):
         group = [sample for sample in samples if bool(sample.images) == with_images]

@@ -3,6 +3,7 @@
 import contextlib
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -177,7 +178,7 @@ def _load(key, source, load):
     """
     try:
         return load()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         kind = "folder" if Path(source).exists() else "hub id or folder"
         raise UserError(f"{key}: {kind} {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 

@@ -58,12 +58,19 @@ def resolve_ds_config(config, precision, num_micro_steps, max_grad_norm):
 
 
 def quiet_libraries():
-    """Keep DeepSpeed's and torch's running commentary out of the progress bar; warnings and errors stay."""
+    """Keep the libraries' running commentary out of the progress bar; warnings that matter and errors stay.
+
+    Call it before anything imports DeepSpeed, which looks for its accelerator (and comments on it) when imported.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\..*")
     import deepspeed
+    from transformers.utils import logging as transformers_logging
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()
 
 
 def start_process_group(launch):

@@ -24,16 +24,18 @@ class Meter:
             return
         self.path = Path(folder) / "metrics.jsonl"
         _forget_steps_from(self.path, first_step)
+        self.num_steps, self.first_step = config.train.num_steps, first_step
+        self.is_terminal = sys.stdout.isatty()
         self.bar = tqdm(
-            total=config.train.num_steps,
+            total=self.num_steps,
             initial=first_step,
             unit="step",
             dynamic_ncols=True,
             file=sys.stdout,
-            mininterval=0.5,
+            disable=not self.is_terminal,
         )
         self.wandb = _start_wandb(folder, config)
-        self.begin = time.perf_counter()
+        self.start = self.begin = time.perf_counter()
 
     def log(self, record):
         """Write one interval's figures."""
@@ -41,29 +43,24 @@ class Meter:
             return
         now = time.perf_counter()
         record = {**record, "seconds": round(now - self.begin, 3)}
-        self.begin = now
         record["tokens_per_s"] = round(record["num_tokens"] / max(record["seconds"], 1e-9), 1)
+        self.begin = now
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        counts = " ".join(f"{count}:{number}" for count, number in record["images_per_count"].items())
-        self.bar.set_postfix_str(
-            f"loss {record['loss']:.3f} | tokens/s {record['tokens_per_s']:.0f} | images {counts or 'none'}",
-            refresh=False,
-        )
         if self.wandb:
-            self.wandb.log(
-                {key: value for key, value in record.items() if isinstance(value, (int, float))}, step=record["step"]
-            )
+            self.wandb.log({k: v for k, v in record.items() if isinstance(v, (int, float))}, step=record["step"])
+        counts = " ".join(f"{count}:{number}" for count, number in record["images_per_count"].items())
+        figures = f"loss {record['loss']:.3f} | {record['tokens_per_s']:.0f} tokens/s | images per count {counts}"
+        if self.is_terminal:
+            self.bar.set_postfix_str(figures, refresh=False)
+        else:  # a log file gets lines, not a bar that is drawn over and over
+            left = (now - self.start) / (record["step"] - self.first_step) * (self.num_steps - record["step"])
+            print(f"step {record['step']}/{self.num_steps} | {figures} | {tqdm.format_interval(left)} left", flush=True)
 
     def advance(self):
         """One optimizer step is done."""
         if self.is_main:
             self.bar.update(1)
-
-    def say(self, text):
-        """A line above the progress bar."""
-        if self.is_main:
-            self.bar.write(text, file=sys.stdout)
 
     def close(self):
         if self.is_main:

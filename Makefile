@@ -1,0 +1,33 @@
+# make train   installs what is missing, builds the embedded corpus, trains, evaluates, exports
+# make test    installs what is missing, runs the CPU test suite
+# ARGS="..."   is handed on: make train ARGS="train.num_steps=200", make test ARGS="-k packing"
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+ARGS ?=
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: train test test-quickstart lint clean
+
+train: $(VENV)/installed
+	deepspeed launch/train.py --ds_config configs/zero3.json $(ARGS)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not gpu and not multi_gpu and not slurm and not slow" $(ARGS)
+
+test-quickstart: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow tests/test_quickstart.py $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+$(VENV)/installed: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 10) <= v < (3, 13) else f"error: {sys.executable} is Python {v.major}.{v.minor}; TokenFLEX runs on 3.10 to 3.12: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quickstart,mpi,dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

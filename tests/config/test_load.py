@@ -1,0 +1,92 @@
+"""Strict configuration: what is written is what runs, and every mistake is one line that names its mend."""
+
+import pytest
+
+from tokenflex.config import RunConfig, apply_overrides, describe, load_config, save_config
+from tokenflex.errors import UserError
+
+WRONG = {
+    "train.num_stps=3": ["unknown key train.num_stps", "did you mean train.num_steps"],
+    "num_steps=3": ["unknown key num_steps", "did you mean train.num_steps"],
+    "optimizer.text.lr=1": ["unknown key optimizer.text.lr", "learning_rate"],
+    "train.num_steps=many": ["train.num_steps", "integer", "'many'"],
+    "train.num_steps=0": ["train.num_steps", "greater than 0"],
+    "train.num_steps=2.5": ["train.num_steps", "integer", "2.5"],
+    "train.precision=fp8": ["train.precision", "'fp8'", "bf16"],
+    "budget.num_visual_tokens=[0,64,256]": ["budget.num_visual_tokens.0", "greater than 0", "0"],
+    "budget.num_visual_tokens=[-4,64,256]": ["budget.num_visual_tokens.0", "greater than 0", "-4"],
+    "budget.num_visual_tokens=[64,64,256]": ["distinct counts"],
+    "budget.probabilities=[0.5,0.5]": ["2 probabilities", "3 counts"],
+    "budget.probabilities=[0.5,0.5,0.5]": ["sum to 1.5"],
+    "budget.schedule=[[5,[1,0,0]],[5,[0,0,1]]]": ["must rise"],
+    "data.lockstep_packs=7": ["lockstep_packs=7", "packs_per_step=64"],
+    "name=../../etc": ["name", "../../etc"],
+    "train": ["wanted section.key=value"],
+    "train.num_steps.deep=1": ["train.num_steps"],
+    "optimizer.betas=[0.9,nan]": ["optimizer.betas.1", "finite"],
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_a_mistake_is_one_line_that_names_it(override):
+    with pytest.raises(UserError) as error:
+        load_config(None, [override])
+    assert "\n" not in str(error.value)
+    for part in WRONG[override]:
+        assert part in str(error.value), str(error.value)
+
+
+def test_overrides_reach_every_depth_and_keep_their_neighbours(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("optimizer:\n  vision: {train: false}\ntrain: {num_steps: 7}\n")
+    config = load_config(
+        path, ["optimizer.text.learning_rate=3e-3", "model.vision.model_type=clip_vision_model", "name=a-b.c"]
+    )
+    assert config.train.num_steps == 7 and not config.optimizer.vision.train
+    assert config.optimizer.vision.learning_rate == RunConfig().optimizer.vision.learning_rate != 2e-5
+    assert config.optimizer.text.learning_rate == 0.003
+    assert config.model.vision == {"model_type": "clip_vision_model"} and config.name == "a-b.c"
+
+
+def test_yaml_surprises_are_read_as_a_person_means_them(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "budget: {num_visual_tokens: [10, 20], probabilities: [.5, 5e-1]}\noptimizer: {eps: 1e-9}\ntrain: {wandb: off}\n"
+    )
+    config = load_config(path)
+    assert config.optimizer.eps == 1e-9 and config.train.wandb == "off"
+    assert config.budget.probabilities == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("text, part", [("a: [1", "not valid YAML"), ("- 1\n- 2", "list at the top")])
+def test_a_broken_file_is_named(tmp_path, text, part):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=part) as error:
+        load_config(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_saved_configuration_loads_to_an_equal_one(tmp_path):
+    config = load_config(None, ["train.num_steps=3", "budget.schedule=[[0,[1,0,0]],[10,[0,0,1]]]", "data.train=x.tar"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_every_key_is_documented():
+    text = describe()
+    for key in ("train.num_steps=1000", "optimizer.vision.learning_rate=2e-06", "budget.probabilities=[0.2,0.3,0.5]"):
+        assert key in text
+    lines = text.splitlines()
+    assert all(documentation.strip() for documentation in lines[1::2])
+
+
+def test_overriding_does_not_touch_what_was_given():
+    values = {"train": {"num_steps": 1}}
+    apply_overrides(values, ["train.num_steps=2"])
+    assert values == {"train": {"num_steps": 1}}

@@ -1,0 +1,96 @@
+"""Evaluation: exact match by real generation, the same figures on any number of ranks, a table and a plot of them."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY, run_ranks
+from PIL import Image
+
+from tokenflex.data import find_shards
+from tokenflex.evaluate import accuracy_table, evaluate_model, exact_match, plot_accuracy
+from tokenflex.evaluate.accuracy import read_samples
+from tokenflex.export import export_model
+from tokenflex.model import build_model
+
+RECORD = {
+    "accuracy": {"coarse": {"4": 0.5, "6": 0.625, "12": 1.0}, "text": {"4": 0.0, "6": 0.0, "12": 0.0}},
+    "num_questions": {"coarse": 8, "text": 4},
+    "trained": [4, 12],
+}
+
+
+@pytest.mark.parametrize("answer, expected, is_right", [
+    ("7", "7", True), (" Yes\n", "yes", True), ("7 2", "72", False), ("", "0", False), ("17", "7", False),
+])  # fmt: skip
+def test_exact_match(answer, expected, is_right):
+    assert exact_match(answer, expected) == is_right
+
+
+def test_table_has_every_figure_and_marks_trained_counts():
+    lines = accuracy_table(RECORD).splitlines()
+    assert lines[0] == "| task (questions) | **4** | 6 | **12** |"
+    assert lines[2:] == ["| coarse (8) | 50.0 | 62.5 | 100.0 |", "| text (4) | 0.0 | 0.0 | 0.0 |"]
+
+
+def test_plot_is_a_picture_with_lines_in_it(tmp_path):
+    plot_accuracy(RECORD, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.size == (960, 540) and len(image.convert("RGB").getcolors(100_000)) > 100
+
+
+class Oracle:
+    """Answers every question right at 12 visual tokens or more, and with nonsense below: its score is known."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, processor, samples):
+        self.processor = processor
+        self.answers = {}
+        for sample in samples:
+            prompt = processor.apply_chat_template(sample.decoded_messages()[:-1], add_generation_prompt=True)
+            self.answers.setdefault(prompt, []).append("".join(i["text"] for i in sample.messages[-1]["content"]))
+
+    def generate(self, input_ids, attention_mask, max_new_tokens, do_sample, pixel_values=None):
+        rows = []
+        for ids, mask in zip(input_ids, attention_mask):
+            text = self.processor.tokenizer.decode(ids[mask.bool()])
+            per_image = text.count("<IMG_CONTEXT>") // max(1, text.count("<img>"))
+            prompt = re.sub("(<IMG_CONTEXT>)+", "<IMG_CONTEXT>", text)
+            answer = self.answers[prompt].pop(0) if per_image >= 12 or "<img>" not in text else "wrong"
+            rows.append(self.processor.tokenizer(answer + "<|im_end|>")["input_ids"])
+        length = max(map(len, rows))
+        pad = self.processor.tokenizer.pad_token_id
+        return torch.cat([input_ids, torch.tensor([row + [pad] * (length - len(row)) for row in rows])], dim=1)
+
+
+def test_a_model_of_known_score_gets_that_score(corpus, processor):
+    samples = read_samples(find_shards([str(corpus / "eval")]), 2)
+    settings = SimpleNamespace(num_visual_tokens=(4, 12), batch_size=3, max_new_tokens=8)
+    right, asked = evaluate_model(Oracle(processor, samples), processor, samples, settings)
+    with_images = {sample.task for sample in samples if sample.images}
+    assert with_images and {sample.task for sample in samples} - with_images
+    for sample in samples:
+        assert asked[sample.task, 4] == asked[sample.task, 12] == 2
+        assert right[sample.task, 12] == 2
+        assert right[sample.task, 4] == (0 if sample.images else 2)
+
+
+def test_two_ranks_measure_what_one_does(tmp_path, tiny_config, processor, cache_dir, corpus):
+    torch.manual_seed(0)
+    model = build_model(tiny_config.model, tiny_config.budget, processor, torch.float32)
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    export_model(model, state, processor, tmp_path / "model")
+    records = []
+    for num_ranks in (1, 2):
+        folder = tmp_path / str(num_ranks)
+        arguments = ["launch/evaluate.py", "--config", TINY, "--model", tmp_path / "model", f"output_dir={folder}"]
+        ends = run_ranks(num_ranks, [*arguments, f"data.cache_dir={cache_dir}"])
+        assert all(end.status == 0 for end in ends), ends
+        assert "AutoModelForImageTextToText.from_pretrained" in ends[0].output and "| coarse" in ends[0].output
+        records.append(json.loads((folder / "tiny" / "accuracy.json").read_text()))
+        assert (folder / "tiny" / "accuracy.png").exists()
+    assert records[0] == records[1]
+    assert list(records[0]["accuracy"]["coarse"]) == ["4", "6", "12"]

@@ -1,0 +1,205 @@
+"""What a person may get wrong at the entry points: one line on stderr, status 2, a traceback only with --debug."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, run_ranks
+from PIL import Image
+
+from tokenflex import cli
+from tokenflex.errors import UserError
+from tokenflex.infer import parse_num_visual_tokens
+from tokenflex.launching import entry_point
+from tokenflex.parallel import load_ds_config
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_an_error_is_one_line_and_its_traceback_needs_debug(capsys):
+    def fail(arguments, say):
+        raise UserError("config x.yaml: unknown key a; did you mean b?")
+
+    arguments = type("Arguments", (), {"debug": False})()
+    assert entry_point(fail, arguments) == 2
+    assert capsys.readouterr().err == "error: config x.yaml: unknown key a; did you mean b?\n"
+    arguments.debug = True
+    assert entry_point(fail, arguments) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_other_errors_are_not_hidden():
+    def fail(arguments, say):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        entry_point(fail, type("Arguments", (), {"debug": False})())
+
+
+def test_help_documents_every_key_and_the_aliases(capsys):
+    with pytest.raises(SystemExit):
+        load_script("train").parse(["--help"])
+    text = capsys.readouterr().out
+    for part in (
+        "--ds_config",
+        "--deepspeed_config",
+        "--config",
+        "--fresh",
+        "train.num_steps=",
+        "budget.probabilities=",
+        "Peak learning rate",
+    ):
+        assert part in text
+
+
+def test_what_a_person_and_a_launcher_type_is_understood():
+    parse = load_script("train").parse
+    arguments = parse(
+        ["--local_rank=3", "train.num_steps=2", "--deepspeed_config", "x.json", "a.b=[1, 2]", "--config", "c.yaml"]
+    )
+    assert arguments.ds_config == "x.json" and arguments.config == "c.yaml"
+    assert arguments.overrides == ["train.num_steps=2", "a.b=[1, 2]"]
+    assert parse([]).config.endswith("quickstart.yaml") and parse([]).ds_config.endswith("zero3.json")
+
+
+@pytest.mark.parametrize("text, part", [
+    ("{", "not valid JSON"),
+    (json.dumps({"gradient_accumulation_steps": 4}), "sets gradient_accumulation_steps; .* set data.packs_per_step instead"),
+    (json.dumps({"optimizer": {"type": "Adam"}}), r"sets optimizer; .* set optimizer.\* instead"),
+    (None, "No such file"),
+])  # fmt: skip
+def test_a_wrong_ds_config_is_named(tmp_path, text, part):
+    path = tmp_path / "ds.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=part):
+        load_ds_config(path)
+
+
+def test_shipped_ds_configs_load():
+    for path in (ROOT / "configs").glob("*.json"):
+        assert load_ds_config(path)["zero_optimization"]["stage"] in (0, 1, 2, 3)
+
+
+WRONG_RUNS = {
+    "unknown key": (["train.num_stps=3"], "did you mean train.num_steps"),
+    "missing shard": (["data.train=/nowhere/*.tar"], "data.train: no shard at /nowhere/"),
+    "too few packs for the ranks": (["data.packs_per_step=4", "data.lockstep_packs=4"], "does not divide over 3 ranks"),
+    "sample longer than a pack": (["data.pack_length=24"], "set data.over_long=drop"),
+    "tokenizer without image tokens": (['model.image_tokens=["<a>","<b>","<c>"]'], "lacks the image tokens"),
+    "all frozen": (
+        ["optimizer.vision.train=false", "optimizer.text.train=false", "optimizer.projector.train=false"],
+        "vision, projector and text are all frozen",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_RUNS)
+def test_a_wrong_run_ends_with_one_line(case, tmp_path, cache_dir, corpus, monkeypatch, capsys):
+    """The real entry point, in this process; the two cases that need a job of their own are below."""
+    overrides, part = WRONG_RUNS[case]
+    train = load_script("train")
+    if case == "too few packs for the ranks":
+        for name, value in {"RANK": 0, "WORLD_SIZE": 3, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}.items():
+            monkeypatch.setenv(name, str(value))
+    else:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("MASTER_PORT", "29755")
+    arguments = ["--config", str(TINY), f"data.cache_dir={cache_dir}", f"output_dir={tmp_path}", *overrides]
+    assert entry_point(train.main, train.parse(arguments)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and part in error, error
+    assert not torch.distributed.is_initialized()
+
+
+def test_an_error_is_said_once_by_many_ranks(tmp_path, cache_dir, corpus):
+    ends = run_ranks(
+        2,
+        [
+            "launch/train.py",
+            "--config",
+            TINY,
+            f"data.cache_dir={cache_dir}",
+            f"output_dir={tmp_path}",
+            "data.pack_length=24",
+        ],
+    )
+    assert [end.status for end in ends] == [2, 2]
+    assert sum("error: " in end.output for end in ends) == 1
+    assert not any("Traceback" in end.output for end in ends)
+
+
+@pytest.mark.parametrize(
+    "text, counts", [("144", 144), ("8x12", (8, 12)), ("64,256", [64, 256]), ("4x4, 9", [(4, 4), 9])]
+)
+def test_counts_as_typed(text, counts):
+    assert parse_num_visual_tokens(text) == counts
+
+
+@pytest.mark.parametrize("text", ["0", "-4", "abc", "", "3x", "2x3x4", "64,,", "1.5", "0x4"])
+def test_counts_that_are_none_are_named(text):
+    with pytest.raises(UserError, match="--num-visual-tokens"):
+        parse_num_visual_tokens(text)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory, tiny_config, processor):
+    from tokenflex.export import export_model
+    from tokenflex.model import build_model
+
+    torch.manual_seed(0)
+    model = build_model(tiny_config.model, tiny_config.budget, processor, torch.float32)
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    export_model(model, {**dict(model.named_parameters()), **dict(model.named_buffers())}, processor, folder)
+    return folder
+
+
+def generate(model, *arguments):
+    return cli.main(
+        ["generate", "--model", str(model), "--prompt", "What is it?", "--max-new-tokens", "3", *map(str, arguments)]
+    )
+
+
+def test_generate_answers_at_any_counts(model_folder, tmp_path, capsys):
+    image = tmp_path / "a.jpg"
+    Image.effect_noise((80, 50), 60).save(image)
+    assert generate(model_folder) == 0
+    capsys.readouterr()
+    answers = []
+    for arguments in ([], ["--num-visual-tokens", 12], ["--num-visual-tokens", "3x4"]):
+        assert generate(model_folder, "--image", image, *arguments) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] == answers[2]  # 12 is the largest trained count, shaped 3 x 4 like the grid
+    assert generate(model_folder, "--image", image, "--image", image, "--num-visual-tokens", "3x5,7") == 0
+
+
+def test_generate_names_what_is_wrong(model_folder, tmp_path, capsys):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    image = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(image)
+    for arguments, part in (
+        (["--image", tmp_path / "none.png"], "No such file"),
+        (["--image", broken], "not a readable image"),
+        (["--image", image, "--num-visual-tokens", "0"], "is no count"),
+        (["--image", image, "--num-visual-tokens", "4,4"], "2 entries for 1 images"),
+    ):
+        assert generate(model_folder, *arguments) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: --") and part in error, error
+    assert generate(tmp_path / "nowhere") == 2
+    assert "no exported model there" in capsys.readouterr().err
+
+
+def test_the_command_is_installed():
+    end = subprocess.run([sys.executable, "-m", "tokenflex.cli", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert end.returncode == 0 and "generate" in end.stdout
