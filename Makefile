@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: train test test-quickstart lint clean
+.PHONY: train test test-quickstart gpu bench lint clean
 
 train: $(VENV)/installed
 	deepspeed launch/train.py --ds_config configs/zero3.json $(ARGS)
@@ -31,3 +31,7 @@ $(VENV)/installed: setup.py constraints.txt
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
+
+# GPU tests and kernel microbenchmarks; writes docs/results/kernels-<device>.json and .svg
+gpu bench:
+	PYTHONPATH=kernels:. python3 -m pytest -s -m "gpu and not slow" tests/kernels tests/benchmarks/kernels $(ARGS)

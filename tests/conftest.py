@@ -80,7 +80,7 @@ def run_ranks(num_ranks, arguments, timeout_s=240, environment=None):
     processes, logs = [], []
     for rank in range(num_ranks):
         variables = {**common, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1, **(environment or {})}
-        logs.append(tempfile.TemporaryFile(mode="w+"))
+        logs.append(tempfile.TemporaryFile(mode="w+"))  # noqa: SIM115  read after the rank has ended
         processes.append(
             subprocess.Popen(
                 [sys.executable, *map(str, arguments)],
@@ -108,11 +108,16 @@ def run_ranks(num_ranks, arguments, timeout_s=240, environment=None):
     return finished
 
 
-def train_ranks(num_ranks, output_dir, cache_dir, *overrides, timeout_s=240, ds_config="configs/zero3.json"):
+def train_ranks(
+    num_ranks, output_dir, cache_dir, *overrides, timeout_s=240, ds_config="configs/zero3.json", environment=None
+):
     """A training run of the tiny recipe on real ranks; returns their outputs after checking that all succeeded."""
     arguments = ["launch/train.py", "--config", TINY, "--ds_config", ds_config]
     finished = run_ranks(
-        num_ranks, [*arguments, f"output_dir={output_dir}", f"data.cache_dir={cache_dir}", *overrides], timeout_s
+        num_ranks,
+        [*arguments, f"output_dir={output_dir}", f"data.cache_dir={cache_dir}", *overrides],
+        timeout_s,
+        environment,
     )
     for rank, end in sorted(
         enumerate(finished), key=lambda item: item[1].status < 0

@@ -108,6 +108,16 @@ def test_a_step_holds_the_same_samples_on_any_number_of_ranks(num_ranks, per_mic
     np.testing.assert_array_equal(np.sort(np.concatenate([p.sample_ids for share in shares for p in share])), whole)
 
 
+@pytest.mark.parametrize("window", [1, 37, 100, 1000])
+def test_windows_keep_their_order_and_lose_nothing(window):
+    planner = make_planner(make_index(np.random.default_rng(9), 300), shuffle_window=window, lockstep_packs=2)
+    steps = planner.epoch(1)
+    ids = np.concatenate([pack.sample_ids for step in steps for pack in step])
+    np.testing.assert_array_equal(np.sort(ids), np.arange(300))
+    np.testing.assert_array_equal(np.sort(ids // window), ids // window)
+    assert window == 1 or not np.array_equal(ids, np.sort(ids))
+
+
 def test_total_weight_is_that_of_the_learned_tokens():
     index = make_index(np.random.default_rng(5), 100)
     step = next(make_planner(index).steps_from(Position()))

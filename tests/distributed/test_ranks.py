@@ -44,6 +44,15 @@ def test_every_zero_stage_trains_alike(stage, one_rank, tmp_path, cache_dir):
         assert abs(a["loss"] - b["loss"]) < 1e-5, (a, b)
 
 
+def test_trains_through_the_interpreted_kernels_as_through_plain_torch(one_rank, tmp_path, cache_dir):
+    """The Triton kernels themselves, run by Triton's interpreter, under ZeRO-3 in a real run."""
+    train_ranks(
+        1, tmp_path, cache_dir, "model.projector_backend=kernels", environment={"TRITON_INTERPRET": "1"}, timeout_s=280
+    )
+    for a, b in zip(metrics(one_rank), metrics(tmp_path), strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-4, (a, b)
+
+
 def test_workers_change_nothing(one_rank, tmp_path, cache_dir):
     train_ranks(1, tmp_path, cache_dir, "data.num_workers=2")
     assert [line["loss"] for line in metrics(one_rank)] == [line["loss"] for line in metrics(tmp_path)]

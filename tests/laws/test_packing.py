@@ -108,10 +108,10 @@ def test_gradient_of_packed_accumulated_step_equals_unpacked_batch(
     plain = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert packed.keys() == plain.keys()
     scale = max(grad.abs().max() for grad in plain.values())
+    tolerance = float(1e-6 * max(scale, 1))
     for name in plain:
-        torch.testing.assert_close(
-            packed[name], plain[name], rtol=0, atol=float(1e-6 * max(scale, 1)), msg=lambda m: f"{name}: {m}"
-        )
+        worst = (packed[name] - plain[name]).abs().max().item()
+        assert worst <= tolerance, f"{name}: {worst} > {tolerance}"
 
 
 def test_empty_and_text_only_packs_give_zero_gradients_that_reach_the_vision_tower(model, dataset, processor, index):

@@ -23,6 +23,7 @@ ENCODERS = {
     "dinov2": {"model_type": "dinov2", **SMALL, "image_size": 64, "patch_size": 8},
     "dinov2 with registers": {"model_type": "dinov2_with_registers", **SMALL, "image_size": 64, "patch_size": 8},
     "internvit": {"model_type": "internvl_vision", **SMALL, "image_size": [64, 64], "patch_size": [8, 8]},
+    "bit": {"model_type": "bit", "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "num_groups": 4},
     "convnext": {
         "model_type": "convnextv2",
         "hidden_sizes": [16, 32],
@@ -53,12 +54,25 @@ def test_every_encoder_gives_its_grid_row_by_row(encoder, size, tiny_config, pro
     features = patch_features(model.vision_tower, pixels)
     change = (features - base).norm(dim=-1)
     assert change[: rows * columns].max() == 0
-    if encoder == "convnext":  # its 7 x 7 kernels spread the change; its own map says where each row belongs
+    if encoder in ("convnext", "bit"):  # wide kernels spread the change; their own map says where each row belongs
         assert torch.equal(
             features.view(2, rows, columns, 32), model.vision_tower(pixels).last_hidden_state.permute(0, 2, 3, 1)
         )
     else:
         assert change.argmax() == rows * columns + 2 * columns + 5
+
+
+def test_sine2d_places_are_distinct_and_average_to_the_same_place_at_any_count():
+    from tokenflex.model.pooling import pool_grid
+    from tokenflex.model.vision import sine2d
+
+    places = sine2d(16, 16, 64)
+    assert places.shape == (256, 64) and places.abs().max() <= 1
+    assert torch.cdist(places, places).fill_diagonal_(9).min() > 0.05
+    coarse = pool_grid(places.view(1, 16, 16, 64), (4, 4))[0]
+    fine = pool_grid(places.view(1, 16, 16, 64), (8, 8))[0]
+    nearest = torch.cdist(fine, coarse).argmin(1).view(8, 8)  # each fine token is nearest to the coarse one around it
+    assert torch.equal(nearest, torch.arange(16).view(4, 4).repeat_interleave(2, 0).repeat_interleave(2, 1))
 
 
 def test_images_that_are_no_whole_number_of_patches_are_refused(tiny_config, processor):

@@ -77,8 +77,10 @@ class ModelConfig(Section):
     """`adaptive`: the paper's adaptive average pooling; `resize`: the authors' release (bilinear, then average)."""
     projector_multiplier: PositiveInt = 3
     """Inner width of the SwiGLU projector in units of the vision width."""
-    projector_backend: Literal["auto", "reference"] = "auto"
-    """`auto`: fused kernels on GPU where installed; `reference`: plain torch everywhere."""
+    projector_backend: Literal["auto", "kernels", "reference"] = "auto"
+    """`auto`: fused kernels on GPU, plain torch on CPU; `kernels`: their operators everywhere; `reference`: plain torch."""
+    vision_position_embedding: Literal["none", "sine2d"] = "none"
+    """`sine2d` tells each patch feature its place in the image; for convolutional encoders, which do not know it."""
     vision_feature_layer: int = -1
     """Hidden state of the encoder to use; -1 is the last, -2 the one before."""
     image_tokens: tuple[str, str, str] = ("<img>", "<IMG_CONTEXT>", "</img>")
@@ -123,6 +125,8 @@ class DataConfig(Section):
     """Packs in a row that share one visual-token count, so that ranks run the same shapes; must divide packs_per_step."""
     packs_per_micro_batch: PositiveInt = 1
     """Packs that one rank runs through the model at once, at most; the rest of its share is accumulated."""
+    shuffle_window: NonNegativeInt = 0
+    """Samples are shuffled within windows of this many, which keep their order (a curriculum); 0 shuffles the whole epoch."""
     over_long: Literal["error", "drop"] = "error"
     """What to do with a sample longer than a pack: stop and name it, or leave it out and count it."""
     num_workers: NonNegativeInt = 4

@@ -38,6 +38,10 @@ class Pack:
     counts: np.ndarray
 
 
+EMPTY = Pack(np.empty(0, np.int64), np.empty(0, np.int64))
+"""Fills up a last row or step; its rank runs one token that teaches nothing."""
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """One optimizer step: `packs_per_step` packs, and the weight of all its learned tokens together."""
@@ -105,20 +109,27 @@ class Planner:
         return self._steps
 
     def _plan_epoch(self, epoch):
-        order = self.usable[np.argsort(keyed_uniform(self.seed, 2 * epoch, self.usable), kind="stable")]
-        samples_seen = epoch * len(order) + np.arange(len(order))
-        counts = self.budget.draw(self.seed, 2 * epoch + 1, order, samples_seen)
-        counts[self.images[order] == 0] = 0
-        lengths = self.text[order] + self.images[order] * counts
-        bins = self._pack(order, counts, lengths)
-        rows = self._rows(bins, epoch)
+        window = self.data.shuffle_window or len(self.usable)
+        rows = []
+        for begin in range(0, len(self.usable), window):
+            rows += self._plan_window(epoch, begin, self.usable[begin : begin + window])
         per_step = self.data.packs_per_step // self.data.lockstep_packs
         num_steps = -(-len(rows) // per_step)
-        empty = Pack(np.empty(0, np.int64), np.empty(0, np.int64))
-        rows += [[empty] * self.data.lockstep_packs] * (num_steps * per_step - len(rows))
+        rows += [[EMPTY] * self.data.lockstep_packs] * (num_steps * per_step - len(rows))
         return [
             tuple(pack for row in rows[s * per_step : (s + 1) * per_step] for pack in row) for s in range(num_steps)
         ]
+
+    def _plan_window(self, epoch, begin, ids):
+        """Rows of packs of the samples `ids`, of which `begin` samples of the epoch come before."""
+        order = ids[np.argsort(keyed_uniform(self.seed, 2 * epoch, ids), kind="stable")]
+        samples_seen = epoch * len(self.usable) + begin + np.arange(len(order))
+        counts = self.budget.draw(self.seed, 2 * epoch + 1, order, samples_seen)
+        counts[self.images[order] == 0] = 0
+        lengths = self.text[order] + self.images[order] * counts
+        rows = self._rows(self._pack(order, counts, lengths))
+        shuffle = np.argsort(keyed_uniform(self.seed, 2 * epoch, np.arange(len(rows)) + begin + 2**62), kind="stable")
+        return [rows[i] for i in shuffle]
 
     def _pack(self, order, counts, lengths):
         """First fit per count, then text-only samples into the gaps: a list of (count, places in `order`)."""
@@ -127,8 +138,8 @@ class Planner:
             bins += _first_fit(count, np.flatnonzero(counts == count), lengths, self.images[order], self.data)
         return _fill_gaps(bins, np.flatnonzero(counts == 0), lengths, self.data.pack_length, order, counts)
 
-    def _rows(self, bins, epoch):
-        """Packs in rows of `lockstep_packs` of one count; leftovers in mixed rows; rows shuffled by key."""
+    def _rows(self, bins):
+        """Packs in rows of `lockstep_packs` of one count; leftovers in mixed rows at the end."""
         size = self.data.lockstep_packs
         by_count = {}
         for count, pack in bins:
@@ -139,11 +150,8 @@ class Planner:
             whole = len(packs) // size * size
             rows += [packs[i : i + size] for i in range(0, whole, size)]
             leftovers += packs[whole:]
-        empty = Pack(np.empty(0, np.int64), np.empty(0, np.int64))
-        leftovers += [empty] * (-len(leftovers) % size)
-        rows += [leftovers[i : i + size] for i in range(0, len(leftovers), size)]
-        shuffle = np.argsort(keyed_uniform(self.seed, 2 * epoch, np.arange(len(rows)) + 2**62), kind="stable")
-        return [rows[i] for i in shuffle]
+        leftovers += [EMPTY] * (-len(leftovers) % size)
+        return rows + [leftovers[i : i + size] for i in range(0, len(leftovers), size)]
 
 
 OPEN_BINS = 32

@@ -113,6 +113,7 @@ def _composed(model, budget, processor, dtype, loading):
         image_width=width,
         pooling_mode=model.pooling_mode,
         projector_multiplier=model.projector_multiplier,
+        vision_position_embedding=model.vision_position_embedding,
         vision_feature_layer=model.vision_feature_layer,
         image_start_token_id=processor.image_start_token_id,
         image_token_id=processor.image_token_id,

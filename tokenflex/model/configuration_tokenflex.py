@@ -16,6 +16,7 @@ class TokenFlexConfig(PreTrainedConfig):
         image_height, image_width: pixels of the one size that every image (or tile) is resized to.
         pooling_mode: `adaptive` (the paper) or `resize` (the authors' release: bilinear to the next multiple, then average).
         projector_multiplier: inner width of the SwiGLU in units of the vision width C; the release has 3.
+        vision_position_embedding: `none`, or `sine2d` for encoders that do not know where a feature lies (convolutional).
         vision_feature_layer: which hidden state of the encoder to use; -1 is the last.
         image_start_token_id, image_token_id, image_end_token_id: `<img>`, `<IMG_CONTEXT>`, `</img>`.
         trained_num_visual_tokens: the counts seen in training; any other count works and is warned of once.
@@ -34,6 +35,7 @@ class TokenFlexConfig(PreTrainedConfig):
         image_width=384,
         pooling_mode="adaptive",
         projector_multiplier=3,
+        vision_position_embedding="none",
         vision_feature_layer=-1,
         image_start_token_id=0,
         image_token_id=1,
@@ -50,6 +52,11 @@ class TokenFlexConfig(PreTrainedConfig):
             raise ValueError(f"pooling_mode is {pooling_mode!r}; it must be 'adaptive' or 'resize'")
         self.pooling_mode = pooling_mode
         self.projector_multiplier = projector_multiplier
+        if vision_position_embedding not in ("none", "sine2d"):
+            raise ValueError(
+                f"vision_position_embedding is {vision_position_embedding!r}; it must be 'none' or 'sine2d'"
+            )
+        self.vision_position_embedding = vision_position_embedding
         self.vision_feature_layer = vision_feature_layer
         self.image_start_token_id = image_start_token_id
         self.image_token_id = image_token_id

@@ -65,8 +65,11 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def get_image_features(self, pixel_values, sides):
         """Visual tokens [V, D] of images [B, 3, H, W], image b pooled to `sides[b]` = (rows, columns), one after another."""
-        features_PC = patch_features(self.vision_tower, pixel_values, self.config.vision_feature_layer)
-        grid = patch_grid(self.config.vision_config, *pixel_values.shape[-2:])
+        config = self.config
+        features_PC = patch_features(
+            self.vision_tower, pixel_values, config.vision_feature_layer, config.vision_position_embedding
+        )
+        grid = patch_grid(config.vision_config, *pixel_values.shape[-2:])
         return self.projector(features_PC, [grid] * len(pixel_values), sides)
 
     def forward(

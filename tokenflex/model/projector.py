@@ -19,7 +19,8 @@ class TokenAdaptiveProjector(nn.Module):
     (H, W), `sides` a list of (n_h, n_w) -> [sum(n_h n_w), D]. Gate and up projection share one weight [2 * 3C, C] (gate
     rows first), so they run as one GEMM and shard as one parameter.
 
-    `backend` is `auto` (fused kernels on GPU where installed) or `reference` (plain torch, everywhere).
+    `backend` is `auto` (fused kernels on GPU where installed), `kernels` (their operators on any device; on CPU these run
+    plain torch) or `reference` (the statement below, everywhere).
     """
 
     def __init__(self, vision_width, text_width, multiplier=3, mode="adaptive", backend="auto"):
@@ -32,9 +33,19 @@ class TokenAdaptiveProjector(nn.Module):
         self.down = nn.Linear(inner, text_width)
 
     def forward(self, features_PC, grids, sides):
+        if self._uses_kernels(features_PC):
+            linear = tokenflex_kernels.Linear
+            norm = tokenflex_kernels.Norm(self.norm.weight, self.norm.bias, self.norm.eps)
+            gate_up, down = linear(self.gate_up.weight, self.gate_up.bias), linear(self.down.weight, self.down.bias)
+            return tokenflex_kernels.pooled_swiglu(features_PC, grids, sides, norm, gate_up, down, mode=self.mode)
         pooled_NC = adaptive_pool(features_PC, grids, sides, self.mode)
         gate_NH, up_NH = self.gate_up(self.norm(pooled_NC)).chunk(2, dim=-1)
         return self.down(F.silu(gate_NH) * up_NH)
+
+    def _uses_kernels(self, features_PC):
+        if self.backend == "auto":
+            return features_PC.is_cuda and tokenflex_kernels is not None and tokenflex_kernels.is_available()
+        return self.backend == "kernels"
 
     @torch.no_grad()
     def reset_parameters(self):

@@ -10,9 +10,9 @@ import torch
 
 def patch_stride(vision_config):
     """Pixels per patch side: the patch size of a ViT, the total stride of a convolutional encoder."""
-    patch = vision_config.patch_size
+    patch = getattr(vision_config, "patch_size", 4)  # a ResNet's stem: convolution and pooling, each by 2
     patch = patch[0] if isinstance(patch, (tuple, list)) else patch
-    if hasattr(vision_config, "hidden_sizes"):  # ConvNeXt and its kin: every stage after the first halves the grid
+    if hasattr(vision_config, "hidden_sizes"):  # ConvNeXt, ResNet and their kin: every stage after the first halves the grid
         return patch * 2 ** (len(vision_config.hidden_sizes) - 1)
     return patch
 
@@ -37,8 +37,37 @@ def patch_grid(vision_config, height, width):
     return height // stride, width // stride
 
 
-def patch_features(vision_tower, pixel_values, layer=-1):
-    """Features of every patch: pixel_values [B, 3, H, W] -> [B * rows * columns, C], images one after another."""
+def patch_features(vision_tower, pixel_values, layer=-1, position_embedding="none"):
+    """Features of every patch: pixel_values [B, 3, H, W] -> [B * rows * columns, C], images one after another.
+
+    With `position_embedding="sine2d"` each patch is told where it lies (see `sine2d`).
+    """
+    features = _patch_features(vision_tower, pixel_values, layer)
+    if position_embedding == "none":
+        return features
+    rows, columns = patch_grid(vision_tower.config, *pixel_values.shape[-2:])
+    return features + sine2d(rows, columns, features.shape[-1]).to(features).repeat(len(pixel_values), 1)
+
+
+def sine2d(rows, columns, width):
+    """Fixed sine and cosine of each patch's place in the image: [rows * columns, width]; half of the width per axis.
+
+    Convolutional encoders do not know where in the image a feature lies, and a language model sees only the order of the
+    visual tokens, which means another place at every count. Told before pooling, the place is averaged with the features,
+    so a token says where its window lies whatever the count. Frequencies as in DETR, over one image.
+    """
+    return torch.cat([axis.flatten(0, 1) for axis in _sine_axes(rows, columns, width)], dim=-1)
+
+
+def _sine_axes(rows, columns, width):
+    for length, size, across in ((rows, width // 2, False), (columns, width - width // 2, True)):
+        place = (torch.arange(length) + 0.5) / length * 2 - 1  # -1 to 1 over the image
+        phase = place[:, None] * torch.pi * 2 ** torch.linspace(0, 3, (size + 1) // 2)
+        axis = torch.cat([phase.sin(), phase.cos()], dim=-1)[:, :size]
+        yield axis.expand(rows, columns, size) if across else axis[:, None].expand(rows, columns, size)
+
+
+def _patch_features(vision_tower, pixel_values, layer):
     config = vision_tower.config
     height, width = pixel_values.shape[-2:]
     rows, columns = patch_grid(config, height, width)

@@ -1,0 +1,473 @@
+"""The SwiGLU kernels: gate and up as one matrix product, and the gradient of both as the epilogue of another.
+
+Letters: M tokens, N the inner width H, K the width that a product sums over. ``gated`` is N-tiled over H and computes
+both halves of a tile, so that silu(gate) * up needs no second pass; ``dgated`` computes dY Wd and turns each tile into
+dGate, dUp (side by side in one [T, 2H] buffer: two wide products follow instead of four) and S = silu(gate) * up once
+more. Three ways to run either: ``tma`` (descriptors; compute capability 9 and 10), ``pointer`` (8.x and unaligned
+shapes) and ``unfused`` (cuBLAS, then an elementwise kernel; always there, and the way of float32, where cuBLAS follows
+torch's TF32 setting).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import choose, target
+from .rounding import OPTIONS, matmul, round_to
+
+
+class TileConfig(NamedTuple):
+    """A tile of m tokens x n inner columns, k at a time. ``pieces``: column strips in which the epilogue goes: fewer live registers."""
+
+    path: str  # tma or pointer
+    m: int
+    n: int
+    k: int
+    num_warps: int
+    num_stages: int
+    per_sm: int = 1  # persistent programs on one streaming multiprocessor
+    pieces: int = 1
+
+
+class ElementwiseConfig(NamedTuple):
+    """A block of rows x columns of the elementwise kernels."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+UNFUSED = "unfused"
+ELEMENTWISE = ElementwiseConfig(16, 128, 4)  # 16 bytes of a half-precision row per thread and turn
+
+# Shared memory allows 99 KiB on 8.6, 8.9 and 12.x (the pointer configurations stay under that), 163 KiB on 8.0 and
+# 227 KiB on 9.0 and 10.x. Two programs on one multiprocessor need 128 registers or fewer a thread and half of that.
+GATED_CONFIGS: dict[str, tuple[TileConfig, ...]] = {
+    "tma": (
+        TileConfig("tma", 128, 128, 64, 8, 4),
+        TileConfig("tma", 128, 64, 64, 8, 3, per_sm=2),
+        TileConfig("tma", 64, 128, 64, 4, 4),
+    ),
+    "pointer": (
+        TileConfig("pointer", 128, 64, 32, 8, 4),
+        TileConfig("pointer", 64, 64, 64, 4, 3),
+        TileConfig("pointer", 64, 64, 32, 4, 4),
+    ),
+}
+DGATED_CONFIGS: dict[str, tuple[TileConfig, ...]] = {
+    # In one piece, 128 x 128 spills 1.3 KB a thread; in four it needs 180 registers (triton 3.6 and 3.9, 9.0 and 10.0).
+    "tma": (
+        TileConfig("tma", 128, 128, 64, 8, 4, pieces=4),
+        TileConfig("tma", 128, 64, 64, 8, 3, per_sm=2, pieces=4),
+        TileConfig("tma", 64, 128, 64, 4, 4, pieces=4),
+    ),
+    "pointer": (
+        TileConfig("pointer", 128, 64, 32, 8, 4),
+        TileConfig("pointer", 64, 64, 64, 4, 3),
+        TileConfig("pointer", 64, 64, 32, 4, 4),
+    ),
+}
+GROUP_M = 8  # row tiles that share a column tile's weights while they are in L2
+
+
+@triton.jit
+def _tile_of(index, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """The (row, column) tile of a linear index: columns outer within groups of GROUP row tiles."""
+    per_group = GROUP * tiles_n
+    first = (index // per_group) * GROUP
+    size = tl.minimum(tiles_m - first, GROUP)
+    return first + (index % per_group) % size, (index % per_group) // size
+
+
+@triton.jit
+def _split_columns(tile):
+    """The left and right halves of [rows, columns]; within a thread's registers, as its columns lie in both."""
+    rows: tl.constexpr = tile.shape[0]
+    half: tl.constexpr = tile.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(tile, (rows, 2, half)), (0, 2, 1)))
+
+
+@triton.jit
+def _swiglu(gate, up):
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
+def _swiglu_grads(d_inner, gate, up):
+    """(d_gate, d_up, silu(gate) * up) for inner = silu(gate) * up, in float32."""
+    s = tl.sigmoid(gate)
+    h = gate * s
+    return d_inner * up * (s + h * (1.0 - s)), d_inner * h, h * up
+
+
+@triton.jit
+def gated_tma(
+    tokens, weight, bias, inner, gate_out, up_out, M, N, K,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, NUM_PROGRAMS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr, STORE_GATE_UP: tl.constexpr,
+):  # fmt: skip
+    """tokens [M, K], weight [2, N, K] -> inner [M, N] and gate, up [M, N]; all but ``bias`` [2N] are descriptors.
+
+    One box [2, BN, BK] of the weight is one operand of 2 BN columns: a single wgmma m64n256k16 does both halves.
+    """
+    tiles_m = tl.cdiv(M, BM)
+    tiles_n = tl.cdiv(N, BN)
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, NUM_PROGRAMS):
+        tile_m, tile_n = _tile_of(index, tiles_m, tiles_n, GROUP)
+        row = tile_m * BM
+        column = tile_n * BN
+        acc = tl.zeros((BM, 2 * BN), tl.float32)
+        for k in range(tl.cdiv(K, BK)):
+            a = tokens.load([row, k * BK])
+            b = tl.reshape(weight.load([0, column, k * BK]), (2 * BN, BK))
+            acc = matmul(a, b.T, acc)
+        # Gate column j and up column j sit in the same thread: the split moves registers only.
+        gate, up = _split_columns(acc)
+        if HAS_BIAS:
+            n = column + tl.arange(0, BN)
+            gate += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+            up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        if STORE_GATE_UP:
+            gate_out.store([row, column], round_to(gate, gate_out.dtype))
+            up_out.store([row, column], round_to(up, up_out.dtype))
+        if STORE_INNER:
+            inner.store([row, column], round_to(_swiglu(gate, up), inner.dtype))
+
+
+@triton.jit
+def gated_pointer(
+    tokens, weight, bias, inner, gate_up, M, N, K,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr, STORE_GATE_UP: tl.constexpr,
+):  # fmt: skip
+    """``gated_tma`` through pointers: tokens [M, K], weight [2N, K] -> inner [M, N] and gate_up [M, 2N], contiguous."""
+    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    m = tile_m * BM + tl.arange(0, BM)
+    n = tile_n * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    # Rows past the end read row 0 and are not stored: no row mask in the loop. int64: M * K may pass 2^31.
+    a_at = tokens + tl.where(m < M, m, 0).to(tl.int64)[:, None] * K + k[None, :]
+    b_at = weight + tl.where(n < N, n, 0).to(tl.int64)[:, None] * K + k[None, :]
+    up_at = (tl.zeros((), tl.int64) + N) * K  # not N.to: Triton makes a plain 1 of an N of 1
+    gate = tl.zeros((BM, BN), tl.float32)
+    up = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, K, BK):
+        inside = (k < K - start)[None, :]
+        a = tl.load(a_at + start, mask=inside, other=0.0)
+        gate = matmul(a, tl.load(b_at + start, mask=inside, other=0.0).T, gate)
+        up = matmul(a, tl.load(b_at + up_at + start, mask=inside, other=0.0).T, up)
+    if HAS_BIAS:
+        gate += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    row = m.to(tl.int64)[:, None] * N
+    if STORE_GATE_UP:
+        at = gate_up + 2 * row + n[None, :]
+        tl.store(at, round_to(gate, gate_up.dtype.element_ty), mask=inside)
+        tl.store(at + N, round_to(up, gate_up.dtype.element_ty), mask=inside)
+    if STORE_INNER:
+        tl.store(inner + row + n[None, :], round_to(_swiglu(gate, up), inner.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _dgated_epilogue(
+    d_inner, gate, up, d_gate, d_up, inner, bias_sums, tile_m, row, column, N,
+    BN: tl.constexpr, HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr,
+):  # fmt: skip
+    """Turn ``d_inner`` [BM, BN] at (row, column) into dGate, dUp, S and this row tile's share of the bias gradient."""
+    dg, du, s = _swiglu_grads(d_inner, gate.load([row, column]).to(tl.float32), up.load([row, column]).to(tl.float32))
+    d_gate.store([row, column], round_to(dg, d_gate.dtype))
+    d_up.store([row, column], round_to(du, d_up.dtype))
+    if STORE_INNER:
+        inner.store([row, column], round_to(s, inner.dtype))
+    if HAS_BIAS:
+        n = column + tl.arange(0, BN)
+        at = bias_sums + tile_m.to(tl.int64) * 2 * N + n
+        tl.store(at, tl.sum(dg, 0), mask=n < N)
+        tl.store(at + N, tl.sum(du, 0), mask=n < N)
+
+
+@triton.jit
+def dgated_tma(
+    d_out, weight, gate, up, d_gate, d_up, inner, bias_sums, M, N, K,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, NUM_PROGRAMS: tl.constexpr,
+    PIECES: tl.constexpr, HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr,
+):  # fmt: skip
+    """d_out [M, K], weight [K, N], gate, up [M, N] -> d_gate, d_up, inner [M, N]; bias_sums [cdiv(M, BM), 2N].
+
+    All but ``bias_sums`` are descriptors; rows and columns past the end read as 0, and so add 0 to the bias sums.
+    """
+    tiles_m = tl.cdiv(M, BM)
+    tiles_n = tl.cdiv(N, BN)
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, NUM_PROGRAMS):
+        tile_m, tile_n = _tile_of(index, tiles_m, tiles_n, GROUP)
+        row = tile_m * BM
+        column = tile_n * BN
+        acc = tl.zeros((BM, BN), tl.float32)
+        for k in range(tl.cdiv(K, BK)):
+            acc = matmul(d_out.load([row, k * BK]), weight.load([k * BK, column]), acc)
+        if PIECES == 1:
+            _dgated_epilogue(
+                acc, gate, up, d_gate, d_up, inner, bias_sums, tile_m, row, column, N, BN, HAS_BIAS, STORE_INNER
+            )
+        else:
+            left, right = _split_columns(acc)
+            if PIECES == 2:
+                _dgated_epilogue(
+                    left, gate, up, d_gate, d_up, inner, bias_sums, tile_m, row, column, N,
+                    BN // 2, HAS_BIAS, STORE_INNER,
+                )  # fmt: skip
+                _dgated_epilogue(
+                    right, gate, up, d_gate, d_up, inner, bias_sums, tile_m, row, column + BN // 2, N,
+                    BN // 2, HAS_BIAS, STORE_INNER,
+                )  # fmt: skip
+            else:
+                first, second = _split_columns(left)
+                third, fourth = _split_columns(right)
+                _dgated_epilogue(
+                    first, gate, up, d_gate, d_up, inner, bias_sums, tile_m, row, column, N,
+                    BN // 4, HAS_BIAS, STORE_INNER,
+                )  # fmt: skip
+                _dgated_epilogue(
+                    second, gate, up, d_gate, d_up, inner, bias_sums, tile_m, row, column + BN // 4, N,
+                    BN // 4, HAS_BIAS, STORE_INNER,
+                )  # fmt: skip
+                _dgated_epilogue(
+                    third, gate, up, d_gate, d_up, inner, bias_sums, tile_m, row, column + BN // 2, N,
+                    BN // 4, HAS_BIAS, STORE_INNER,
+                )  # fmt: skip
+                _dgated_epilogue(
+                    fourth, gate, up, d_gate, d_up, inner, bias_sums, tile_m, row, column + 3 * (BN // 4), N,
+                    BN // 4, HAS_BIAS, STORE_INNER,
+                )  # fmt: skip
+
+
+@triton.jit
+def _store_grads(
+    d_inner, gate_up, d_gate_up, inner, bias_sums, tile_m, m, n, M, N, HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr
+):
+    """``_dgated_epilogue`` through pointers; ``d_inner`` is 0 wherever m >= M or n >= N."""
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    row = m.to(tl.int64)[:, None] * N
+    at = 2 * row + n[None, :]
+    gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + at + N, mask=inside, other=0.0).to(tl.float32)
+    dg, du, s = _swiglu_grads(d_inner, gate, up)
+    tl.store(d_gate_up + at, round_to(dg, d_gate_up.dtype.element_ty), mask=inside)
+    tl.store(d_gate_up + at + N, round_to(du, d_gate_up.dtype.element_ty), mask=inside)
+    if STORE_INNER:
+        tl.store(inner + row + n[None, :], round_to(s, inner.dtype.element_ty), mask=inside)
+    if HAS_BIAS:
+        sums_at = bias_sums + tile_m.to(tl.int64) * 2 * N + n
+        tl.store(sums_at, tl.sum(tl.where(inside, dg, 0.0), 0), mask=n < N)
+        tl.store(sums_at + N, tl.sum(tl.where(inside, du, 0.0), 0), mask=n < N)
+
+
+@triton.jit
+def dgated_pointer(
+    d_out, weight, gate_up, d_gate_up, inner, bias_sums, M, N, K,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr,
+):  # fmt: skip
+    """``dgated_tma`` through pointers: d_out [M, K], weight [K, N], gate_up [M, 2N] -> d_gate_up [M, 2N], inner [M, N]."""
+    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    m = tile_m * BM + tl.arange(0, BM)
+    n = tile_n * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    a_at = d_out + tl.where(m < M, m, 0).to(tl.int64)[:, None] * K + k[None, :]
+    b_at = weight + k.to(tl.int64)[:, None] * N + n[None, :]
+    next_rows = (tl.zeros((), tl.int64) + N) * BK
+    acc = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, K, BK):
+        inside = k < K - start
+        a = tl.load(a_at + start, mask=inside[None, :], other=0.0)
+        b = tl.load(b_at, mask=inside[:, None] & (n < N)[None, :], other=0.0)
+        acc = matmul(a, b, acc)
+        b_at += next_rows
+    _store_grads(acc, gate_up, d_gate_up, inner, bias_sums, tile_m, m, n, M, N, HAS_BIAS, STORE_INNER)
+
+
+@triton.jit
+def swiglu_rows(gate_up, inner, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """gate_up [M, 2N] -> inner = silu(gate) * up [M, N]."""
+    blocks = tl.cdiv(N, COLUMNS)
+    m = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    row = m.to(tl.int64)[:, None] * N
+    gate = tl.load(gate_up + 2 * row + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + 2 * row + N + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(inner + row + n[None, :], round_to(_swiglu(gate, up), inner.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def swiglu_grad_rows(
+    d_inner, gate_up, d_gate_up, inner, bias_sums, M, N,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr,
+):  # fmt: skip
+    """d_inner [M, N], gate_up [M, 2N] -> d_gate_up [M, 2N], inner [M, N], bias_sums [cdiv(M, ROWS), 2N]."""
+    blocks = tl.cdiv(N, COLUMNS)
+    tile_m = tl.program_id(0) // blocks
+    m = tile_m * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    d = tl.load(d_inner + m.to(tl.int64)[:, None] * N + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    _store_grads(d, gate_up, d_gate_up, inner, bias_sums, tile_m, m, n, M, N, HAS_BIAS, STORE_INNER)
+
+
+def gated(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, store_inner: bool, store_gate_up: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """silu(gate) * up [M, H] and the packed [gate | up] [M, 2H] of tokens [M, C] and weight [2H, C], as asked for."""
+    tokens, weight = tokens.contiguous(), weight.contiguous()
+    candidates = _candidates(GATED_CONFIGS, (tokens, weight), tokens.shape[0], weight.shape[0] // 2, tokens.shape[1])
+    key = choose.key(
+        "gated",
+        tokens,
+        tokens.shape[1],
+        weight.shape[0] // 2,
+        int(store_inner),
+        int(store_gate_up),
+        rows=tokens.shape[0],
+    )
+    launch = lambda config: launch_gated(config, tokens, weight, bias, store_inner, store_gate_up)  # noqa: E731
+    with choose.on_device(tokens):
+        return choose.run(key, candidates, launch, tokens.device)
+
+
+def dgated(
+    d_out: Tensor, weight: Tensor, gate_up: Tensor, sum_bias: bool, store_inner: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """[dGate | dUp] [M, 2H], S [M, H] and the sum of [dGate | dUp] over M (float32 [2H]), the last two as asked for.
+
+    d_out [M, D], weight [D, H], gate_up [M, 2H].
+    """
+    d_out, weight = d_out.contiguous(), weight.contiguous()
+    candidates = _candidates(DGATED_CONFIGS, (d_out, weight, gate_up), d_out.shape[0], weight.shape[1], weight.shape[0])
+    key = choose.key(
+        "dgated", d_out, weight.shape[0], weight.shape[1], int(sum_bias), int(store_inner), rows=d_out.shape[0]
+    )
+    launch = lambda config: launch_dgated(config, d_out, weight, gate_up, sum_bias, store_inner)  # noqa: E731
+    with choose.on_device(d_out):
+        return choose.run(key, candidates, launch, d_out.device)
+
+
+def _candidates(
+    shipped: dict[str, tuple[TileConfig, ...]], operands: tuple[Tensor, ...], rows: int, width: int, depth: int
+) -> list[choose.Candidate]:
+    """The configurations that can run this shape, the rule's choice first."""
+    unfused = choose.Candidate(UNFUSED, UNFUSED)
+    first = operands[0]
+    if first.element_size() != 2:
+        return [unfused]
+    aligned = width % 8 == 0 and depth % 8 == 0 and all(t.data_ptr() % 16 == 0 for t in operands)
+    has_tma = aligned and target.capability(first.device) // 10 in target.TMA_CAPABILITIES
+    # The first configuration with a tile for every multiprocessor; short of that, the one with the most tiles.
+    wanted, rows = target.num_processors(first.device), choose.bucket(rows)
+    configs = sorted(
+        shipped["tma" if has_tma else "pointer"],
+        key=lambda c: max(wanted - triton.cdiv(rows, c.m) * triton.cdiv(width, c.n), 0),
+    )
+    fused = [choose.Candidate(name_of(config), config) for config in configs]
+    # Rows that are no multiple of 16 bytes are read 2 bytes at a time: there cuBLAS comes first.
+    return [*fused, unfused] if aligned else [unfused, *fused]
+
+
+def pieces_of(config: TileConfig, store_inner: bool) -> int:
+    """Column strips of the epilogue: half as many when S is not stored, which needs fewer registers as it is."""
+    return config.pieces if store_inner else max(config.pieces // 2, 1)
+
+
+def name_of(config: TileConfig) -> str:
+    """How tables of choices call ``config``."""
+    return f"{config.path}-{config.m}x{config.n}x{config.k}-w{config.num_warps}s{config.num_stages}"
+
+
+def launch_gated(
+    config: TileConfig | str,
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    store_inner: bool,
+    store_gate_up: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """``gated`` by one configuration, on contiguous and non-empty operands."""
+    (num_rows, depth), width = tokens.shape, weight.shape[0] // 2
+    inner = tokens.new_empty(num_rows, width) if store_inner else None
+    if config == UNFUSED:
+        gate_up = torch.mm(tokens, weight.T) if bias is None else torch.addmm(bias, tokens, weight.T)
+        if inner is not None:
+            rows, columns, num_warps = ELEMENTWISE
+            grid = (triton.cdiv(num_rows, rows) * triton.cdiv(width, columns),)
+            swiglu_rows[grid](
+                gate_up, inner, num_rows, width, ROWS=rows, COLUMNS=columns, num_warps=num_warps, **OPTIONS
+            )
+        return inner, gate_up if store_gate_up else None
+    gate_up = tokens.new_empty(num_rows, 2 * width) if store_gate_up else None
+    tiles = triton.cdiv(num_rows, config.m) * triton.cdiv(width, config.n)
+    options = dict(
+        BM=config.m, BN=config.n, BK=config.k, GROUP=GROUP_M, HAS_BIAS=bias is not None,
+        STORE_INNER=store_inner, STORE_GATE_UP=store_gate_up, num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
+    )  # fmt: skip
+    if config.path == "pointer":
+        gated_pointer[(tiles,)](tokens, weight, bias, inner, gate_up, num_rows, width, depth, **options)
+        return inner, gate_up
+    programs = target.num_processors(tokens.device) * config.per_sm  # compiled in; small batches launch fewer
+    tile = [config.m, config.n]
+    gate, up = (None, None) if gate_up is None else (gate_up[:, :width], gate_up[:, width:])
+    gated_tma[(min(tiles, programs),)](
+        TensorDescriptor.from_tensor(tokens, [config.m, config.k]),
+        TensorDescriptor.from_tensor(weight.view(2, width, depth), [2, config.n, config.k]),
+        bias, _descriptor(inner, tile), _descriptor(gate, tile), _descriptor(up, tile),
+        num_rows, width, depth, NUM_PROGRAMS=programs, **options,
+    )  # fmt: skip
+    return inner, gate_up
+
+
+def launch_dgated(
+    config: TileConfig | str, d_out: Tensor, weight: Tensor, gate_up: Tensor, sum_bias: bool, store_inner: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``dgated`` by one configuration, on contiguous and non-empty operands."""
+    num_rows, (depth, width) = d_out.shape[0], weight.shape
+    d_gate_up = torch.empty_like(gate_up)
+    inner = d_out.new_empty(num_rows, width) if store_inner else None
+    tile_rows = ELEMENTWISE.rows if config == UNFUSED else config.m
+    sums = None
+    if sum_bias:
+        sums = torch.empty(triton.cdiv(num_rows, tile_rows), 2 * width, dtype=torch.float32, device=d_out.device)
+    options = dict(HAS_BIAS=sum_bias, STORE_INNER=store_inner, **OPTIONS)
+    if config == UNFUSED:
+        rows, columns, num_warps = ELEMENTWISE
+        grid = (triton.cdiv(num_rows, rows) * triton.cdiv(width, columns),)
+        swiglu_grad_rows[grid](
+            torch.mm(d_out, weight), gate_up, d_gate_up, inner, sums, num_rows, width,
+            ROWS=rows, COLUMNS=columns, num_warps=num_warps, **options,
+        )  # fmt: skip
+        return d_gate_up, inner, None if sums is None else sums.sum(0)
+    tiles = triton.cdiv(num_rows, config.m) * triton.cdiv(width, config.n)
+    options |= {"BM": config.m, "BN": config.n, "BK": config.k, "GROUP": GROUP_M}
+    options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if config.path == "pointer":
+        dgated_pointer[(tiles,)](d_out, weight, gate_up, d_gate_up, inner, sums, num_rows, width, depth, **options)
+    else:
+        programs = target.num_processors(d_out.device) * config.per_sm
+        pieces = pieces_of(config, store_inner)
+        tile = [config.m, config.n // pieces]
+        dgated_tma[(min(tiles, programs),)](
+            TensorDescriptor.from_tensor(d_out, [config.m, config.k]),
+            TensorDescriptor.from_tensor(weight, [config.k, config.n]),
+            _descriptor(gate_up[:, :width], tile), _descriptor(gate_up[:, width:], tile),
+            _descriptor(d_gate_up[:, :width], tile), _descriptor(d_gate_up[:, width:], tile), _descriptor(inner, tile),
+            sums, num_rows, width, depth, NUM_PROGRAMS=programs, PIECES=pieces, **options,
+        )  # fmt: skip
+    return d_gate_up, inner, None if sums is None else sums.sum(0)
+
+
+def _descriptor(tensor: Tensor | None, block: list[int]) -> TensorDescriptor | None:
+    return None if tensor is None else TensorDescriptor.from_tensor(tensor, block)

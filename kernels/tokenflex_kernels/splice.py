@@ -1,0 +1,74 @@
+"""One pass that builds a packed sequence from two sources of rows, and both gradients by the same kernel."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import choose
+from .rounding import OPTIONS
+
+ROWS, COLUMN_BYTES, NUM_WARPS = 4, 512, 4  # 16 bytes per thread
+
+
+@triton.jit
+def route_rows(
+    text, visual, source, out, num_rows, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_TEXT: tl.constexpr, HAS_VISUAL: tl.constexpr,
+):  # fmt: skip
+    """out[r] = visual[source[r]] where source[r] >= 0, else text[r]; a source that is not there counts as zeros."""
+    blocks = tl.cdiv(width, COLUMNS)
+    r = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (r < num_rows)[:, None] & (c < width)[None, :]
+    from_row = tl.load(source + r, mask=r < num_rows, other=-1).to(tl.int64)
+    is_visual = (from_row >= 0)[:, None] & inside
+    is_text = (from_row < 0)[:, None] & inside
+    row = tl.zeros((ROWS, COLUMNS), out.dtype.element_ty)
+    if HAS_TEXT:
+        row = tl.load(text + r[:, None] * width + c[None, :], mask=is_text, other=0.0)
+    if HAS_VISUAL:
+        visual_row = tl.load(visual + from_row[:, None] * width + c[None, :], mask=is_visual, other=0.0)
+        row = tl.where(is_visual, visual_row, row)
+    tl.store(out + r[:, None] * width + c[None, :], row, mask=inside)
+
+
+def _route(text: Tensor | None, visual: Tensor | None, source: Tensor, num_rows: int, like: Tensor) -> Tensor:
+    out = like.new_empty(num_rows, like.shape[1])
+    if out.numel() == 0:
+        return out
+    columns = COLUMN_BYTES // like.element_size()
+    grid = (triton.cdiv(num_rows, ROWS) * triton.cdiv(like.shape[1], columns),)
+    with choose.on_device(like):
+        route_rows[grid](
+            text, visual, source, out, num_rows, like.shape[1], ROWS=ROWS, COLUMNS=columns,
+            HAS_TEXT=text is not None, HAS_VISUAL=visual is not None, num_warps=NUM_WARPS, **OPTIONS,
+        )  # fmt: skip
+    return out
+
+
+def source_of(positions: Tensor, num_rows: int) -> Tensor:
+    """int32 [num_rows]: which visual row goes to each packed row, -1 for text. Out of range fails on the device."""
+    source = torch.full((num_rows,), -1, dtype=torch.int32, device=positions.device)
+    ranks = torch.arange(positions.shape[0], dtype=torch.int32, device=positions.device)
+    return source.scatter_(0, positions, ranks)
+
+
+def splice(text: Tensor, visual: Tensor, positions: Tensor) -> Tensor:
+    """``text`` [T, D] with row ``positions[v]`` replaced by ``visual[v]``."""
+    has_visual = visual.shape[0] > 0
+    source = source_of(positions, text.shape[0])
+    return _route(text.contiguous(), visual.contiguous() if has_visual else None, source, text.shape[0], text)
+
+
+def splice_backward(grad: Tensor, positions: Tensor, need_text: bool, need_visual: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of ``text`` and ``visual``; an empty tensor for the one not asked for."""
+    grad = grad.contiguous()
+    d_text, d_visual = grad.new_empty(0), grad.new_empty(0)
+    if need_text:
+        d_text = _route(grad, None, source_of(positions, grad.shape[0]), grad.shape[0], grad)
+    if need_visual:
+        d_visual = _route(None, grad, positions, positions.shape[0], grad)
+    return d_text, d_visual

@@ -1,0 +1,211 @@
+"""Laws of the embedded corpus: bytes depend on the request only, splits share no source, every answer is right."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from tokenflex.data.corpus import build_corpus, build_tokenizer
+from tokenflex.data.corpus.build import draw_indexed_sample
+from tokenflex.data.corpus.glyphs import EVAL_PHOTOS, TRAIN_PHOTOS, load_sources
+from tokenflex.data.corpus.questions import TASKS
+from tokenflex.data.corpus.scenes import IMAGE_SIDE
+from tokenflex.data.corpus.words import EVAL_WORDS, TRAIN_WORDS
+
+NUM_TRAIN = 40
+NUM_EVAL_PER_TASK = 3
+
+
+@pytest.fixture(scope="module")
+def sources():
+    return {split: load_sources(split) for split in ("train", "eval")}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpus") / "one"
+    return build_corpus(root, seed=3, num_train=NUM_TRAIN, num_eval_per_task=NUM_EVAL_PER_TASK, num_workers=1)
+
+
+def read_bytes(root):
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def shard_samples(root, split):
+    urls = [str(path) for path in sorted((root / split).glob("shard-*.tar"))]
+    return list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
+
+
+def test_bytes_are_the_same_for_any_number_of_workers(corpus, tmp_path):
+    other = build_corpus(
+        tmp_path / "two", seed=3, num_train=NUM_TRAIN, num_eval_per_task=NUM_EVAL_PER_TASK, num_workers=2
+    )
+    assert read_bytes(corpus) == read_bytes(other)
+
+
+def test_another_seed_gives_other_bytes(corpus, tmp_path):
+    other = build_corpus(
+        tmp_path / "two", seed=4, num_train=NUM_TRAIN, num_eval_per_task=NUM_EVAL_PER_TASK, num_workers=1
+    )
+    for name in ("train/shard-00000.tar", "eval/shard-00000.tar"):
+        assert (corpus / name).read_bytes() != (other / name).read_bytes()
+
+
+def test_an_existing_corpus_is_kept_and_a_foreign_directory_refused(corpus):
+    before = (corpus / "corpus.json").stat().st_mtime_ns
+    build_corpus(corpus, seed=3, num_train=NUM_TRAIN, num_eval_per_task=NUM_EVAL_PER_TASK)
+    assert (corpus / "corpus.json").stat().st_mtime_ns == before
+    with pytest.raises(FileExistsError, match="wanted"):
+        build_corpus(corpus, seed=3, num_train=NUM_TRAIN + 1, num_eval_per_task=NUM_EVAL_PER_TASK)
+
+
+def test_splits_share_no_glyph_no_photo_and_no_word(sources):
+    train, held_out = (set(np.concatenate(sources[split].glyph_ids).tolist()) for split in ("train", "eval"))
+    assert not train & held_out
+    assert len(train | held_out) == 5000
+    assert not set(TRAIN_PHOTOS) & set(EVAL_PHOTOS)
+    assert not set(TRAIN_WORDS) & set(EVAL_WORDS)
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_samples_draw_from_their_own_split(sources, split):
+    own = set(np.concatenate(sources[split].glyph_ids).tolist())
+    for index in range(24):
+        sample, _ = draw_indexed_sample(0, split, index, 24, sources[split])
+        for scene in sample.scenes:
+            assert {glyph for row in scene.glyph_ids for glyph in row} <= own
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_webdataset_reads_every_sample_and_every_image_opens(corpus, split):
+    samples = shard_samples(corpus, split)
+    assert len(samples) == (NUM_TRAIN if split == "train" else NUM_EVAL_PER_TASK * len(TASKS))
+    for sample in samples:
+        record = json.loads(sample["json"])
+        roles = [message["role"] for message in record["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        assert split == "train" or len(roles) == 2
+        assert record["source"] == "embedded"
+        kinds = [item["type"] for message in record["messages"] for item in message["content"]]
+        images = [name for name in sample if name.endswith(".jpg")]
+        assert kinds.count("image") == len(images) == {"text": 0, "pair": 2}.get(record["task"], 1)
+        for name in images:
+            with Image.open(io.BytesIO(sample[name])) as image:
+                assert image.convert("RGB").size == (IMAGE_SIDE, IMAGE_SIDE)
+
+
+def test_the_manifest_counts_what_the_shards_hold(corpus):
+    manifest = json.loads((corpus / "corpus.json").read_text())
+    for split in ("train", "eval"):
+        tasks = [json.loads(sample["json"])["task"] for sample in shard_samples(corpus, split)]
+        assert manifest["num_samples"][split] == {task: tasks.count(task) for task in sorted(set(tasks))}
+
+
+def expected_answer(question, scenes):
+    """Answers `question` from the scenes, by other means than questions.py."""
+    match question.split():
+        case ["add", left, right]:
+            return str(int(left) + int(right))
+        case ["copy", text]:
+            return text
+        case ["sort", text]:
+            return "".join(sorted(text))
+        case ["read", "word"]:
+            return scenes[0].word
+        case ["which", "digit"]:
+            return str(max(d for row in scenes[0].rows for d in row if d is not None))
+        case ["digit", "in", "image", number]:
+            return str(scenes[int(number) - 1].rows[0][0])
+        case ["larger", "image"]:
+            return str(1 + int(np.argmax([scene.rows[0][0] for scene in scenes])))
+        case ["count", "digits"]:
+            return str(sum(digit is not None for row in scenes[0].rows for digit in row))
+        case ["count", digit]:
+            return str(sum(row.count(int(digit)) for row in scenes[0].rows))
+        case ["read", "row", row]:
+            return "".join(str(digit) for digit in scenes[0].rows[int(row) - 1])
+        case ["which", "color"]:
+            return scenes[0].ink
+        case ["digit", "at", cell]:
+            return str(scenes[0].rows[int(cell[1]) - 1]["ABCDEFG".index(cell[0])])
+    raise AssertionError(f"unknown question {question!r}")
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_every_answer_is_right_for_what_was_drawn(sources, split):
+    for index in range(64):
+        sample, _ = draw_indexed_sample(7, split, index, 64, sources[split])
+        for turn in sample.turns:
+            assert turn.answer == expected_answer(turn.question, sample.scenes), turn
+
+
+def ink_box(pixels):
+    """Returns the ink of `pixels`, cropped to its bounding box, at 20 x 20."""
+    rows, columns = np.nonzero(pixels > 160)
+    box = pixels[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    return np.asarray(Image.fromarray(box).resize((20, 20)), np.float64).ravel()
+
+
+def test_training_goes_from_easy_to_hard(sources):
+    """Few cells first, dense grids and words late: what the curriculum of questions.py promises."""
+    num_cells = []
+    for index in range(0, 400, 5):
+        sample, _ = draw_indexed_sample(1, "train", index, 400, sources["train"])
+        num_cells.append(
+            max((len(scene.rows) for scene in sample.scenes if sample.task in ("coarse", "dense")), default=0)
+        )
+    assert max(num_cells[:15]) <= 3 < 7 == max(num_cells[40:])
+
+
+def test_the_pixels_show_the_glyph_that_the_scene_names(sources):
+    glyphs = {
+        int(identity): glyph
+        for ids, boxes in zip(sources["eval"].glyph_ids, sources["eval"].glyphs)
+        for identity, glyph in zip(ids, boxes)
+    }
+    own, other = [], []
+    for index in range(TASKS.index("pair"), 32 * len(TASKS), len(TASKS)):
+        sample, images = draw_indexed_sample(0, "eval", index, 32 * len(TASKS), sources["eval"])
+        (glyph_id,) = sample.scenes[0].glyph_ids[0]
+        with Image.open(io.BytesIO(images[0])) as image:
+            drawn = ink_box(np.asarray(image).max(axis=2))  # every ink is bright in some channel, no background is
+        own.append(np.corrcoef(drawn, ink_box(glyphs[glyph_id]))[0, 1])
+        other.append(np.corrcoef(drawn, ink_box(glyphs[sources["eval"].glyph_ids[index % 10][0]]))[0, 1])
+    assert np.median(own) > 0.7 and np.median(own) > np.median(other) + 0.3, (np.median(own), np.median(other))
+
+
+def test_tokenizer_round_trips_any_text():
+    tokenizer = build_tokenizer()
+    alphabet = [chr(code) for code in (*range(1, 0x250), 0x0301, 0x4E2D, 0x1F642, 0x200B, 0xFFFD)]
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(alphabet, size=40)) for _ in range(50)] + ["", " ", "\r\n\t x", "12 345\n\n"]
+    for text in texts:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_digits_and_markers_are_single_tokens(corpus):
+    tokenizer = build_tokenizer()
+    assert tokenizer.tokenize("907") == ["9", "0", "7"]
+    assert len(tokenizer) <= 600
+    for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"):
+        assert tokenizer.tokenize(token) == [token]
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|endoftext|>", "<|im_end|>")
+
+
+def test_chat_template_writes_chatml():
+    record = {
+        "messages": [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which digit"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "3"}]},
+        ]
+    }
+    tokenizer = build_tokenizer()
+    prompt = "<|im_start|>user\n<img><IMG_CONTEXT></img>\nwhich digit<|im_end|>\n<|im_start|>assistant\n"
+    whole = tokenizer.apply_chat_template(record["messages"], tokenize=False)
+    assert whole == prompt + "3<|im_end|>\n"
+    assert prompt == tokenizer.apply_chat_template(record["messages"][:1], tokenize=False, add_generation_prompt=True)
+    # A prompt is a prefix of its conversation in tokens too, so a label mask can be cut at the answer.
+    assert tokenizer.encode(whole)[: len(tokenizer.encode(prompt))] == tokenizer.encode(prompt)

@@ -1,0 +1,97 @@
+"""The code-generation gate: every shipped configuration compiled for three generations of GPU, with none present.
+
+Compiled in subprocesses (an invalid configuration can abort the process) by the tool chain in Triton's wheel.
+"""
+
+import json
+
+import kernel_process
+import pytest
+
+pytest.importorskip("triton")
+
+# What a thread block may use; on 8.0 the tighter limit of 8.6 and 8.9, which run the same configurations.
+SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# m64n256k16 does gate and up of a 128-column tile in one instruction.
+WGMMA = {
+    "gated tma-128x128x64-w8s4": "m64n256k16",
+    "gated tma-128x64x64-w8s3": "m64n128k16",
+    "gated tma-64x128x64-w4s4": "m64n256k16",
+    "dgated tma-128x128x64-w8s4": "m64n128k16",
+    "dgated tma-128x64x64-w8s3": "m64n64k16",
+    "dgated tma-64x128x64-w4s4": "m64n128k16",
+}
+MATRIX_LOADS = {"uniform=True": 5, "uniform=False": 2}  # the pool's unrolled line
+
+
+@pytest.fixture(scope="module", params=sorted(SHARED_BYTES))
+def generation(request):
+    """(compute capability, what was generated for every shipped configuration)."""
+    output = kernel_process.finish(kernel_process.python("kernel_codegen.py", request.param), timeout_s=240)
+    compiled = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return request.param, compiled
+
+
+def of(compiled, kind):
+    found = [entry for entry in compiled if entry["name"].split()[0] == kind]
+    assert found
+    return found
+
+
+def test_every_configuration_is_compiled(generation):
+    from tokenflex_kernels import gated, pool
+
+    capability, compiled = generation
+    path = "pointer" if capability < 90 else "tma"
+    assert len(of(compiled, "pool")) == 2 * (len(pool.CONFIGS) + 1)
+    assert len(of(compiled, "gated")) == 2 * (len(gated.GATED_CONFIGS[path]) + 1)
+    assert len(of(compiled, "dgated")) == 2 * (len(gated.DGATED_CONFIGS[path]) + 1)
+    assert len(of(compiled, "elementwise")) == 3
+
+
+def test_nothing_spills_and_everything_fits(generation):
+    capability, compiled = generation
+    for entry in compiled:
+        assert entry["spills"] == 0, entry
+        assert entry["shared_bytes"] <= SHARED_BYTES[capability], entry
+        assert entry["registers"] * entry["num_warps"] * 32 <= 65536, entry
+        assert entry["atomics"] == 0, entry
+        if capability == 90 and entry["programs_per_sm"] == 2:  # 9.0 is where these were shaped: two must fit
+            assert 2 * entry["registers"] * entry["num_warps"] * 32 <= 65536, entry
+            assert 2 * (entry["shared_bytes"] + 1024) <= 228 * 1024, entry
+
+
+def test_memory_is_moved_16_bytes_at_a_time(generation):
+    _, compiled = generation
+    for entry in of(compiled, "pool"):
+        assert entry["loads_16_bytes"] == MATRIX_LOADS[entry["name"].split()[-1]], entry
+        assert entry["stores"] == entry["stores_16_bytes"] == 1, entry
+    for entry in of(compiled, "elementwise"):
+        assert entry["loads_16_bytes"] >= 2 and entry["stores_16_bytes"] >= 1, entry
+    for kind in ("gated", "dgated"):
+        for entry in of(compiled, kind):
+            if "tma" in entry["name"]:
+                assert entry["descriptor_loads"] >= 2 and entry["descriptor_stores"] >= 1, entry
+            else:
+                assert entry["copies"] == entry["copies_16_bytes"] > 0, entry  # asynchronous, into shared memory
+                assert entry["stores_16_bytes"] >= 4, entry
+
+
+def test_the_matrix_units_are_the_generations_own(generation):
+    capability, compiled = generation
+    for kind in ("gated", "dgated"):
+        for entry in of(compiled, kind):
+            if capability == 80:
+                assert entry["hmma"] > 0, entry
+            elif capability == 90:
+                assert entry["wgmma"] == [WGMMA[" ".join(entry["name"].split()[:2])]], entry
+                assert entry["pipelined"] and entry["hmma"] == 0, entry
+            else:
+                assert entry["tcgen05"] and entry["hmma"] == 0, entry
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_launchers_own_calls_compile(capability):
+    """Through Triton's launch path: bound, specialised and compiled as on a GPU, short of the launch itself."""
+    output = kernel_process.finish(kernel_process.python("kernel_launch.py", capability), timeout_s=240)
+    assert int(output.splitlines()[-1]) == 27

@@ -1,0 +1,163 @@
+"""The same laws on a GPU: compiled kernels, every configuration, graphs, streams of allocations, big addresses."""
+
+import pytest
+import torch
+from kernel_checks import RAGGED, SINGLE, num_rows, poison_allocations, relative_error, same_bits
+from tokenflex_kernels import Linear, Norm, adaptive_pool, choose, is_available, pooled_swiglu, reference, splice_rows
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not is_available(), reason="needs an NVIDIA GPU of compute capability 8.0 or newer, and Triton"),
+]
+NAMES = ("features", "norm_weight", "norm_bias", "gate_up_weight", "gate_up_bias", "down_weight", "down_bias")
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def inputs(dtype, width=1152, inner=3456, out=1536):
+    rows = num_rows(RAGGED[0])
+    generator = torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, generator=generator).to("cuda", dtype)  # noqa: E731
+    return [
+        randn(rows, width), 1 + randn(width) / 4, randn(width) / 4, randn(2 * inner, width) / width**0.5, randn(2 * inner) / 4,
+        randn(out, inner) / inner**0.5, randn(out) / 4,
+    ]  # fmt: skip
+
+
+def run(tensors, grad, function=pooled_swiglu, frozen=False, grids=RAGGED[0], sides=RAGGED[1], **options):
+    leaves = [x.detach().requires_grad_(not (frozen and i == 0)) for i, x in enumerate(tensors)]
+    features, scale, shift, gate_up, gate_up_bias, down, down_bias = leaves
+    out = function(
+        features, grids, sides, Norm(scale, shift), Linear(gate_up, gate_up_bias), Linear(down, down_bias), **options
+    )
+    wanted = {name: leaf for name, leaf in zip(NAMES, leaves, strict=True) if leaf.requires_grad}
+    return {"out": out.detach()} | dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), grad), strict=True))
+
+
+def random_grad(dtype, out=1536, sides=RAGGED[1]):
+    return torch.randn(num_rows(sides), out, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
+
+
+def configurations():
+    """Every pair of gated and dgated configurations by name, for the device at hand."""
+    from tokenflex_kernels import gated, target
+
+    path = "tma" if target.capability(torch.device("cuda", 0)) // 10 in target.TMA_CAPABILITIES else "pointer"
+    pairs = zip(gated.GATED_CONFIGS[path], gated.DGATED_CONFIGS[path], strict=True)
+    return [*((gated.name_of(g), gated.name_of(d)) for g, d in pairs), (gated.UNFUSED, gated.UNFUSED)]
+
+
+@pytest.mark.parametrize("mode", ["adaptive", "resize"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("grid, side", SINGLE)
+def test_pooling_rounds_once(grid, side, dtype, mode, monkeypatch):
+    poison_allocations(monkeypatch)
+    for channels in (1152, 130):
+        features = torch.randn(2 * grid[0] * grid[1], channels, device="cuda").to(dtype).requires_grad_()
+        geometry = ([grid] * 2, [side] * 2, mode)
+        grad = torch.randn(2 * side[0] * side[1], channels, device="cuda").to(dtype)
+        out = adaptive_pool(features, *geometry)
+        wide = features.detach().double().requires_grad_()
+        exact = reference.adaptive_pool(wide, *geometry)
+        (d_exact,) = torch.autograd.grad(exact, wide, grad.double())
+        (d_features,) = torch.autograd.grad(out, features, grad)
+        for ours, wanted in ((out, exact), (d_features, d_exact)):
+            bound = 4e-7 if dtype == torch.float32 else 1.05 * relative_error(wanted.to(dtype), wanted)
+            assert relative_error(ours, wanted) <= bound
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_no_configuration_is_worse_than_exact_eager(dtype, frozen, monkeypatch):
+    poison_allocations(monkeypatch)
+    tensors, grad = inputs(dtype), random_grad(dtype)
+    wide = run([x.double() for x in tensors], grad.double(), reference.pooled_swiglu, frozen)
+    eager = run(tensors, grad, reference.pooled_swiglu, frozen)
+    for names in configurations():
+        with choose.pinned("gated", names[0]), choose.pinned("dgated", names[1]):
+            ours = run(tensors, grad, frozen=frozen)
+        for name, exact in wide.items():
+            error, peer = relative_error(ours[name], exact), relative_error(eager[name], exact)
+            assert error <= 1.05 * peer, (names, name, error, peer)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_float32_follows_torchs_setting(precision, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
+    tensors, grad = inputs(torch.float32), random_grad(torch.float32)
+    wide = run([x.double() for x in tensors], grad.double(), reference.pooled_swiglu)
+    ours, eager = run(tensors, grad), run(tensors, grad, reference.pooled_swiglu)
+    for name, exact in wide.items():
+        assert relative_error(ours[name], exact) <= max(1.05 * relative_error(eager[name], exact), 1e-5), name
+
+
+def test_twice_the_same_bits():
+    tensors, grad = inputs(torch.bfloat16), random_grad(torch.bfloat16)
+    first, second = run(tensors, grad), run(tensors, grad)
+    assert all(same_bits(first[name], second[name]) for name in first)
+
+
+def test_splicing():
+    generator = torch.Generator("cuda").manual_seed(0)
+    text = torch.randn(4096, 3584, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    visual = torch.randn(1024, 3584, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    positions = torch.randperm(4096, device="cuda", generator=generator)[:1024]
+    ours, plain = splice_rows(text, visual, positions), reference.splice_rows(text, visual, positions)
+    grad = torch.randn_like(plain)
+    assert same_bits(ours, plain)
+    for a, b in zip(*(torch.autograd.grad(out, [text, visual], grad) for out in (ours, plain)), strict=True):
+        assert same_bits(a, b)
+
+
+def test_a_cuda_graph_replays_it():
+    tensors, grad = inputs(torch.bfloat16), random_grad(torch.bfloat16)
+    features = tensors[0].clone()
+    step = lambda: run([features, *tensors[1:]], grad)  # noqa: E731
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # the first calls choose configurations and build the window tables
+        step(), step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = step()
+    features.mul_(0.5)
+    graph.replay()
+    wanted = step()
+    assert all(same_bits(captured[name], wanted[name]) for name in wanted)
+
+
+def test_compiles_and_autocasts():
+    tensors = inputs(torch.float32)
+    features, scale, shift, gate_up, gate_up_bias, down, down_bias = tensors
+    call = lambda x: pooled_swiglu(
+        x, *RAGGED, Norm(scale, shift), Linear(gate_up, gate_up_bias), Linear(down, down_bias)
+    )  # noqa: E731
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        eager = call(features)
+        compiled = torch.compile(call, fullgraph=True, dynamic=True)(features)
+    assert eager.dtype == torch.bfloat16
+    assert same_bits(eager, compiled)
+
+
+def test_mixed_devices_are_named():
+    tensors = inputs(torch.bfloat16)
+    tensors[3] = tensors[3].cpu()
+    with pytest.raises(ValueError, match="gate_up_weight is on cpu, features on cuda:0"):
+        run(tensors, random_grad(torch.bfloat16))
+
+
+def test_more_than_two_to_the_31_elements():
+    """2,400 images of 27 x 27 x 1280: 2.2e9 elements in, and as many out of the backward pass."""
+    if torch.cuda.get_device_properties(0).total_memory < 24 * 2**30:
+        pytest.skip("needs 24 GiB of GPU memory")
+    num_images, channels = 2400, 1280
+    features = torch.ones(num_images * 729, channels, device="cuda", dtype=torch.bfloat16)
+    features[-729:] = 3.0
+    assert features.numel() > 2**31
+    features.requires_grad_()
+    out = adaptive_pool(features, [(27, 27)] * num_images, [(8, 8)] * num_images)
+    assert (out[:-64] == 1).all() and (out[-64:] == 3).all()
+    (grad,) = torch.autograd.grad(out, features, torch.ones_like(out))
+    torch.testing.assert_close(
+        grad[-729:].float().sum(0), torch.full((channels,), 64.0, device="cuda"), rtol=2e-3, atol=0
+    )
+    assert same_bits(grad[-729:], grad[:729])

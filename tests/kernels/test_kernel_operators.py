@@ -1,0 +1,304 @@
+"""The operators as torch sees them: schema, gradients, compilation, checkpointing, autocast, errors. On the CPU."""
+
+import functools
+import subprocess
+import sys
+
+import kernel_process
+import pytest
+import tokenflex_kernels
+import torch
+from kernel_checks import RAGGED, num_rows, relative_error, same_bits
+from tokenflex_kernels import Linear, Norm, adaptive_pool, pooled_swiglu, reference, splice_rows, swiglu
+from torch.utils.checkpoint import checkpoint
+
+GRIDS, SIDES = [(5, 4), (3, 3)], [(2, 3), (4, 1)]
+OPS = torch.ops.tokenflex_kernels
+
+
+def leaves(dtype=torch.float64, width=6, inner=5, out=7, requires_grad=True):
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(num_rows(GRIDS), width), (width,), (width,), (2 * inner, width), (2 * inner,), (out, inner), (out,)]
+    return [
+        torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(requires_grad)
+        for size in sizes
+    ]
+
+
+def project(
+    features, scale, shift, gate_up, gate_up_bias, down, down_bias, sides=SIDES, function=pooled_swiglu, **options
+):
+    norm, gates, last = Norm(scale, shift, 1e-5), Linear(gate_up, gate_up_bias), Linear(down, down_bias)
+    return function(features, GRIDS, sides, norm, gates, last, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------ autograd
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "resize"}, {"recompute": True}], ids=str)
+@pytest.mark.parametrize("frozen", [(), (0,), (0, 1), (0, 2), (0, 1, 2), (3,), (4,), (5, 6), (0, 3, 4)], ids=str)
+def test_gradcheck_whatever_is_frozen(frozen, options):
+    inputs = [x.detach() if i in frozen else x for i, x in enumerate(leaves())]
+    assert torch.autograd.gradcheck(lambda *xs: project(*xs, **options), inputs)
+
+
+@pytest.mark.parametrize("absent", [(1, 2), (1,), (2,), (4, 6), (1, 2, 4, 6)], ids=str)
+def test_gradcheck_without_norm_or_biases(absent):
+    present = [i for i in range(7) if i not in absent]
+
+    def function(*xs):
+        given = dict(zip(present, xs, strict=True))
+        features, scale, shift, *rest = (given.get(i) for i in range(7))
+        norm = None if absent[:2] == (1, 2) else Norm(scale, shift)
+        return pooled_swiglu(features, GRIDS, SIDES, norm, Linear(*rest[:2]), Linear(*rest[2:]))
+
+    inputs = leaves()
+    assert torch.autograd.gradcheck(function, [inputs[i] for i in present])
+    inputs[0] = inputs[0].detach()
+    assert torch.autograd.gradcheck(function, [inputs[i] for i in present])
+
+
+def test_pooling_and_splicing_have_their_gradients():
+    features, *_ = leaves()
+    for mode in ("adaptive", "resize"):
+        pool = functools.partial(adaptive_pool, grids=GRIDS, sides=SIDES, mode=mode)
+        assert torch.autograd.gradcheck(pool, [features])
+        assert torch.autograd.gradgradcheck(pool, [features])
+    text, visual = (torch.randn(rows, 4, dtype=torch.float64, requires_grad=True) for rows in (5, 2))
+    assert torch.autograd.gradcheck(lambda a, b: splice_rows(a, b, torch.tensor([3, 0])), [text, visual])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operator_on_cpu_is_the_reference(dtype):
+    inputs = leaves(dtype, width=24, inner=40, out=16)
+    ours, plain = project(*inputs), project(*inputs, function=reference.pooled_swiglu)
+    assert same_bits(ours, plain)
+    if dtype == torch.float32:
+        grad = torch.randn_like(plain)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(plain, inputs, grad), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_autograd_keeps_the_parameters_themselves():
+    """A view or copy would survive ZeRO-3's release of the weight, or miss its gathering."""
+    inputs = leaves()
+    saved = project(*inputs).grad_fn.saved_tensors
+    for parameter in inputs[1:]:
+        assert any(tensor is parameter for tensor in saved)
+
+
+def test_what_is_kept_for_backward():
+    """Per token the pooled row and the packed gate and up; with ``recompute`` the row alone; without grad nothing."""
+    kept = {}
+    for name, recompute in (("plain", False), ("recompute", True)):
+        inputs = leaves(torch.float32)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            project(*inputs, recompute=recompute)
+        kept[name] = sum(sizes) - sum(x.numel() for x in inputs[1:])
+    tokens = num_rows(SIDES)
+    assert kept == {"plain": tokens * (6 + 10), "recompute": tokens * 6}
+    with torch.no_grad():
+        assert project(*inputs).grad_fn is None
+    detached = [x.detach() for x in inputs]
+    assert OPS.swiglu(adaptive_pool(detached[0], GRIDS, SIDES), *detached[1:], True, 1e-5, False)[1].numel() == 0
+
+
+def test_a_second_derivative_is_refused_in_words():
+    inputs = leaves()
+    (grad,) = torch.autograd.grad(project(*inputs).sum(), inputs[3], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        grad.sum().backward()
+
+
+# -------------------------------------------------------------------------------------------------------- registration
+
+
+def test_opcheck():
+    features, *weights = leaves()
+    flat = [[n for pair in pairs for n in pair] for pairs in (GRIDS, SIDES)]
+    pooled = adaptive_pool(features, GRIDS, SIDES).detach().requires_grad_()
+    out = torch.randn(pooled.shape[0], 7, dtype=torch.float64)
+    gate_up = torch.randn(pooled.shape[0], 10, dtype=torch.float64)
+    for mode in ("adaptive", "resize"):
+        torch.library.opcheck(OPS.pool.default, (features, *flat, mode))
+        torch.library.opcheck(OPS.pool_backward.default, (pooled, *flat, mode))
+    torch.library.opcheck(OPS.swiglu.default, (pooled, *weights, True, 1e-5, True))
+    torch.library.opcheck(
+        OPS.swiglu.default, (pooled, None, None, weights[2], None, weights[4], None, False, 0.0, True)
+    )
+    constants = [weight.detach() for weight in weights]
+    for needs in ([True] * 7, [False, *[True] * 6], [False] * 6 + [True]):
+        torch.library.opcheck(
+            OPS.swiglu_backward.default, (out, pooled.detach(), gate_up, *constants, True, 1e-5, needs)
+        )
+    text, visual = torch.randn(5, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
+    torch.library.opcheck(OPS.splice.default, (text, visual, torch.tensor([3, 1])))
+    torch.library.opcheck(OPS.splice_backward.default, (torch.randn(5, 4), torch.tensor([3, 1]), True, False))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_whole_with_dynamic_shapes(backend):
+    torch._dynamo.reset()
+    inputs = leaves(torch.float32)
+
+    def step(sides, text, positions, *xs):
+        return splice_rows(text, project(*xs, sides=sides), positions)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
+    for sides in ([(2, 3), (4, 1)], [(2, 2), (5, 5)], [(3, 3), (1, 1)]):
+        visual = num_rows(sides)
+        text, positions = torch.randn(visual + 3, 7, requires_grad=True), torch.arange(visual)
+        got, wanted = compiled(sides, text, positions, *inputs), step(sides, text, positions, *inputs)
+        torch.testing.assert_close(got, wanted)
+        grad = torch.randn_like(wanted)
+        torch.testing.assert_close(
+            torch.autograd.grad(got, [text, *inputs], grad), torch.autograd.grad(wanted, [text, *inputs], grad)
+        )
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_changes_nothing(use_reentrant):
+    inputs = leaves(torch.float32)
+    plain, again = project(*inputs), checkpoint(project, *inputs, use_reentrant=use_reentrant)
+    assert same_bits(plain, again)
+    for a, b in zip(torch.autograd.grad(plain.sum(), inputs), _grads(again.sum(), inputs), strict=True):
+        assert same_bits(a, b)
+
+
+def _grads(loss, inputs):
+    """By ``backward``: reentrant checkpointing refuses ``autograd.grad``."""
+    loss.backward()
+    return [x.grad for x in inputs]
+
+
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_weights():
+    inputs = leaves(torch.float32, width=24, inner=40, out=16)
+    text = torch.randn(12, 16, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = project(*inputs)
+        packed = splice_rows(text, out, torch.arange(10))
+    assert out.dtype == torch.bfloat16 and packed.dtype == torch.float32
+    for grad, x in zip(torch.autograd.grad(packed.sum(), inputs), inputs, strict=True):
+        assert grad.dtype == x.dtype == torch.float32 and grad.abs().sum() > 0
+    assert relative_error(out, project(*inputs)) < 0.02
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # pooling keeps its dtype and precision
+        for function in (adaptive_pool, reference.adaptive_pool):
+            exact = reference.adaptive_pool(inputs[0].double(), GRIDS, SIDES)
+            assert relative_error(function(inputs[0], GRIDS, SIDES), exact) < 1e-6
+        (grad,) = torch.autograd.grad(adaptive_pool(inputs[0], GRIDS, SIDES).sum(), inputs[0])
+        torch.testing.assert_close(grad.sum(), torch.tensor(10.0 * 24))
+    compiled = torch.compile(project, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same_bits(compiled(*inputs), out)
+
+
+def test_inference_mode_leaves_nothing_behind_that_training_trips_over():
+    inputs = leaves(torch.float32)
+    with torch.inference_mode():
+        adaptive_pool(inputs[0], GRIDS, [(1, 2), (2, 1)])
+    for function in (adaptive_pool, reference.adaptive_pool):
+        function(inputs[0], GRIDS, [(1, 2), (2, 1)]).sum().backward()
+
+
+def test_shapes_without_data():
+    with torch.device("meta"):
+        features, text = torch.empty(num_rows(RAGGED[0]), 8), torch.empty(9, 8)
+        weights = Linear(torch.empty(12, 8)), Linear(torch.empty(4, 6))
+        assert pooled_swiglu(features, *RAGGED, None, *weights).shape == (num_rows(RAGGED[1]), 4)
+        assert splice_rows(text, torch.empty(2, 8), torch.empty(2, dtype=torch.int64)).shape == (9, 8)
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rows": 28}, r"features has 28 rows, but the 2 grids hold 29"),
+        ({"sides": [(2, 3), (0, 1)]}, r"sides\[1\] is \(0, 1\): both numbers must be at least 1"),
+        ({"sides": [(2, 3)]}, r"2 grids but 1 sides"),
+        ({"mode": "nearest"}, r"mode is 'nearest'; it must be one of"),
+        ({"shape": (29, 2, 3)}, r"features must be a matrix"),
+        ({"dtype": torch.int32}, r"features must be floating point"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("function", [adaptive_pool, reference.adaptive_pool], ids=["operator", "reference"])
+def test_wrong_pooling_inputs_are_named(function, change, message):
+    shape = change.get("shape", (change.get("rows", 29), 6))
+    if function is reference.adaptive_pool and ("shape" in change or "dtype" in change):
+        return  # a plain statement: torch's own errors
+    features = torch.zeros(shape, dtype=change.get("dtype", torch.float32))
+    with pytest.raises(ValueError, match=message):
+        function(features, GRIDS, change.get("sides", SIDES), change.get("mode", "adaptive"))
+
+
+@pytest.mark.parametrize(
+    "index, tensor, message",
+    [
+        (3, torch.zeros(10, 5), r"gate_up.weight is \(10, 5\), but the features are 6 wide"),
+        (3, torch.zeros(8, 6), r"gate_up.weight has 8 rows and down.weight 5 columns"),
+        (1, torch.zeros(5), r"norm_weight is \(5,\); it must be \(6,\)"),
+        (4, torch.zeros(5), r"gate_up_bias is \(5,\); it must be \(10,\)"),
+        (6, torch.zeros(1), r"down_bias is \(1,\); it must be \(7,\)"),
+        (5, torch.zeros(7, 5).bfloat16(), r"down_weight is torch.bfloat16, features torch.float32"),
+        (5, torch.zeros(7, 5, device="meta"), r"down_weight is on meta, features on cpu"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_weights_that_do_not_fit_are_named(index, tensor, message):
+    inputs = leaves(torch.float32)
+    inputs[index] = tensor
+    with pytest.raises(ValueError, match=message):
+        project(*inputs)
+
+
+@pytest.mark.parametrize(
+    "visual, positions, error, message",
+    [
+        (torch.zeros(2, 4), torch.tensor([1, 1]), ValueError, "positions repeat"),
+        (torch.zeros(2, 4), torch.tensor([1, 5]), IndexError, "index 5 is out of bounds"),
+        (torch.zeros(2, 4), torch.tensor([1]), ValueError, "2 visual rows but 1 positions"),
+        (torch.zeros(2, 3), torch.tensor([1, 2]), ValueError, "visual rows are 3 wide, text rows 4"),
+        (torch.zeros(6, 4), torch.arange(6), ValueError, "6 visual rows do not fit into 5"),
+        (torch.zeros(2, 4), torch.tensor([1, 2]).int(), ValueError, "positions must be int64"),
+        (torch.zeros(2, 4).half(), torch.tensor([1, 2]), ValueError, "visual is torch.float16, text torch.float32"),
+        (torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64, device="meta"), ValueError, "positions are on meta"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_wrong_splices_are_named(visual, positions, error, message):
+    with pytest.raises(error, match=message):
+        splice_rows(torch.zeros(5, 4), visual, positions)
+
+
+# ---------------------------------------------------------------------------------------------------------- the package
+
+
+def test_it_stands_alone_and_without_triton():
+    """No import of the trainer; and on a machine without Triton the reference serves."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, tokenflex_kernels as k\n"
+        "assert not [m for m in sys.modules if m.split('.')[0] == 'tokenflex'], 'imports the trainer'\n"
+        "x = torch.arange(4.0).view(4, 1)\n"
+        "assert k.adaptive_pool(x, [(2, 2)], [(1, 1)]).item() == 1.5 and not k.is_available()\n"
+    )
+    path = str(kernel_process.PACKAGE_ROOT)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=path, env={"PYTHONPATH": path, "PATH": ""})
+
+
+def test_importing_starts_nothing_on_a_gpu_and_the_public_names_stand():
+    assert set(tokenflex_kernels.__all__) >= {
+        "adaptive_pool",
+        "pooled_swiglu",
+        "splice_rows",
+        "is_available",
+        "Norm",
+        "Linear",
+    }
+    assert tokenflex_kernels.is_available() is (torch.cuda.is_available() and torch.version.cuda is not None)
+    assert not torch.cuda.is_initialized() or tokenflex_kernels.is_available()
+    assert swiglu is tokenflex_kernels.swiglu
