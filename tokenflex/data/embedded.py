@@ -14,14 +14,14 @@ def embedded_corpus(data, say=print):
         UserError: the packages it draws from are not installed.
     """
     size = data.embedded
-    name = f"embedded-{size.num_train}-{size.num_eval_per_task}-{size.seed}"
-    folder = Path(data.cache_dir).expanduser() / name
     try:
-        from .corpus import build_corpus
+        from .corpus import RECIPE_VERSION, build_corpus
     except ImportError as error:
         raise UserError(
             f"data.train: the embedded corpus needs the package {error.name}; run: pip install 'tokenflex[quickstart]'"
         ) from None
+    name = f"embedded-v{RECIPE_VERSION}-{size.num_train}-{size.num_eval_per_task}-{size.seed}"
+    folder = Path(data.cache_dir).expanduser() / name
     if not (folder / "corpus.json").exists():
         say(f"corpus    building {size.num_train} samples into {folder}")
     return build_corpus(folder, seed=size.seed, num_train=size.num_train, num_eval_per_task=size.num_eval_per_task)

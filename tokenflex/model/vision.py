@@ -12,7 +12,9 @@ def patch_stride(vision_config):
     """Pixels per patch side: the patch size of a ViT, the total stride of a convolutional encoder."""
     patch = getattr(vision_config, "patch_size", 4)  # a ResNet's stem: convolution and pooling, each by 2
     patch = patch[0] if isinstance(patch, (tuple, list)) else patch
-    if hasattr(vision_config, "hidden_sizes"):  # ConvNeXt, ResNet and their kin: every stage after the first halves the grid
+    if hasattr(
+        vision_config, "hidden_sizes"
+    ):  # ConvNeXt, ResNet and their kin: every stage after the first halves the grid
         return patch * 2 ** (len(vision_config.hidden_sizes) - 1)
     return patch
 
@@ -54,7 +56,7 @@ def sine2d(rows, columns, width):
 
     Convolutional encoders do not know where in the image a feature lies, and a language model sees only the order of the
     visual tokens, which means another place at every count. Told before pooling, the place is averaged with the features,
-    so a token says where its window lies whatever the count. Frequencies as in DETR, over one image.
+    so a token says where its window lies whatever the count. Half a period to four periods over the image.
     """
     return torch.cat([axis.flatten(0, 1) for axis in _sine_axes(rows, columns, width)], dim=-1)
 
@@ -62,7 +64,7 @@ def sine2d(rows, columns, width):
 def _sine_axes(rows, columns, width):
     for length, size, across in ((rows, width // 2, False), (columns, width - width // 2, True)):
         place = (torch.arange(length) + 0.5) / length * 2 - 1  # -1 to 1 over the image
-        phase = place[:, None] * torch.pi * 2 ** torch.linspace(0, 3, (size + 1) // 2)
+        phase = place[:, None] * torch.pi * 2 ** torch.linspace(-1, 2, (size + 1) // 2)
         axis = torch.cat([phase.sin(), phase.cos()], dim=-1)[:, :size]
         yield axis.expand(rows, columns, size) if across else axis[:, None].expand(rows, columns, size)
 

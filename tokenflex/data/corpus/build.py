@@ -25,7 +25,7 @@ from .questions import TASKS, Sample, draw_eval_sample, draw_train_sample
 from .scenes import render
 from .tokenizer import build_tokenizer
 
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 SAMPLES_PER_SHARD = 512
 JPEG_QUALITY = 92
 SPLITS = ("train", "eval")

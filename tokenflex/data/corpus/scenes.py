@@ -18,8 +18,8 @@ IMAGE_SIDE = 128
 # Side of a glyph's box over the side of its cell; the ink takes 5/6 of the box.
 GLYPH_FILL = (0.90, 1.05)
 MAX_ROTATION_DEG = 10.0
-# A cell is no larger than this, however few there are: a tiny encoder sees about 50 pixels around a place.
-MAX_CELL = (32, 44)
+# A glyph's box is no larger than this, however large its cell: a tiny encoder sees about 50 pixels around a place.
+MAX_GLYPH_BOX = (32, 44)
 INKS = {
     "white": (240, 240, 240), "red": (255, 110, 95), "green": (110, 235, 110), "blue": (110, 160, 255),
     "yellow": (250, 230, 90), "pink": (250, 130, 235),
@@ -84,7 +84,8 @@ def _background(rng: np.random.Generator, sources: Sources) -> np.ndarray:
 
 def _grid_ink(scene: Scene, rng: np.random.Generator, sources: Sources) -> np.ndarray:
     num_cells = len(scene.rows)
-    cell = min(IMAGE_SIDE * rng.uniform(0.84, 1.0) / num_cells, rng.uniform(*MAX_CELL))
+    cell = IMAGE_SIDE * rng.uniform(0.84, 1.0) / num_cells
+    largest = rng.uniform(*MAX_GLYPH_BOX)
     slack = IMAGE_SIDE - cell * num_cells
     origin = rng.uniform(0, slack, size=2)
     ink = np.zeros((IMAGE_SIDE, IMAGE_SIDE), np.uint8)
@@ -93,7 +94,7 @@ def _grid_ink(scene: Scene, rng: np.random.Generator, sources: Sources) -> np.nd
             fill, angle, shift_y, shift_x = rng.random(4)
             if digit is None:
                 continue
-            side = min(IMAGE_SIDE, round(cell * (GLYPH_FILL[0] + fill * (GLYPH_FILL[1] - GLYPH_FILL[0]))))
+            side = round(min(largest, cell * (GLYPH_FILL[0] + fill * (GLYPH_FILL[1] - GLYPH_FILL[0]))))
             glyph = _glyph(scene.glyph_ids[row][column], digit, sources, side, MAX_ROTATION_DEG * (2 * angle - 1))
             free = cell - side * 5 / 6
             margin = side / 12
