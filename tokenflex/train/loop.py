@@ -80,7 +80,7 @@ class Interval:
     """Sums between two log lines. The loss stays on the device, so that no step waits for it."""
 
     def __init__(self, device):
-        self.loss = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "cpu" else device)
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
         self.images = Counter()
         self.num_tokens = self.num_visual_tokens = self.num_samples = self.num_steps = 0
 
