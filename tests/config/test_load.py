@@ -90,3 +90,8 @@ def test_overriding_does_not_touch_what_was_given():
     values = {"train": {"num_steps": 1}}
     apply_overrides(values, ["train.num_steps=2"])
     assert values == {"train": {"num_steps": 1}}
+
+
+def test_the_default_image_is_a_whole_number_of_the_default_encoders_patches():
+    """SigLIP-so400m has one patch per 14 pixels: 27 x 27 of them, as in the paper."""
+    assert [pixels / 14 for pixels in RunConfig().model.image_size] == [27, 27]

@@ -67,8 +67,8 @@ class ModelConfig(Section):
     """Causal language model: a hub id or local folder (pretrained), or a configuration dict with `model_type` (from scratch)."""
     tokenizer: str = ""
     """Hub id or folder of the tokenizer; empty takes the language model's, or the embedded corpus' own."""
-    image_size: tuple[PositiveInt, PositiveInt] = (384, 384)
-    """Height and width in pixels that every image is resized to; whole multiples of the encoder's patch."""
+    image_size: tuple[PositiveInt, PositiveInt] = (378, 378)
+    """Height and width in pixels that every image is resized to; whole multiples of the encoder's patch (27 of 14 here)."""
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Per-channel mean that is subtracted (of pixels in 0..1)."""
     image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.5, 0.5, 0.5)

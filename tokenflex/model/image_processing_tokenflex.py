@@ -15,7 +15,7 @@ class TokenFlexImageProcessor(BaseImageProcessor):
 
     model_input_names = ["pixel_values"]
 
-    def __init__(self, height=384, width=384, image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5), **kwargs):
+    def __init__(self, height=378, width=378, image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5), **kwargs):
         super().__init__(**kwargs)
         self.height = height
         self.width = width
