@@ -5,8 +5,8 @@ import os
 import subprocess
 
 import pytest
-
 from conftest import ROOT
+
 from tokenflex.evaluate import accuracy_table
 
 

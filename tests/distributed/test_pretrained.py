@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-
 from conftest import ROOT, train_ranks
+
 from tokenflex.export import export_model
 from tokenflex.model import build_model
 
@@ -29,7 +29,11 @@ def losses(folder):
 @pytest.mark.parametrize("start", ["parts", "whole"])
 def test_sharded_loading_trains_as_whole_loading(start, folders, tmp_path, cache_dir, corpus):
     overrides = {
-        "parts": [f"model.vision={folders}/vision", f"model.text={folders}/text", f"model.tokenizer={corpus}/tokenizer"],
+        "parts": [
+            f"model.vision={folders}/vision",
+            f"model.text={folders}/text",
+            f"model.tokenizer={corpus}/tokenizer",
+        ],
         "whole": [f"model.init_from={folders}/whole"],
     }[start]
     config = json.loads((ROOT / "configs" / "zero3.json").read_text())
