@@ -10,7 +10,7 @@ from tokenflex.data.collate import collate
 from tokenflex.data.loader import MicroBatchPlan, micro_batches
 from tokenflex.data.plan import LOSS_WEIGHTS
 from tokenflex.model.attention import PACKED
-from tokenflex.train.step import batch_loss
+from tokenflex.train.step import batch_loss, model_inputs
 
 FAMILIES = {
     "qwen2": {"num_key_value_heads": 2},
@@ -51,16 +51,7 @@ def test_packed_logits_equal_unpacked_logits(family, tiny_config, processor, dat
     pack = dataset.batch(MicroBatchPlan(Position(), True, ids, counts, 1.0))
     normalise = processor.image_processor.normalised
     with torch.no_grad():
-        packed = model(
-            input_ids=pack.input_ids,
-            position_ids=pack.position_ids,
-            pixel_values=normalise(pack.images),
-            num_visual_tokens=pack.counts,
-            visual_positions=pack.visual_positions,
-            cu_seq_lens_q=pack.cu_seq_lens,
-            max_length_q=pack.max_length,
-            use_cache=False,
-        ).logits[0]
+        packed = model(**model_inputs(pack, normalise)).logits[0]
         assert model.language_model.config._attn_implementation == PACKED
         model.language_model.set_attn_implementation("sdpa")
         for place, (sample_id, count) in enumerate(zip(ids, counts)):

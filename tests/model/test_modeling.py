@@ -226,6 +226,21 @@ def test_pretrained_parts_keep_their_weights(tmp_path, tiny_config, processor):
             assert torch.equal(theirs[name], ours[name]), name
 
 
+def test_going_on_from_a_folder_runs_no_code_of_that_folder(exported, tmp_path, tiny_config):
+    """An exported folder brings code for others; this package has its own and must not run what lies there."""
+    import shutil
+
+    from tokenflex.model import build_processor
+
+    shutil.copytree(exported[0], tmp_path / "model")
+    for path in (tmp_path / "model").glob("*.py"):
+        path.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n" + path.read_text())
+    section = tiny_config.model.model_copy(update={"init_from": str(tmp_path / "model")})
+    processor = build_processor(section, tiny_config.budget)
+    build_model(section, tiny_config.budget, processor, torch.float32)
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("section, part", [
     ({"vision": "/nowhere/siglip"}, "model.vision: .*nowhere/siglip cannot be loaded"),
     ({"vision": {"model_type": "resnext"}}, "model.vision: model_type is 'resnext'"),

@@ -90,7 +90,9 @@ def build_model(model, budget, processor, dtype, loading=contextlib.nullcontext)
 def vision_config(model):
     """The vision encoder's configuration object, without its pooling head."""
     if model.init_from:
-        return AutoConfig.from_pretrained(model.init_from, trust_remote_code=True).vision_config
+        return _load(
+            "model.init_from", model.init_from, lambda: TokenFlexConfig.from_pretrained(model.init_from)
+        ).vision_config
     config = _part_config("model.vision", model.vision, model.trust_remote_code)
     config = getattr(config, "vision_config", config)  # a dual encoder such as SigLIP or CLIP
     if hasattr(config, "vision_use_head"):

@@ -9,18 +9,22 @@ def batch_loss(model, batch, normalise):
     `model` is anything that is called like `TokenFlexForConditionalGeneration` (bare or under an engine); `normalise` turns
     image bytes into pixel values. Logits are computed at the learned places only.
     """
-    outputs = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        pixel_values=normalise(batch.images),
-        num_visual_tokens=batch.counts,
-        visual_positions=batch.visual_positions,
-        is_dummy_image=batch.is_dummy_image,
-        cu_seq_lens_q=batch.cu_seq_lens,
-        cu_seq_lens_k=batch.cu_seq_lens,
-        max_length_q=batch.max_length,
-        max_length_k=batch.max_length,
-        logits_to_keep=batch.logits_positions,
-        use_cache=False,
-    )
+    outputs = model(**model_inputs(batch, normalise), logits_to_keep=batch.logits_positions)
     return weighted_cross_entropy(outputs.logits.squeeze(0), batch.targets, batch.weights, batch.total_weight)
+
+
+def model_inputs(batch, normalise):
+    """A `PackedBatch` as the arguments of `TokenFlexForConditionalGeneration.forward` under packed attention."""
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "pixel_values": normalise(batch.images),
+        "num_visual_tokens": batch.counts,
+        "visual_positions": batch.visual_positions,
+        "is_dummy_image": batch.is_dummy_image,
+        "cu_seq_lens_q": batch.cu_seq_lens,
+        "cu_seq_lens_k": batch.cu_seq_lens,
+        "max_length_q": batch.max_length,
+        "max_length_k": batch.max_length,
+        "use_cache": False,
+    }
