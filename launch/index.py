@@ -30,13 +30,23 @@ def parse(argv):
 def main(arguments, say):
     from mpi4py import MPI
 
-    from tokenflex.data import embedded_corpus, find_shards, index_folder, load_or_build_index
+    from tokenflex.data import (
+        embedded_corpus,
+        find_shards,
+        index_folder,
+        load_or_build_index,
+        with_embedded_encoder,
+    )
     from tokenflex.data.index import ShardScanner, build_index
     from tokenflex.model import build_processor
 
     mpi = MPI.COMM_WORLD
     say.is_main = mpi.rank == 0
     config = load_config(arguments.config, arguments.overrides)
+    if mpi.rank == 0:
+        with_embedded_encoder(config, say)
+    mpi.Barrier()
+    config = with_embedded_encoder(config)
     corpus = None
     if "embedded" in config.data.train:
         if mpi.rank == 0:

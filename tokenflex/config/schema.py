@@ -62,7 +62,8 @@ class ModelConfig(Section):
     init_from: str = ""
     """Folder or hub id of an exported TokenFLEX model to go on from (the next stage); then vision and text are its own."""
     vision: str | dict = "google/siglip-so400m-patch14-384"
-    """Vision encoder: a hub id or local folder (pretrained), or a configuration dict with `model_type` (from scratch)."""
+    """Vision encoder: a hub id or local folder (pretrained), a configuration dict with `model_type` (from scratch), or
+    `embedded`: the quick start's own, pretrained in half a minute where it is missing."""
     text: str | dict = "Qwen/Qwen2.5-7B-Instruct"
     """Causal language model: a hub id or local folder (pretrained), or a configuration dict with `model_type` (from scratch)."""
     tokenizer: str = ""

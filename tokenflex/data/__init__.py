@@ -1,6 +1,6 @@
 """Shards, index, plan, packs: everything between files on disk and the tensors of a micro-step."""
 
-from .embedded import embedded_corpus
+from .embedded import embedded_corpus, with_embedded_encoder
 from .index import Index, build_index, index_folder, load_index, load_or_build_index
 from .loader import PackDataset, batch_loader
 from .plan import Planner, Position
@@ -23,4 +23,5 @@ __all__ = [
     "load_or_build_index",
     "parse_sample",
     "walk_shard",
+    "with_embedded_encoder",
 ]

@@ -1,6 +1,7 @@
 """From the configuration's model section to a model and its processor: pretrained parts, parts from scratch, or both."""
 
 import contextlib
+import functools
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
@@ -14,6 +15,8 @@ from .image_processing_tokenflex import TokenFlexImageProcessor
 from .modeling_tokenflex import TokenFlexForConditionalGeneration
 from .processing_tokenflex import TokenFlexProcessor, missing_tokens
 from .vision import patch_grid
+
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 
 
 def build_processor(model, budget, default_tokenizer=""):
@@ -142,8 +145,16 @@ def _initialised_from(model, dtype, loading):
 
 def _pretrained(key, auto_class, source, config, dtype, model, loading):
     options = {"config": config, "dtype": dtype, "trust_remote_code": model.trust_remote_code}
-    with loading():
-        part, info = _load(key, source, lambda: auto_class.from_pretrained(source, output_loading_info=True, **options))
+    load = functools.partial(auto_class.from_pretrained, source, output_loading_info=True, **options)
+    try:
+        with loading():
+            part, info = load()
+    except TypeError:
+        # A constructor that calls `torch.Tensor(values)`, as BiT's does, cannot run where DeepSpeed has replaced that
+        # constructor in order to shard parameters as they come: such a part is loaded whole and sharded afterwards.
+        part, info = _load(key, source, load)
+    except LOADING_ERRORS as error:
+        raise _loading_error(key, source, error) from error
     _check_complete(key, source, info)
     return part
 
@@ -181,9 +192,13 @@ def _load(key, source, load):
     """
     try:
         return load()
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        kind = "folder" if Path(source).exists() else "hub id or folder"
-        raise UserError(f"{key}: {kind} {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    except LOADING_ERRORS as error:
+        raise _loading_error(key, source, error) from error
+
+
+def _loading_error(key, source, error):
+    kind = "folder" if Path(source).exists() else "hub id or folder"
+    return UserError(f"{key}: {kind} {source} cannot be loaded: {' '.join(str(error).split())[:300]}")
 
 
 def _grid(config, image_size):

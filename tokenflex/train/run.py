@@ -21,6 +21,7 @@ from ..data import (
     find_shards,
     index_folder,
     load_or_build_index,
+    with_embedded_encoder,
 )
 from ..data.loader import micro_batches, num_micro_steps
 from ..errors import UserError
@@ -72,6 +73,7 @@ def run_training(config, ds_config, launch, fresh=False, say=print):
         precision = "bf16" if device.type == "cuda" else "fp32"
     ds_config = parallel.resolve_ds_config(ds_config, precision, num_accumulated, config.optimizer.max_grad_norm)
     _prepare_folder(folder, config, launch, fresh)
+    config = _with_embedded_encoder(config, launch, say)
     planner, dataset, processor = prepare_data(config, launch, say)
     say(f"data      {len(planner.usable)} samples, {len(planner.epoch(0))} steps per epoch" + _left_out(planner))
 
@@ -145,6 +147,14 @@ def prepare_data(config, launch, say):
     planner = Planner(index, budget, config.data, config.train.seed, config.train.loss_weighting)
     dataset = PackDataset(index, processor, config.train.loss_weighting, blank_count=min(budget.counts))
     return planner, dataset, processor
+
+
+def _with_embedded_encoder(config, launch, say):
+    """Rank 0 pretrains the encoder that `model.vision: embedded` names if it is missing; the others wait."""
+    if launch.rank == 0:
+        with_embedded_encoder(config, say)
+    torch.distributed.barrier()
+    return with_embedded_encoder(config)
 
 
 def _left_out(planner):

@@ -25,7 +25,7 @@ from .questions import TASKS, Sample, draw_eval_sample, draw_train_sample
 from .scenes import render
 from .tokenizer import build_tokenizer
 
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
 SAMPLES_PER_SHARD = 512
 JPEG_QUALITY = 92
 SPLITS = ("train", "eval")
@@ -65,10 +65,19 @@ def build_corpus(
     try:
         _write_corpus(staging, request, num_workers)
         os.chmod(staging, 0o755)
-        os.rename(staging, directory)
+        _move_into_place(staging, directory, request)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return directory
+
+
+def _move_into_place(staging: Path, directory: Path, request: Request) -> None:
+    try:
+        os.rename(staging, directory)
+    except OSError:
+        if not directory.exists():
+            raise
+        _check_existing(directory, request)  # another process built the same corpus in the meantime
 
 
 def _check_existing(directory: Path, request: Request) -> None:
@@ -88,19 +97,18 @@ def sample_generator(seed: int, split: str, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, (SPLITS.index(split) << 48) | index]))
 
 
-def draw_indexed_sample(
-    seed: int, split: str, index: int, num_samples: int, sources: Sources
-) -> tuple[Sample, list[bytes]]:
-    """Returns sample `index` of the `num_samples` of `split`, and its images as JPEG bytes."""
+def draw_indexed_sample(seed: int, split: str, index: int, sources: Sources) -> tuple[Sample, list[bytes]]:
+    """Returns sample `index` of `split`, and its images as JPEG bytes."""
     rng = sample_generator(seed, split, index)
     if split == "train":
-        sample = draw_train_sample(rng, sources, progress=index / num_samples)
+        sample = draw_train_sample(rng, sources)
     else:
         sample = draw_eval_sample(rng, sources, task=TASKS[index % len(TASKS)])
     images = []
     for scene in sample.scenes:
         buffer = io.BytesIO()
-        render(scene, rng, sources).save(buffer, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
+        image, _ = render(scene, rng, sources)
+        image.save(buffer, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
         images.append(buffer.getvalue())
     return sample, images
 
@@ -114,7 +122,7 @@ def _write_corpus(root: Path, request: Request, num_workers: int) -> None:
         for shard, start in enumerate(range(0, num_samples[split], SAMPLES_PER_SHARD)):
             stop = min(start + SAMPLES_PER_SHARD, num_samples[split])
             path = root / split / f"shard-{shard:05d}.tar"
-            jobs.append((path, request.seed, split, range(start, stop), num_samples[split], sources))
+            jobs.append((path, request.seed, split, range(start, stop), sources))
     if num_workers <= 1:
         counts = [_write_shard(*job) for job in jobs]
     else:
@@ -133,12 +141,12 @@ def _write_corpus(root: Path, request: Request, num_workers: int) -> None:
     (root / "corpus.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(path: Path, seed: int, split: str, indices: range, num_samples: int, sources: Sources) -> Counter:
+def _write_shard(path: Path, seed: int, split: str, indices: range, sources: Sources) -> Counter:
     """Writes one shard and returns how many samples of each task it holds."""
     counts = Counter()
     with open(path, "wb") as file, webdataset.TarWriter(file, mtime=0, encoder=False) as writer:
         for index in indices:
-            sample, images = draw_indexed_sample(seed, split, index, num_samples, sources)
+            sample, images = draw_indexed_sample(seed, split, index, sources)
             counts[sample.task] += 1
             key = f"{split}-{index:07d}"
             # Two writes, because TarWriter sorts the members of one: the JSON comes first, so that a reader knows the

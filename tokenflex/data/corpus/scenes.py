@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .glyphs import NUM_CLASSES, Sources
+from .words import WORDS
 
 IMAGE_SIDE = 128
 # Side of a glyph's box over the side of its cell; the ink takes 5/6 of the box.
@@ -51,25 +52,32 @@ def draw_grid(rng: np.random.Generator, sources: Sources, *, num_cells: int, fil
     return Scene(rows=tuple(map(tuple, rows)), glyph_ids=tuple(map(tuple, ids)), ink=_draw_ink(rng))
 
 
-def draw_word(rng: np.random.Generator, words: tuple[str, ...], *, random_share: float) -> Scene:
-    """Returns a scene with one of `words`, or with probability `random_share` with three to five random letters."""
-    if rng.random() < random_share:
-        letters = rng.integers(26, size=rng.integers(3, 6))
-        return Scene(word="".join(chr(ord("A") + letter) for letter in letters), ink=_draw_ink(rng))
-    return Scene(word=words[rng.integers(len(words))].upper(), ink=_draw_ink(rng))
+def draw_word(rng: np.random.Generator) -> Scene:
+    """Returns a scene with one of `WORDS`."""
+    return Scene(word=WORDS[rng.integers(len(WORDS))].upper(), ink=_draw_ink(rng))
 
 
 def _draw_ink(rng: np.random.Generator) -> str:
     return str(rng.choice(list(INKS)))
 
 
-def render(scene: Scene, rng: np.random.Generator, sources: Sources) -> Image.Image:
-    """Returns the RGB image of `scene`, `IMAGE_SIDE` square: light ink over a dimmed crop of a photograph."""
-    ink = _word_ink(scene, rng, sources) if scene.word else _grid_ink(scene, rng, sources)
+@dataclass(frozen=True, kw_only=True)
+class Box:
+    """Where a digit's ink lies in the image, in pixels."""
+
+    digit: int
+    top: float
+    left: float
+    side: float
+
+
+def render(scene: Scene, rng: np.random.Generator, sources: Sources) -> tuple[Image.Image, list[Box]]:
+    """Returns the RGB image of `scene`, `IMAGE_SIDE` square, light ink over a dimmed crop of a photograph; and its digits."""
+    ink, boxes = (_word_ink(scene, rng, sources), []) if scene.word else _grid_ink(scene, rng, sources)
     background = _background(rng, sources)
     colour = np.clip(np.array(INKS[scene.ink]) + rng.uniform(-12, 12, size=3), 0, 255).astype(np.float32)
     alpha = ink[:, :, None].astype(np.float32) / 255
-    return Image.fromarray((background * (1 - alpha) + colour * alpha).astype(np.uint8))
+    return Image.fromarray((background * (1 - alpha) + colour * alpha).astype(np.uint8)), boxes
 
 
 def _background(rng: np.random.Generator, sources: Sources) -> np.ndarray:
@@ -82,13 +90,14 @@ def _background(rng: np.random.Generator, sources: Sources) -> np.ndarray:
     return crop * np.float32(rng.uniform(0.1, 0.4)) + np.float32(rng.uniform(0, 20))
 
 
-def _grid_ink(scene: Scene, rng: np.random.Generator, sources: Sources) -> np.ndarray:
+def _grid_ink(scene: Scene, rng: np.random.Generator, sources: Sources) -> tuple[np.ndarray, list[Box]]:
     num_cells = len(scene.rows)
     cell = IMAGE_SIDE * rng.uniform(0.84, 1.0) / num_cells
     largest = rng.uniform(*MAX_GLYPH_BOX)
     slack = IMAGE_SIDE - cell * num_cells
     origin = rng.uniform(0, slack, size=2)
     ink = np.zeros((IMAGE_SIDE, IMAGE_SIDE), np.uint8)
+    boxes = []
     for row, digits in enumerate(scene.rows):
         for column, digit in enumerate(digits):
             fill, angle, shift_y, shift_x = rng.random(4)
@@ -103,7 +112,8 @@ def _grid_ink(scene: Scene, rng: np.random.Generator, sources: Sources) -> np.nd
             top, left = min(max(top, 0), IMAGE_SIDE - side), min(max(left, 0), IMAGE_SIDE - side)
             patch = ink[top : top + side, left : left + side]
             np.maximum(patch, glyph, out=patch)
-    return ink
+            boxes.append(Box(digit=digit, top=top + margin, left=left + margin, side=side * 5 / 6))
+    return ink, boxes
 
 
 def _glyph(glyph_id: int, digit: int, sources: Sources, side: int, angle_deg: float) -> np.ndarray:
