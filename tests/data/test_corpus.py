@@ -122,14 +122,14 @@ def expected_answer(question, scenes):
         case ["count", digit]:
             return str(sum(row.count(int(digit)) for row in scenes[0].rows))
         case ["read", "row", row]:
-            return " ".join(f"{'ABCDEF'[i]}{row} {digit}" for i, digit in enumerate(scenes[0].rows[int(row) - 1]))
+            return " ".join(f"{'ABCDEFG'[i]}{row} {digit}" for i, digit in enumerate(scenes[0].rows[int(row) - 1]))
         case ["which", "color"]:
             return scenes[0].ink
         case ["digit", "at", cell]:
-            return f"{cell} {scenes[0].rows[int(cell[1]) - 1]['ABCDEF'.index(cell[0])]}"
+            return f"{cell} {scenes[0].rows[int(cell[1]) - 1]['ABCDEFG'.index(cell[0])]}"
         case ["read", "digits"]:
             cells = [
-                (f"{'ABCDEF'[j]}{i + 1}", digit) for i, row in enumerate(scenes[0].rows) for j, digit in enumerate(row)
+                (f"{'ABCDEFG'[j]}{i + 1}", digit) for i, row in enumerate(scenes[0].rows) for j, digit in enumerate(row)
             ]
             return " ".join(f"{cell} {digit}" for cell, digit in cells)
     raise AssertionError(f"unknown question {question!r}")

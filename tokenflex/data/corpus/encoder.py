@@ -29,9 +29,9 @@ ARCHITECTURE = {
     "layer_type": "preactivation", "num_groups": 8, "embedding_size": 64, "hidden_sizes": [128], "depths": [3],
 }  # fmt: skip
 INPUT_SIDE = 64
-NUM_SCENES = 4096
-CELLS = (1, 2, 3, 3, 4, 5, 6, 6)
-NUM_STEPS = 300
+NUM_SCENES = 6144
+CELLS = (1, 2, 3, 4, 5, 6, 7)
+NUM_STEPS = 500
 BATCH_SIZE = 32
 PEAK_LEARNING_RATE = 4e-3
 # Three patches in four show no digit.

@@ -4,7 +4,7 @@ Why this file exists: the phrasing of every task in one place. A cell is named a
 number ("B3"), and the tokenizer knows every name as one token: a name of two tokens is bound to its place one axis at a
 time, with a plateau of unknown length between the two, one of a single token within a hundred steps. The answer repeats
 the name before the digit, so that a whole grid can be read in one answer and each digit stands right behind its name: up
-to 36 supervised digits per image.
+to 49 supervised digits per image.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ from .scenes import Scene, draw_grid, draw_word
 
 TASKS = ("control", "coarse", "dense", "row", "count", "word", "pair", "text")
 COARSE_CELLS = (2, 3)
-DENSE_CELLS = (6,)
-GRID_CELLS = (2, 3, 4, 5, 6)
+# Several densities, none alone: a grid of as many cells as there are visual tokens is read more easily than at other counts.
+DENSE_CELLS = (5, 6, 7)
+GRID_CELLS = (2, 3, 4, 5, 6, 7)
 # What the training set is made of. A grid sample asks for the whole of a grid of any density, for two of its cells
 # and sometimes for its colour and for a row.
 TRAIN_SHARES = {"grid": 0.64, "control": 0.1, "count": 0.06, "word": 0.08, "pair": 0.06, "text": 0.06}
