@@ -6,10 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import webdataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..data import embedded_corpus, find_shards, parse_sample
+from ..data import embedded_corpus, find_shards, parse_sample, walk_shard
 from ..errors import UserError
 from ..export import is_exported, loading_code
 from .report import accuracy_table, plot_accuracy
@@ -51,15 +50,11 @@ def evaluate_run(config, launch, say, model_folder=None):
 def read_samples(shards, max_per_task):
     """Evaluation samples of webdataset shards, at most `max_per_task` of each task, in the shards' order."""
     samples, per_task = [], Counter()
-    urls = [str(shard) for shard in shards]
-    every_rank_reads_all = lambda urls: urls  # ranks share the questions out afterwards, not the shards
-    for members in webdataset.WebDataset(urls, shardshuffle=False, nodesplitter=every_rank_reads_all):
-        sample = parse_sample(
-            {k: v for k, v in members.items() if k not in ("__url__", "__local_path__")}, members["__url__"]
-        )
+    for shard, members in ((shard, members) for shard in shards for members, _, _ in walk_shard(shard)):
+        sample = parse_sample(members, shard)
         if sample.messages[-1]["role"] != "assistant":
             raise UserError(
-                f"{members['__url__']}, sample {sample.key}: ends with a {sample.messages[-1]['role']} message; wanted the expected answer"
+                f"{shard}, sample {sample.key}: ends with a {sample.messages[-1]['role']} message; wanted the expected answer"
             )
         if per_task[sample.task] < max_per_task:
             per_task[sample.task] += 1
