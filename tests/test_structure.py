@@ -11,9 +11,9 @@ LEVELS = [
     {"budget", "config"},
     {"data", "model", "parallel", "checkpoint"},
     {"train", "evaluate", "infer", "export"},
-    {"cli", "launching"},
+    {"cli", "cli_data", "launching"},
 ]
-SIDEWAYS = {("train", "export"), ("evaluate", "export"), ("infer", "export"), ("cli", "infer"), ("cli", "launching")}
+SIDEWAYS = {("train", "export"), ("evaluate", "export"), ("infer", "export"), ("cli", "infer"), ("cli", "launching"), ("cli", "cli_data")}
 """Rooms that may look into a neighbour of the same level."""
 
 

@@ -85,12 +85,17 @@ class BadSample(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a sample may cost before it is read or decoded."""
+    """What of a shard may be read, and what a sample may cost before it is read or decoded."""
 
     max_member_bytes: int = 64 * 2**20
     """Bytes of one file in a shard."""
     max_image_pixels: int = 100_000_000
     """Pixels of one image, by its header."""
+    extensions: str = r"json|([^.]+\.)?(jpg|jpeg|png|webp)"
+    """Members that are read, as a pattern of their extensions. No pickles, no arrays, no tensors: nothing whose reading
+    could run code."""
+    ignore_others: bool = False
+    """Leave other members unread; else a sample that has one is bad."""
 
     def to_json(self):
         return asdict(self)

@@ -16,8 +16,6 @@ from .problems import BadSample, Limits
 from .sample import Sample, parse_sample
 
 BLOCK = tarfile.BLOCKSIZE
-ALLOWED_EXTENSION = re.compile(r"json|([^.]+\.)?(jpg|jpeg|png|webp)", re.IGNORECASE)
-"""Members that a sample may have. No pickles, no arrays, no tensors: nothing whose reading could run code."""
 DAMAGE = (tarfile.TarError, ValueError, OverflowError)
 """What tarfile raises for headers that make no sense (a ValueError for a PAX record, for one)."""
 
@@ -101,12 +99,11 @@ def check_member(info, limits):
             "member-name",
             f"member {ascii(name)} has an absolute, escaping or undecodable name; wanted a plain relative one",
         )
-    key, extension = base_plus_ext(name)
-    if key is None:
+    if base_plus_ext(name)[0] is None:
         raise BadSample(
             "member-name", f"member {name!r} has no extension; wanted names such as 000001.json, 000001.0.jpg"
         )
-    if not ALLOWED_EXTENSION.fullmatch(extension):
+    if not _is_wanted(name, limits):
         raise BadSample(
             "member-type",
             f"member {name!r} is of a type that is not read; wanted .json, .jpg, .jpeg, .png or .webp "
@@ -118,6 +115,11 @@ def check_member(info, limits):
             f"member {name!r} has {info.size} bytes, at most {limits.max_member_bytes} are allowed; "
             "shrink it or raise data.max_member_bytes",
         )
+
+
+def _is_wanted(name, limits):
+    extension = base_plus_ext(name)[1]
+    return bool(extension and re.fullmatch(limits.extensions, extension, re.IGNORECASE))
 
 
 def _is_safe_name(name):
@@ -163,6 +165,8 @@ def read_members(file, key, infos, limits):
     """
     members = {"__key__": key}
     for info in infos:
+        if limits.ignore_others and not (info.isreg() and _is_wanted(info.name, limits)):
+            continue
         check_member(info, limits)
         extension = base_plus_ext(info.name)[1].lower()
         if extension in members:

@@ -50,15 +50,16 @@ def evaluate_run(config, launch, say, model_folder=None):
 def read_samples(shards, max_per_task):
     """Evaluation samples of webdataset shards, at most `max_per_task` of each task, in the shards' order."""
     samples, per_task = [], Counter()
-    for shard, members in ((shard, members) for shard in shards for members, _, _ in walk_shard(shard)):
-        sample = parse_sample(members, shard)
-        if sample.messages[-1]["role"] != "assistant":
-            raise UserError(
-                f"{shard}, sample {sample.key}: ends with a {sample.messages[-1]['role']} message; wanted the expected answer"
-            )
-        if per_task[sample.task] < max_per_task:
-            per_task[sample.task] += 1
-            samples.append(sample)
+    for shard in shards:
+        for members, _, _ in walk_shard(shard):
+            sample = parse_sample(members, shard)
+            if sample.messages[-1]["role"] != "assistant":
+                raise UserError(
+                    f"{shard}, sample {sample.key}: ends with a {sample.messages[-1]['role']} message; wanted the expected answer"
+                )
+            if per_task[sample.task] < max_per_task:
+                per_task[sample.task] += 1
+                samples.append(sample)
     return samples
 
 
