@@ -8,7 +8,6 @@ content; content a string or a list of `{"type": "text", "text": ...}` and `{"ty
 import json
 from dataclasses import dataclass
 
-from .images import decode_image
 from .problems import BadSample
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -25,18 +24,14 @@ class Sample:
     task: str = ""
     source: str = ""
 
-    def decoded_messages(self):
-        """The messages with each image tag holding its decoded image.
-
-        Raises:
-            UserError: an image that cannot be decoded.
-        """
-        decoded = iter([decode_image(data, f"sample {self.key}, image {i}") for i, data in enumerate(self.images)])
+    def messages_with_images(self):
+        """The messages with each image tag holding its encoded image, which the processor decodes as in training."""
+        images = iter(self.images)
         return [
             {
                 **message,
                 "content": [
-                    {**item, "image": next(decoded)} if item["type"] == "image" else item for item in message["content"]
+                    {**item, "image": next(images)} if item["type"] == "image" else item for item in message["content"]
                 ],
             }
             for message in self.messages

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..data import embedded_corpus, find_shards, parse_sample, walk_shard
+from ..data import decode_image, embedded_corpus, find_shards, parse_sample, walk_shard
 from ..errors import UserError
 from ..export import is_exported, loading_code
 from .report import accuracy_table, plot_accuracy
@@ -58,6 +58,8 @@ def read_samples(shards, max_per_task):
                     f"{shard}, sample {sample.key}: ends with a {sample.messages[-1]['role']} message; wanted the expected answer"
                 )
             if per_task[sample.task] < max_per_task:
+                for number, image in enumerate(sample.images):
+                    decode_image(image, f"{shard}, sample {sample.key}, image {number}")
                 per_task[sample.task] += 1
                 samples.append(sample)
     return samples
@@ -91,7 +93,7 @@ def _hits(model, processor, samples, count, settings):
     hits = []
     for begin in range(0, len(samples), settings.batch_size):
         batch = samples[begin : begin + settings.batch_size]
-        prompts = [sample.decoded_messages()[:-1] for sample in batch]
+        prompts = [sample.messages_with_images()[:-1] for sample in batch]
         inputs = processor.apply_chat_template(
             prompts, tokenize=True, add_generation_prompt=True, num_visual_tokens=count
         ).to(model.device)
