@@ -5,6 +5,8 @@ import sys
 
 from tqdm import tqdm
 
+from .errors import UserError
+
 
 def add_data_commands(commands):
     """Add `data` with its own commands to a parser's sub-commands."""
@@ -12,6 +14,7 @@ def add_data_commands(commands):
     inner = data.add_subparsers(required=True, metavar="COMMAND")
     _add_convert(inner)
     _add_validate(inner)
+    _add_inspect(inner)
 
 
 def _add_convert(commands):
@@ -65,7 +68,29 @@ def _add_validate(commands):
     _add_common(validate, _run_validate)
 
 
-def _add_common(command, run):
+def _add_inspect(commands):
+    inspect = commands.add_parser(
+        "inspect",
+        help="write a page with samples, masks, costs and statistics",
+        description="Write an HTML page with samples, their masks and costs, and statistics. It needs no network.",
+    )
+    inspect.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, folders of them, or glob patterns")
+    inspect.add_argument("--out", default="inspect.html", metavar="FILE", help="the page (default inspect.html)")
+    inspect.add_argument(
+        "--config", metavar="FILE", help="recipe whose tokenizer, template, tiling and counts are shown"
+    )
+    inspect.add_argument(
+        "--set", action="append", default=[], metavar="section.key=value", help="override a value of the recipe"
+    )
+    inspect.add_argument("--samples", type=_positive, default=24, metavar="N", help="samples shown (default 24)")
+    inspect.add_argument(
+        "--max-samples", type=_positive, default=5000, metavar="N", help="samples counted (default 5000)"
+    )
+    inspect.add_argument("--seed", type=int, default=0, metavar="N", help="which samples are shown (default 0)")
+    _add_common(inspect, _run_inspect, has_workers=False)
+
+
+def _add_common(command, run, has_workers=True):
     command.add_argument(
         "--max-image-pixels",
         type=_positive,
@@ -80,9 +105,14 @@ def _add_common(command, run):
         metavar="N",
         help="larger files are bad (default 64 MiB)",
     )
-    command.add_argument(
-        "--workers", type=_positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: one per core)"
-    )
+    if has_workers:
+        command.add_argument(
+            "--workers",
+            type=_positive,
+            default=os.cpu_count() or 1,
+            metavar="N",
+            help="processes (default: one per core)",
+        )
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.set_defaults(run=run)
 
@@ -127,6 +157,41 @@ def _run_validate(arguments, say):
     if arguments.report:
         write_report(arguments.report, tally, problems)
     return int(bool(problems))
+
+
+def _run_inspect(arguments, say):
+    from .data import Limits, find_shards
+    from .data.inspect import render_page, survey_shards
+
+    limits = Limits(max_member_bytes=arguments.max_member_bytes, max_image_pixels=arguments.max_image_pixels)
+    shards = find_shards(arguments.shards, what="data inspect")
+    processor, counts = _recipe(arguments, say) if arguments.config or arguments.set else (None, ())
+    with tqdm(unit=" samples", disable=not sys.stderr.isatty()) as bar:
+        survey = survey_shards(
+            shards, processor, arguments.samples, arguments.max_samples, arguments.seed, limits, bar.update
+        )
+    page = render_page(survey, shards, processor, counts)
+    try:
+        with open(arguments.out, "w", encoding="utf-8") as file:
+            file.write(page)
+    except OSError as error:
+        raise UserError(f"--out {arguments.out}: {error.strerror}; name a file that can be written") from None
+    say("\n".join(survey.tally.lines()))
+    say(f"page      {arguments.out}")
+    return 0
+
+
+def _recipe(arguments, say):
+    """The processor and the visual-token counts of a recipe."""
+    from .config import load_config
+    from .data import embedded_corpus
+    from .model import build_processor
+
+    config = load_config(arguments.config, arguments.set)
+    tokenizer = ""
+    if "embedded" in config.data.train and not isinstance(config.model.text, str) and not config.model.tokenizer:
+        tokenizer = str(embedded_corpus(config.data, say) / "tokenizer")
+    return build_processor(config.model, config.budget, tokenizer), sorted(config.budget.num_visual_tokens)
 
 
 def _positive(text):
