@@ -34,7 +34,7 @@ article header b { color:var(--ink); font-size:15px } .body { display:flex; flex
 .text span { border-radius:3px; padding:1px 0 } .learned { background:var(--learned); color:var(--learned-ink) } .context { background:var(--context) }
 .image { background:var(--image); color:var(--image-ink); padding:1px 6px } .legend span { padding:2px 8px; border-radius:4px; font-size:13px; margin-right:6px }
 table { border-collapse:collapse; font-size:13px; background:var(--paper) } td,th { border:1px solid var(--line); padding:3px 10px; text-align:right }
-td:first-child,th:first-child { text-align:left } .bad { color:var(--bad) } .chip { background:var(--context); border-radius:10px; padding:0 8px }
+td:first-child,th:first-child,.left td,.left th { text-align:left } .left td { overflow-wrap:anywhere } .bad { color:var(--bad) } .chip { background:var(--context); border-radius:10px; padding:0 8px }
 """
 
 
@@ -49,10 +49,10 @@ def render_page(survey, shards, processor=None, counts=()):
         "<h2>Statistics</h2>",
         _costs(survey, counts) if processor else "",
         f'<div class="grid">{"".join(_plots(survey, processor, counts))}</div>',
-        _problems(survey),
         "<h2>Samples</h2>",
         _legend() if processor else "<p class='lead'>Give --config or --model to see tokens and masks.</p>",
         *(_article(surveyed, processor, counts) for surveyed in survey.shown),
+        _problems(survey),
         "</main></body></html>\n",
     ]
     return "".join(parts)

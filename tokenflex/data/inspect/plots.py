@@ -4,7 +4,7 @@ from html import escape
 
 import numpy as np
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 420, 190, 46, 34, 10
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 420, 200, 46, 34, 24
 
 
 def histogram(values, title, unit, num_bins=28, is_log=False):
@@ -43,23 +43,27 @@ def histogram(values, title, unit, num_bins=28, is_log=False):
 
 
 def scatter(points, title):
-    """Image sizes: a dot per image, width against height, equal scales."""
+    """Image sizes: a dot per size, width against height, both on the same logarithmic scale."""
     points = np.asarray(points, dtype=np.float64).reshape(-1, 2)
     if not len(points):
         return ""
-    most = float(points.max()) * 1.05
+    low, high = max(float(points.min()), 1.0) / 1.3, float(points.max()) * 1.3
     places, counts = np.unique(points, axis=0, return_counts=True)
-    at = _scale(0, most, False)
+    across, up = _scale(low, high, True), lambda y: _y(np.log(max(y, 1.0) / low) / np.log(high / low))
     dots = "".join(
-        f'<circle class="dot" cx="{at(x):.1f}" cy="{_y(y / most):.1f}" r="{min(2 + np.log2(count), 9):.1f}">'
+        f'<circle class="dot" cx="{across(x):.1f}" cy="{up(y):.1f}" r="{min(2 + np.log2(count), 9):.1f}">'
         f"<title>{count} of {int(x)} x {int(y)} pixels</title></circle>"
         for (x, y), count in zip(places[:3000], counts)
     )
+    decades = [10.0**power * step for power in range(7) for step in (1, 3) if low <= 10.0**power * step <= high]
+    decades = decades[:: max(1, len(decades) // 5)]
     ticks = "".join(
-        f'<text class="tick" x="{at(tick):.1f}" y="{HEIGHT - 18}" text-anchor="middle">{_number(tick)}</text>'
-        for tick in np.linspace(0, most, 4)
+        f'<text class="tick" x="{across(tick):.1f}" y="{HEIGHT - 18}" text-anchor="middle">{_number(tick)}</text>'
+        f'<text class="tick" x="{LEFT - 5}" y="{up(tick) + 3:.1f}" text-anchor="end">{_number(tick)}</text>'
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 12}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>'
+        for tick in decades
     )
-    return _figure(title, f"width in pixels ({len(points)} images)", int(most), dots + ticks, "height")
+    return _figure(title, f"width in pixels ({len(points)} images)", 0, ticks + dots, "height")
 
 
 def bars(counter, title, unit, most=12):
@@ -89,15 +93,19 @@ def _y(share):
 
 
 def _figure(title, axis, top, inner, unit="samples"):
-    lines = "".join(
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 12}" y1="{_y(share):.1f}" y2="{_y(share):.1f}"/>'
-        f'<text class="tick" x="{LEFT - 5}" y="{_y(share) + 3:.1f}" text-anchor="end">{_number(top * share)}</text>'
-        for share in (0, 0.5, 1)
+    lines = (
+        ""
+        if not top
+        else "".join(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 12}" y1="{_y(share):.1f}" y2="{_y(share):.1f}"/>'
+            f'<text class="tick" x="{LEFT - 5}" y="{_y(share) + 3:.1f}" text-anchor="end">{_number(top * share)}</text>'
+            for share in (0, 0.5, 1)
+        )
     )
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(title)}">{lines}{inner}<text class="tick" x="{LEFT}" y="{HEIGHT - 3}">{escape(axis)}</text>'
-        f'<text class="tick" x="{LEFT - 40}" y="{TOP - 1}">{escape(unit)}</text></svg></figure>'
+        f'<text class="tick" x="4" y="{TOP - 13}">{escape(unit)}</text></svg></figure>'
     )
 
 
