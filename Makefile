@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: train test test-quickstart gpu bench lint clean
+.PHONY: train test test-quickstart bench-decode gpu bench lint clean
 
 train: $(VENV)/installed
 	deepspeed launch/train.py --ds_config configs/zero3.json $(ARGS)
@@ -18,6 +18,10 @@ test: $(VENV)/installed
 
 test-quickstart: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow tests/test_quickstart.py $(ARGS)
+
+# CPU cost of decoding and tiling over the bare JPEG decoder; writes docs/results/decode.json
+bench-decode: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/data/decode_bench.py $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

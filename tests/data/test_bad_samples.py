@@ -64,7 +64,7 @@ def test_what_can_be_put_right_decodes_to_plain_pixels(name, processor):
         if "special-text" not in CASES[name].repair:
             assert set(verify_image(data).repairs) == set(CASES[name].repair), extension
         tiles = processor.image_processor.tiled(data)
-        assert tiles.shape == (1, 3, 48, 64) and tiles.dtype == np.uint8
+        assert tiles.shape == (1, 48, 64, 3) and tiles.dtype == np.uint8
 
 
 @pytest.mark.parametrize("name", FOUND_WHEN_DECODED)

@@ -183,17 +183,17 @@ def test_tiles_lie_row_by_row_and_the_thumbnail_is_last():
     image = np.zeros((96, 192, 3), np.uint8)
     image[:48, :64], image[48:, 128:] = (255, 0, 0), (0, 0, 255)
     tiles = TokenFlexImageProcessor(48, 64, max_tiles=6).tiled(image)
-    assert tiles.shape == (7, 3, 48, 64)
-    assert tiles[0, 0].min() == 255 and tiles[5, 2].min() == 255 and tiles[1:5].max() == 0
-    assert tiles[6, 0, 0, 0] == 255 and tiles[6, 2, -1, -1] == 255 and tiles[6, :, 0, -1].max() == 0
-    assert TokenFlexImageProcessor(48, 64, max_tiles=6, thumbnail=False).tiled(image).shape == (6, 3, 48, 64)
+    assert tiles.shape == (7, 48, 64, 3)
+    assert tiles[0, ..., 0].min() == 255 and tiles[5, ..., 2].min() == 255 and tiles[1:5].max() == 0
+    assert tiles[6, 0, 0, 0] == 255 and tiles[6, -1, -1, 2] == 255 and tiles[6, 0, -1].max() == 0
+    assert TokenFlexImageProcessor(48, 64, max_tiles=6, thumbnail=False).tiled(image).shape == (6, 48, 64, 3)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 10_000), (10_000, 1), (2, 3)])
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 def test_extreme_shapes_make_whole_tiles(size, format):
     processor = TokenFlexImageProcessor(48, 64, max_tiles=6)
-    assert processor.tiled(photo(0, size, format)).shape == (int(processor.num_tiles(*size)), 3, 48, 64)
+    assert processor.tiled(photo(0, size, format)).shape == (int(processor.num_tiles(*size)), 48, 64, 3)
 
 
 def conversation(number, images):

@@ -23,7 +23,7 @@ class PackedBatch:
     """What one rank runs through the model at once.
 
     input_ids, position_ids: [1, T] int64, positions restart in every sample. cu_seq_lens: [S + 1] int32, where each
-    sample begins. max_length: the longest sample. images: [B, 3, H, W] bytes, one per tile. counts: visual tokens per tile.
+    sample begins. max_length: the longest sample. images: [B, H, W, 3] bytes, one per tile. counts: visual tokens per tile.
     visual_positions: [V] places of the placeholders. logits_positions: [L] places whose logits are needed.
     targets: [L] the tokens to predict there. weights: [L] float32, the loss weight of each.
     is_dummy_image: there was no image; `images` holds one blank so that the vision encoder runs on every rank.
@@ -61,7 +61,7 @@ class PackedBatch:
 class PreparedSample:
     """One sample as tokens and tiles, at its visual-token count.
 
-    input_ids: list. learned: [L] places of the learned tokens. visual: [V] places of the placeholders. tiles: [B, 3, H, W]
+    input_ids: list. learned: [L] places of the learned tokens. visual: [V] places of the placeholders. tiles: [B, H, W, 3]
     bytes. count: visual tokens per tile. problem: why this is a substitute, if it is one.
     """
 
@@ -112,7 +112,7 @@ def substitute(num_text_tokens, num_tiles, count, processor, problem):
         input_ids=[processor.image_token_id] * (num_tiles * count) + [processor.image_end_token_id] * num_text_tokens,
         learned=np.empty(0, np.int64),
         visual=np.arange(num_tiles * count),
-        tiles=np.zeros((num_tiles, 3, blank.height, blank.width), np.uint8),
+        tiles=np.zeros((num_tiles, blank.height, blank.width, 3), np.uint8),
         count=count,
         problem=problem,
     )
@@ -160,7 +160,7 @@ def collate(samples, sample_ids, processor, loss_weighting, total_weight, blank_
 
 
 def _no_tiles(processor):
-    return np.empty((0, 3, processor.image_processor.height, processor.image_processor.width), np.uint8)
+    return np.empty((0, processor.image_processor.height, processor.image_processor.width, 3), np.uint8)
 
 
 def _concatenated(arrays):

