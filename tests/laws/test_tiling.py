@@ -282,9 +282,9 @@ def test_an_export_without_this_package_gives_the_trainers_logits(tiled_config, 
     torch.testing.assert_close(torch.load(f"{tmp_path / 'model'}.logits"), ours, rtol=1e-4, atol=2e-5)
 
 
-def test_a_real_run_trains_on_tiles(tmp_path, cache_dir, processor):
+def test_a_real_run_trains_on_tiles(tmp_path):
     overrides = ("model.max_tiles=4", "data.max_images_per_pack=40", "train.num_steps=2", "data.pack_length=1024")
-    train_ranks(2, tmp_path, cache_dir, *overrides)
+    train_ranks(2, tmp_path, tmp_path / "cache", *overrides)  # an index of its own: the tiling is another
     lines = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all(line["num_bad_samples"] == 0 and line["num_visual_tokens"] > 0 for line in lines)
     saved = json.loads((tmp_path / "tiny" / "model" / "processor_config.json").read_text())
