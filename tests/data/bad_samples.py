@@ -201,8 +201,18 @@ def cases():
         "json header flipped": Case(
             [("json", record()), ("0.jpg", JPEG)], "tar-damaged", spoil=lambda data: flipped(data, 3)
         ),
+        "negative size": Case([("json", record()), ("0.jpg", JPEG)], "tar-damaged", spoil=of_negative_size),
         "headers wiped": Case([("json", record(images=0))], "tar-damaged", spoil=lambda data: b"\x01" * len(data)),
     }
+
+
+def of_negative_size(data):
+    """A header whose size is -512: a walk that believes it goes back and forth for ever."""
+    header = bytearray(data[:512])
+    header[124:136] = (-512).to_bytes(12, "big", signed=True)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + data[512:]
 
 
 def tar_bytes(key, case):

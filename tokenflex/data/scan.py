@@ -235,9 +235,11 @@ def _walk(file, size, has_end_mark):
             file.seek(offset)
             tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
             while (info := tar.next()) is not None:
+                if info.size < 0:  # the walk would go back and never end
+                    raise tarfile.ReadError(f"member of {info.size} bytes")
                 is_cut = info.offset_data + info.size > size
-                offset, begin = info.offset_data + -(-info.size // BLOCK) * BLOCK, info.offset
-                yield info, begin, offset, ""
+                offset = tar.offset
+                yield info, info.offset, offset, ""
                 tar.members = []  # tarfile keeps every header it has seen
         except DAMAGE as error:
             why = f"there is no sound tar header at byte {offset} ({' '.join(str(error).split())})"

@@ -62,8 +62,11 @@ def read_sample(file, offset, num_bytes, where, limits=Limits()):  # noqa: B008 
     Raises:
         BadSample: there is no sample of this size, or a member of it may not be read.
     """
-    file.seek(offset)
-    data = file.read(num_bytes)
+    try:
+        file.seek(offset)
+        data = file.read(num_bytes)
+    except OSError as error:
+        raise BadSample("tar-damaged", f"cannot be read ({error.strerror})", where, "", offset) from None
     if len(data) != num_bytes:
         detail = f"ends at {offset + len(data)} bytes, the index says {offset + num_bytes}; the shard has changed: index it again"
         raise BadSample("tar-damaged", detail, where, "", offset)
