@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: train test test-quickstart gpu bench lint clean
+.PHONY: train test test-quickstart bench-decode gpu bench lint clean
 
 train: $(VENV)/installed
 	deepspeed launch/train.py --ds_config configs/zero3.json $(ARGS)
@@ -19,6 +19,10 @@ test: $(VENV)/installed
 test-quickstart: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow tests/test_quickstart.py $(ARGS)
 
+# CPU cost of decoding and tiling over the bare JPEG decoder; writes docs/results/decode.json
+bench-decode: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/data/decode_bench.py $(ARGS)
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -26,7 +30,7 @@ $(VENV)/installed: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 10) <= v < (3, 13) else f"error: {sys.executable} is Python {v.major}.{v.minor}; TokenFLEX runs on 3.10 to 3.12: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quickstart,mpi,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quickstart,mpi,parquet,dev]"
 	@touch $@
 
 clean:

@@ -27,6 +27,7 @@ setup(
         "triton>=3.6,<3.10; platform_system == 'Linux'",
         "numpy",
         "pillow",
+        "simplejpeg>=1.9",
         "pydantic>=2.7",
         "pyyaml",
         "safetensors",
@@ -36,6 +37,7 @@ setup(
     extras_require={
         "gpu": ["flash-attn>=2.7", "liger-kernel"],
         "mpi": ["mpi4py>=4.0"],
+        "parquet": ["pyarrow>=18"],
         "quickstart": ["mlxtend==0.25.0", "scikit-learn", "scikit-image", "matplotlib", "wandb"],
         "dev": ["pytest", "pytest-timeout", "ruff", "hypothesis", "mpich"],
     },

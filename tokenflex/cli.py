@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from .cli_data import add_data_commands
 from .launching import entry_point
 
 
@@ -32,6 +33,7 @@ def parser():
     )
     generate.add_argument("--debug", action="store_true", help="show the traceback of an error")
     generate.set_defaults(run=_generate)
+    add_data_commands(commands)
     return top
 
 

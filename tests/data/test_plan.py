@@ -20,7 +20,7 @@ def make_index(rng, number, text_share=0.2, max_images=3, without_answer=0.0):
     return SimpleNamespace(
         text_tokens=rng.integers(10, 120, number),
         learned_tokens=learned,
-        num_images=images,
+        num_tiles=images,
         shard_of=lambda sample: "some.tar",
     )
 
@@ -48,9 +48,9 @@ def test_every_sample_once_every_pack_fits(number, seed, text_share, lockstep):
         ids = np.concatenate([pack.sample_ids for pack in packs])
         np.testing.assert_array_equal(np.sort(ids), np.arange(number))
         for pack in packs:
-            lengths = index.text_tokens[pack.sample_ids] + index.num_images[pack.sample_ids] * pack.counts
-            assert lengths.sum() <= 400 and index.num_images[pack.sample_ids].sum() <= 8
-            assert ((pack.counts == 0) == (index.num_images[pack.sample_ids] == 0)).all()
+            lengths = index.text_tokens[pack.sample_ids] + index.num_tiles[pack.sample_ids] * pack.counts
+            assert lengths.sum() <= 400 and index.num_tiles[pack.sample_ids].sum() <= 8
+            assert ((pack.counts == 0) == (index.num_tiles[pack.sample_ids] == 0)).all()
 
 
 def test_rows_share_one_count_but_for_the_leftovers():
@@ -64,7 +64,7 @@ def test_rows_share_one_count_but_for_the_leftovers():
 def test_packs_are_well_filled():
     index = make_index(np.random.default_rng(1), 5000, max_images=1)
     packs = [pack for step in make_planner(index, max_images_per_pack=99).epoch(0) for pack in step]
-    used = sum(int((index.text_tokens[p.sample_ids] + index.num_images[p.sample_ids] * p.counts).sum()) for p in packs)
+    used = sum(int((index.text_tokens[p.sample_ids] + index.num_tiles[p.sample_ids] * p.counts).sum()) for p in packs)
     assert used / (400 * len(packs)) > 0.95
 
 

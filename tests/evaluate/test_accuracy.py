@@ -50,10 +50,10 @@ class Oracle:
         self.processor = processor
         self.answers = {}
         for sample in samples:
-            prompt = processor.apply_chat_template(sample.decoded_messages()[:-1], add_generation_prompt=True)
+            prompt = processor.apply_chat_template(sample.messages_with_images()[:-1], add_generation_prompt=True)
             self.answers.setdefault(prompt, []).append("".join(i["text"] for i in sample.messages[-1]["content"]))
 
-    def generate(self, input_ids, attention_mask, max_new_tokens, do_sample, pixel_values=None):
+    def generate(self, input_ids, attention_mask, max_new_tokens, do_sample, pixel_values=None, num_tiles=None):
         rows = []
         for ids, mask in zip(input_ids, attention_mask):
             text = self.processor.tokenizer.decode(ids[mask.bool()])

@@ -57,7 +57,7 @@ def test_packed_logits_equal_unpacked_logits(family, tiny_config, processor, dat
         for place, (sample_id, count) in enumerate(zip(ids, counts)):
             sample = dataset.sample(sample_id)
             inputs = processor.apply_chat_template(
-                sample.decoded_messages(), tokenize=True, num_visual_tokens=int(count) or None
+                sample.messages_with_images(), tokenize=True, num_visual_tokens=int(count) or None
             )
             alone = model(**inputs, use_cache=False).logits[0]
             begin, end = pack.cu_seq_lens[place : place + 2]
@@ -91,7 +91,7 @@ def test_gradient_of_packed_accumulated_step_equals_unpacked_batch(
         float(index.learned_tokens[i] * LOSS_WEIGHTS[weighting](index.learned_tokens[i].astype(float))) for i in ids
     )
     for sample_id, count in zip(ids, counts):
-        batch = collate([dataset.sample(sample_id)], [count], [sample_id], processor, weighting, total, 4)
+        batch = collate([dataset.prepared(sample_id, int(count))], [sample_id], processor, weighting, total, 4)
         loss = batch_loss(model, batch, normalise)
         loss.backward()
         plain_loss += loss.item()

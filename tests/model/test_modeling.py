@@ -179,8 +179,8 @@ def test_an_untrained_count_is_warned_of_once(exported, processor, caplog):
     _, model = exported
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            model._sides(11, 1, None)
-            model._sides(12, 1, None)
+            model._sides(11, [1], None)
+            model._sides(12, [1], None)
     said = [record.getMessage() for record in caplog.records if "was not trained" in record.getMessage()]
     assert len(said) == 1 and "num_visual_tokens=11" in said[0] and "[4, 12]" in said[0]
 
@@ -188,7 +188,7 @@ def test_an_untrained_count_is_warned_of_once(exported, processor, caplog):
 @pytest.mark.parametrize("count", [0, -1, 1.5, (0, 2)])
 def test_counts_that_are_none_are_refused(exported, count):
     with pytest.raises(ValueError, match="num_visual_tokens|must hold two positive"):
-        exported[1]._sides([count], 1, None)
+        exported[1]._sides([count], [1], None)
 
 
 def test_mismatched_counts_are_named_with_both_numbers(exported, processor):
@@ -197,6 +197,9 @@ def test_mismatched_counts_are_named_with_both_numbers(exported, processor):
     with pytest.raises(ValueError, match="12 image placeholders but the images gave 9 visual tokens"):
         model(**inputs, num_visual_tokens=9)
     two = {**inputs, "pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)}
+    with pytest.raises(ValueError, match=r"num_tiles \[1\] adds up to 1 but 2 tiles came"):
+        model(**two)
+    two["num_tiles"] = torch.tensor([1, 1])
     with pytest.raises(ValueError, match="2 images came with 1 runs"):
         model(**two)
 

@@ -104,7 +104,7 @@ def odd_images():
 def test_odd_images_become_plain_pixels(kind):
     image, color = odd_images()[kind]
     assert upright_rgb(image).getpixel((0, 0)) == color
-    assert TokenFlexImageProcessor(8, 12).resized(image).shape == (8, 12, 3)
+    assert TokenFlexImageProcessor(8, 12).tiled(image).shape == (1, 8, 12, 3)
     if kind == "turned":
         assert upright_rgb(image).size == (8, 4)
 

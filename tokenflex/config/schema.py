@@ -74,6 +74,10 @@ class ModelConfig(Section):
     """Per-channel mean that is subtracted (of pixels in 0..1)."""
     image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.5, 0.5, 0.5)
     """Per-channel standard deviation to divide by."""
+    max_tiles: PositiveInt = 1
+    """Tiles that an image is cut into at most, by its aspect ratio (InternVL has 6 in training); 1 takes it whole."""
+    thumbnail: bool = True
+    """Whether an image of several tiles is followed by the whole of it as one more tile."""
     pooling_mode: Literal["adaptive", "resize"] = "adaptive"
     """`adaptive`: the paper's adaptive average pooling; `resize`: the authors' release (bilinear, then average)."""
     projector_multiplier: PositiveInt = 3
@@ -132,6 +136,13 @@ class DataConfig(Section):
     """What to do with a sample longer than a pack: stop and name it, or leave it out and count it."""
     num_workers: NonNegativeInt = 4
     """Processes per rank that read and decode; 0 reads in the training process."""
+    max_member_bytes: PositiveInt = 64 * 2**20
+    """Bytes of one file in a shard; a sample with a larger one is bad."""
+    max_image_pixels: PositiveInt = 100_000_000
+    """Pixels of one image by its header; a sample with a larger one is bad, and is not decoded."""
+    max_bad_fraction: NonNegativeFloat = Field(default=0.01, le=1)
+    """Share of bad samples (of all seen in this run, at least 1,000) above which training stops; below it their places are
+    filled with tokens that teach nothing, and each is logged."""
 
     @model_validator(mode="after")
     def _check(self):

@@ -1,14 +1,21 @@
 """From planned packs to tensors: one row of tokens that holds every sample of a micro-batch.
 
-Shape suffixes of the fields: T tokens, S samples, B images, V visual tokens, L learned tokens.
+A sample that cannot be used has a substitute of exactly its planned length and tiles, which teaches nothing: so the plan,
+every rank's shapes and the order of samples stay what they are, and no other sample is drawn.
+
+Shape suffixes of the fields: T tokens, S samples, B images or tiles, V visual tokens, L learned tokens.
 """
 
+import struct
 from dataclasses import dataclass, fields, replace
 
+import jinja2
 import numpy as np
 import torch
 
+from .images import read_header
 from .plan import LOSS_WEIGHTS
+from .problems import BadSample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,11 +23,12 @@ class PackedBatch:
     """What one rank runs through the model at once.
 
     input_ids, position_ids: [1, T] int64, positions restart in every sample. cu_seq_lens: [S + 1] int32, where each
-    sample begins. max_length: the longest sample. images: [B, H, W, 3] bytes. counts: visual tokens per image.
+    sample begins. max_length: the longest sample. images: [B, H, W, 3] bytes, one per tile. counts: visual tokens per tile.
     visual_positions: [V] places of the placeholders. logits_positions: [L] places whose logits are needed.
     targets: [L] the tokens to predict there. weights: [L] float32, the loss weight of each.
     is_dummy_image: there was no image; `images` holds one blank so that the vision encoder runs on every rank.
-    sample_ids: [S] which samples. total_weight: of the whole optimizer step, over all ranks.
+    sample_ids: [S] which samples. total_weight: of the whole optimizer step, over all ranks. skipped: a record (shard, key,
+    offset, reason, detail, sample) of each sample that has a substitute.
     """
 
     input_ids: torch.Tensor
@@ -36,6 +44,7 @@ class PackedBatch:
     is_dummy_image: bool
     sample_ids: torch.Tensor
     total_weight: float
+    skipped: tuple = ()
 
     def to(self, device):
         """The batch with its tensors on `device`; copies overlap with compute where the memory is pinned."""
@@ -48,54 +57,111 @@ class PackedBatch:
         return replace(self, **{n: t.pin_memory() for n, t in tensors.items() if torch.is_tensor(t)})
 
 
-def collate(samples, counts, sample_ids, processor, loss_weighting, total_weight, blank_count):
-    """Samples of a micro-batch, each with its visual-token count, -> `PackedBatch`.
+@dataclass(frozen=True, kw_only=True)
+class PreparedSample:
+    """One sample as tokens and tiles, at its visual-token count.
 
-    `blank_count` is the visual-token count of the blank image that stands in where no sample has an image.
+    input_ids: list. learned: [L] places of the learned tokens. visual: [V] places of the placeholders. tiles: [B, H, W, 3]
+    bytes. count: visual tokens per tile. problem: why this is a substitute, if it is one.
+    """
+
+    input_ids: list
+    learned: np.ndarray
+    visual: np.ndarray
+    tiles: np.ndarray
+    count: int
+    problem: BadSample | None = None
+
+
+def prepare(sample, count, processor, limits):
+    """A parsed sample, decoded and rendered at `count` visual tokens per tile -> `PreparedSample`.
 
     Raises:
-        UserError: an image that cannot be decoded.
+        BadSample: an image that is refused by its header or does not decode, or turns that the chat template refuses.
     """
-    weight_of = LOSS_WEIGHTS[loss_weighting]
-    ids, positions, lengths, images, image_counts = [], [], [0], [], []
-    visual, learned, weights = [], [], []
-    for sample, count in zip(samples, counts):
-        encoded = processor.encode(sample.decoded_messages(), [int(count)] * len(sample.images))
-        start = len(ids)
-        is_target = np.asarray(encoded.is_target)
-        targets = np.flatnonzero(is_target)
-        learned.append(start + targets)
-        weights.append(np.full(len(targets), weight_of(np.array(len(targets)))))
-        visual += [np.arange(count) + start + place for place in encoded.image_starts]
-        images += [processor.image_processor.resized(image) for image in encoded.images]
-        image_counts += [int(count)] * len(encoded.images)
-        ids += encoded.input_ids
-        positions.append(np.arange(len(encoded.input_ids)))
-        lengths.append(len(encoded.input_ids))
-    is_dummy_image = not images
-    if is_dummy_image:
-        size = processor.image_processor
-        images, image_counts = [np.zeros((size.height, size.width, 3), np.uint8)], [blank_count]
-    if not ids:  # an empty pack at the end of an epoch: one token, nothing learned
-        ids, lengths, positions = [processor.image_end_token_id], [0, 1], [np.zeros(1, np.int64)]
-    learned = _concatenate(learned)
-    ids = torch.tensor(ids)
-    return PackedBatch(
-        input_ids=ids.unsqueeze(0),
-        position_ids=_concatenate(positions).unsqueeze(0),
-        cu_seq_lens=torch.tensor(np.cumsum(lengths), dtype=torch.int32),
-        max_length=max(lengths),
-        images=torch.from_numpy(np.stack(images)),
-        counts=image_counts,
-        visual_positions=_concatenate(visual),
-        logits_positions=learned - 1,
-        targets=ids[learned],
-        weights=_concatenate(weights).float(),
-        is_dummy_image=is_dummy_image,
-        sample_ids=torch.as_tensor(np.asarray(sample_ids, dtype=np.int64)),
-        total_weight=total_weight,
+    tiles = [_tiled(data, i, processor.image_processor, limits) for i, data in enumerate(sample.images)]
+    lengths = [len(some) * count for some in tiles]
+    try:
+        encoded = processor.encode(sample.messages, lengths)
+    except jinja2.TemplateError as error:
+        raise BadSample("message", f"the chat template refuses its turns ({error})") from None
+    return PreparedSample(
+        input_ids=encoded.input_ids,
+        learned=np.flatnonzero(encoded.is_target),
+        visual=_concatenated([np.arange(n) + start for n, start in zip(lengths, encoded.image_starts)]),
+        tiles=np.concatenate([_no_tiles(processor), *tiles]),
+        count=count,
     )
 
 
-def _concatenate(arrays):
-    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *arrays]))
+def _tiled(data, number, image_processor, limits):
+    try:
+        read_header(data, limits)
+        return image_processor.tiled(data)
+    except BadSample as problem:
+        raise BadSample(problem.reason, f"image {number}: {problem.detail}") from None
+    except (OSError, SyntaxError, ValueError, struct.error, EOFError, IndexError, KeyError, OverflowError) as error:
+        detail = f"image {number}: not a readable image ({' '.join(str(error).split())}); repair or remove the sample"
+        raise BadSample("image-data", detail) from None
+
+
+def substitute(num_text_tokens, num_tiles, count, processor, problem):
+    """What stands in for a bad sample: as many tokens and tiles as were planned, all of them blank, none learned."""
+    blank = processor.image_processor
+    return PreparedSample(
+        input_ids=[processor.image_token_id] * (num_tiles * count) + [processor.image_end_token_id] * num_text_tokens,
+        learned=np.empty(0, np.int64),
+        visual=np.arange(num_tiles * count),
+        tiles=np.zeros((num_tiles, blank.height, blank.width, 3), np.uint8),
+        count=count,
+        problem=problem,
+    )
+
+
+def collate(samples, sample_ids, processor, loss_weighting, total_weight, blank_count):
+    """`PreparedSample`s of a micro-batch -> `PackedBatch`.
+
+    `blank_count` is the visual-token count of the blank image that stands in where no sample has an image.
+    """
+    weight_of = LOSS_WEIGHTS[loss_weighting]
+    lengths = [len(sample.input_ids) for sample in samples] or [1]
+    begins = np.cumsum([0, *lengths])
+    # an empty pack at the end of an epoch: one token, nothing learned
+    ids = [token for sample in samples for token in sample.input_ids] or [processor.image_end_token_id]
+    tiles = np.concatenate([_no_tiles(processor), *(sample.tiles for sample in samples)])
+    counts = [sample.count for sample in samples for _ in sample.tiles]
+    is_dummy_image = not len(tiles)
+    if is_dummy_image:
+        tiles, counts = np.zeros((1, *tiles.shape[1:]), np.uint8), [blank_count]
+    learned = torch.from_numpy(_concatenated([begin + sample.learned for begin, sample in zip(begins, samples)]))
+    weights = [np.full(len(s.learned), weight_of(np.array(len(s.learned)))) for s in samples]
+    visual = _concatenated([begin + sample.visual for begin, sample in zip(begins, samples)])
+    ids = torch.tensor(ids)
+    return PackedBatch(
+        input_ids=ids.unsqueeze(0),
+        position_ids=torch.from_numpy(_concatenated([np.arange(length) for length in lengths])).unsqueeze(0),
+        cu_seq_lens=torch.tensor(begins, dtype=torch.int32),
+        max_length=max(lengths),
+        images=torch.from_numpy(tiles),
+        counts=counts,
+        visual_positions=torch.from_numpy(visual),
+        logits_positions=learned - 1,
+        targets=ids[learned],
+        weights=torch.from_numpy(np.concatenate([np.empty(0), *weights])).float(),
+        is_dummy_image=is_dummy_image,
+        sample_ids=torch.as_tensor(np.asarray(sample_ids, dtype=np.int64)),
+        total_weight=total_weight,
+        skipped=tuple(
+            {**sample.problem.record(), "sample": int(sample_id)}
+            for sample, sample_id in zip(samples, sample_ids)
+            if sample.problem is not None
+        ),
+    )
+
+
+def _no_tiles(processor):
+    return np.empty((0, processor.image_processor.height, processor.image_processor.width, 3), np.uint8)
+
+
+def _concatenated(arrays):
+    return np.concatenate([np.empty(0, np.int64), *arrays])

@@ -14,17 +14,20 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
 import numpy as np
 
 from ..errors import UserError
-from .sample import parse_sample
-from .shards import walk_shard
+from .images import read_header
+from .problems import BadSample, Limits
+from .scan import scan_shard
 
-VERSION = 1
+VERSION = 2
 COLUMNS = {
     "text_tokens": np.uint32,
     "learned_tokens": np.uint32,
     "num_images": np.uint16,
+    "num_tiles": np.uint16,
     "offset": np.uint64,
     "num_bytes": np.uint32,
 }
@@ -35,7 +38,7 @@ class Index:
     """The samples of a list of shards, in the shards' order.
 
     text_tokens [S]: tokens without visual ones (image markers counted). learned_tokens [S]: those the loss looks at.
-    num_images [S]. offset, num_bytes [S]: place in the shard. shards: paths. first_sample [shards + 1]: ids per shard.
+    num_images, num_tiles [S]. offset, num_bytes [S]: place in the shard. num_skipped: bad samples left out. shards: paths. first_sample [shards + 1]: ids per shard.
     """
 
     shards: list
@@ -43,9 +46,11 @@ class Index:
     text_tokens: np.ndarray
     learned_tokens: np.ndarray
     num_images: np.ndarray
+    num_tiles: np.ndarray
     offset: np.ndarray
     num_bytes: np.ndarray
     fingerprint: str
+    num_skipped: int = 0
 
     def __len__(self):
         return len(self.text_tokens)
@@ -56,12 +61,13 @@ class Index:
 
 
 def fingerprint(processor):
-    """What the lengths in an index depend on: tokenizer, chat template, image tokens, format version."""
+    """What the lengths in an index depend on: tokenizer, chat template, image tokens, format version, tiling."""
     parts = (
         processor.tokenizer.backend_tokenizer.to_str(),
         str(processor.chat_template),
         processor.image_start_token + processor.image_token + processor.image_end_token,
         str(VERSION),
+        str([getattr(processor.image_processor, name) for name in ("max_tiles", "thumbnail", "height", "width")]),
     )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -75,14 +81,14 @@ def index_folder(shards, cache_dir):
     return Path(cache_dir).expanduser() / "indexes" / name
 
 
-def load_or_build_index(shards, processor, folder, num_workers=1):
+def load_or_build_index(shards, processor, folder, num_workers=1, limits=Limits()):  # noqa: B008  frozen
     """The index at `folder`, built first where it is missing or older than a shard.
 
     Raises:
         UserError: a shard or sample that cannot be read, or an index of another tokenizer.
     """
     if not _is_current(folder, shards):
-        build_index(shards, processor, folder, num_workers)
+        build_index(shards, processor, folder, num_workers, limits=limits)
     return load_index(folder, shards, processor)
 
 
@@ -102,10 +108,11 @@ def load_index(folder, shards, processor):
         )
     columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in COLUMNS}
     first_sample = np.cumsum([0, *(entry["num_samples"] for entry in manifest["shards"])])
-    return Index(shards=list(shards), first_sample=first_sample, fingerprint=wanted, **columns)
+    num_skipped = sum(len(entry["skipped"]) for entry in manifest["shards"])
+    return Index(shards=list(shards), first_sample=first_sample, fingerprint=wanted, num_skipped=num_skipped, **columns)
 
 
-def build_index(shards, processor, folder, num_workers=1, map_shards=None):
+def build_index(shards, processor, folder, num_workers=1, map_shards=None, limits=Limits()):  # noqa: B008  frozen
     """Read every shard once and write the index at `folder` in one rename.
 
     `map_shards(function, shards)` runs the function on each shard and yields the results in order; by default over
@@ -114,8 +121,9 @@ def build_index(shards, processor, folder, num_workers=1, map_shards=None):
     if map_shards is None:
         map_shards = lambda function, items: _map_processes(function, items, num_workers)  # noqa: E731
     entries, columns = [], {name: [] for name in COLUMNS}
-    for shard, arrays in zip(shards, map_shards(ShardScanner(processor), shards)):
-        entries.append({"name": shard.name, **_stamp(shard), "num_samples": len(arrays["offset"])})
+    for shard, arrays in zip(shards, map_shards(ShardScanner(processor, limits), shards)):
+        skipped = [problem.record() for problem in arrays["skipped"]]
+        entries.append({"name": shard.name, **_stamp(shard), "num_samples": len(arrays["offset"]), "skipped": skipped})
         for name in COLUMNS:
             columns[name].append(arrays[name])
     folder = Path(folder)
@@ -130,19 +138,43 @@ def build_index(shards, processor, folder, num_workers=1, map_shards=None):
 
 
 class ShardScanner:
-    """`scanner(shard)` -> the columns of one shard; carries the processor to other processes."""
+    """`scanner(shard)` -> the columns of one shard, and `skipped`: the `BadSample`s that are left out of it.
 
-    def __init__(self, processor):
+    Images are judged by their headers here; one whose data is broken is found when it is decoded. Carries the processor
+    to other processes.
+    """
+
+    def __init__(self, processor, limits=Limits()):  # noqa: B008  frozen
         self.processor = processor
+        self.limits = limits
 
     def __call__(self, shard):
-        rows = []
-        for members, offset, num_bytes in walk_shard(shard):
-            sample = parse_sample(members, shard)
-            encoded = self.processor.encode(sample.messages, [0] * len(sample.images))
-            rows.append((len(encoded.input_ids), sum(encoded.is_target), len(sample.images), offset, num_bytes))
+        rows, skipped = [], []
+        for scanned in scan_shard(shard, self.limits):
+            try:
+                if scanned.problem is not None:
+                    raise scanned.problem
+                rows.append((*self.lengths(scanned.sample), scanned.offset, scanned.num_bytes))
+            except BadSample as problem:
+                skipped.append(problem.located(shard, scanned.key, scanned.offset))
         table = np.array(rows, dtype=np.uint64).reshape(-1, len(COLUMNS))
-        return {name: table[:, i].astype(dtype) for i, (name, dtype) in enumerate(COLUMNS.items())}
+        columns = {name: table[:, i].astype(dtype) for i, (name, dtype) in enumerate(COLUMNS.items())}
+        return {**columns, "skipped": skipped}
+
+    def lengths(self, sample):
+        """(text tokens, learned tokens, images, tiles) of a parsed sample.
+
+        Raises:
+            BadSample: an image that is refused by its header, or turns that the chat template refuses.
+        """
+        sizes = [(header.width, header.height) for header in (read_header(data, self.limits) for data in sample.images)]
+        widths, heights = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
+        num_tiles = int(self.processor.image_processor.num_tiles(widths, heights).sum())
+        try:
+            encoded = self.processor.encode(sample.messages, [0] * len(sample.images))
+        except jinja2.TemplateError as error:
+            raise BadSample("message", f"the chat template refuses its turns ({error})") from None
+        return len(encoded.input_ids), sum(encoded.is_target), len(sample.images), num_tiles
 
 
 def _map_processes(function, items, num_workers):

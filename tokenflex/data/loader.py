@@ -8,8 +8,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
-from .collate import collate
+from .collate import collate, prepare, substitute
 from .plan import Position
+from .problems import BadSample, Limits
 from .sample import parse_sample
 from .shards import read_sample
 
@@ -76,18 +77,19 @@ class PackDataset(Dataset):
 
     MAX_OPEN_SHARDS = 16
 
-    def __init__(self, index, processor, loss_weighting, blank_count):
+    def __init__(self, index, processor, loss_weighting, blank_count, limits=Limits()):  # noqa: B008  frozen
         self.index = index
         self.processor = processor
         self.loss_weighting = loss_weighting
         self.blank_count = blank_count
+        self.limits = limits
         self._files = {}
 
     def sample(self, sample_id):
         """One parsed sample by id."""
         shard = self.index.shard_of(sample_id)
         place = int(self.index.offset[sample_id]), int(self.index.num_bytes[sample_id])
-        return parse_sample(read_sample(self._open(shard), *place, where=shard), where=shard)
+        return parse_sample(read_sample(self._open(shard), *place, shard, self.limits), where=shard)
 
     def __getitem__(self, plan):
         try:
@@ -96,26 +98,35 @@ class PackDataset(Dataset):
             return plan, error
 
     def batch(self, plan):
-        """The packed batch of a plan.
+        """The packed batch of a plan; `skipped` says which samples are substitutes, and why.
 
         Raises:
-            UserError: a sample that cannot be read, or whose length is not the one in the index.
+            UserError: a shard that cannot be opened.
         """
-        ids = plan.sample_ids
-        samples = [self.sample(sample_id) for sample_id in ids]
-        batch = collate(
-            samples, plan.counts, ids, self.processor, self.loss_weighting, plan.total_weight, self.blank_count
+        samples = [self.prepared(sample_id, int(count)) for sample_id, count in zip(plan.sample_ids, plan.counts)]
+        return collate(
+            samples, plan.sample_ids, self.processor, self.loss_weighting, plan.total_weight, self.blank_count
         )
-        if len(ids):
-            planned = self.index.text_tokens[ids] + self.index.num_images[ids].astype(np.int64) * plan.counts
-            wrong = np.flatnonzero(planned != batch.cu_seq_lens.diff().numpy())
-            if len(wrong):
-                first = samples[wrong[0]]
-                raise UserError(
-                    f"{self.index.shard_of(ids[wrong[0]])}, sample {first.key}: has {int(batch.cu_seq_lens.diff()[wrong[0]])} tokens, "
-                    f"the index says {int(planned[wrong[0]])}; the shard has changed: index it again"
+
+    def prepared(self, sample_id, count):
+        """One sample as tokens and tiles, or the substitute in its place: a `PreparedSample`."""
+        num_text, num_tiles = int(self.index.text_tokens[sample_id]), int(self.index.num_tiles[sample_id])
+        key = ""
+        try:
+            sample = self.sample(sample_id)
+            key = sample.key
+            prepared = prepare(sample, count, self.processor, self.limits)
+            came = len(prepared.input_ids) - len(prepared.visual), len(prepared.tiles)
+            if came != (num_text, num_tiles):
+                raise BadSample(
+                    "length",
+                    f"has {came[0]} text tokens and {came[1]} tiles, the index says {num_text} and {num_tiles}; "
+                    "the shard has changed: index it again",
                 )
-        return batch
+            return prepared
+        except BadSample as problem:
+            problem = problem.located(self.index.shard_of(sample_id), key, int(self.index.offset[sample_id]))
+            return substitute(num_text, num_tiles, count, self.processor, problem)
 
     def _open(self, shard):
         if shard not in self._files:
@@ -134,7 +145,7 @@ def batch_loader(dataset, plans, num_workers, pin_memory):
     """Iterate (MicroBatchPlan, PackedBatch) in the order of `plans`, whatever the number of workers.
 
     Raises:
-        UserError: a batch that could not be made, when its turn comes.
+        UserError: a shard that could not be opened, when its turn comes.
     """
     loader = DataLoader(
         dataset,

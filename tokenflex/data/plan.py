@@ -70,7 +70,7 @@ class Planner:
         self.data = data
         self.seed = seed
         self.text = np.asarray(index.text_tokens, dtype=np.int64)
-        self.images = np.asarray(index.num_images, dtype=np.int64)
+        self.images = np.asarray(index.num_tiles, dtype=np.int64)
         learned = np.asarray(index.learned_tokens, dtype=np.int64)
         self.sample_weight = learned * LOSS_WEIGHTS[loss_weighting](learned)
         self.usable = np.flatnonzero(self._fits(index) & (learned > 0))

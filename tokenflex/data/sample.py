@@ -5,13 +5,10 @@ content; content a string or a list of `{"type": "text", "text": ...}` and `{"ty
 `task` and `source`.
 """
 
-import io
 import json
 from dataclasses import dataclass
 
-from PIL import Image
-
-from ..errors import UserError
+from .problems import BadSample
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 ROLES = ("system", "user", "assistant")
@@ -27,65 +24,41 @@ class Sample:
     task: str = ""
     source: str = ""
 
-    def decoded_messages(self):
-        """The messages with each image tag holding its decoded image.
-
-        Raises:
-            UserError: an image that cannot be decoded.
-        """
-        decoded = iter([decode_image(data, f"sample {self.key}, image {i}") for i, data in enumerate(self.images)])
+    def messages_with_images(self):
+        """The messages with each image tag holding its encoded image, which the processor decodes as in training."""
+        images = iter(self.images)
         return [
             {
                 **message,
                 "content": [
-                    {**item, "image": next(decoded)} if item["type"] == "image" else item for item in message["content"]
+                    {**item, "image": next(images)} if item["type"] == "image" else item for item in message["content"]
                 ],
             }
             for message in self.messages
         ]
 
 
-def decode_image(data, where):
-    """Encoded bytes -> PIL image, fully read.
-
-    Raises:
-        UserError: not an image, truncated, or larger than PIL's limit against decompression bombs.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{where}: not a readable image ({error}); wanted a JPEG, PNG or WebP file; repair or remove the sample"
-        ) from None
-    return image
-
-
 def parse_sample(members, where):
     """Members of one key, {extension: bytes} with `__key__`, -> `Sample`.
 
     Raises:
-        UserError: no or broken JSON, an unknown role or item, or another number of images than image tags.
+        BadSample: no or broken JSON, an unknown role or item, or another number of images than image tags.
     """
     key = members["__key__"]
-    where = f"{where}, sample {key}"
-    if "json" not in members:
-        raise UserError(f"{where}: has no .json member; wanted {key}.json with the messages")
     try:
-        record = json.loads(members["json"])
-    except ValueError as error:
-        raise UserError(f"{where}: {key}.json is not valid JSON ({error})") from None
-    if not isinstance(record, dict) or not isinstance(record.get("messages"), list) or not record["messages"]:
-        raise UserError(
-            f"{where}: {key}.json holds no list of messages; wanted {{'messages': [{{'role': ..., 'content': ...}}]}}"
-        )
-    messages = [_message(message, where) for message in record["messages"]]
-    images = _images(members, where)
-    tags = sum(item["type"] == "image" for message in messages for item in message["content"])
-    if tags != len(images):
-        raise UserError(
-            f"{where}: the messages have {tags} image tags but the sample has {len(images)} images; each image needs one tag"
-        )
+        if "json" not in members:
+            raise BadSample("no-json", f"has no .json member; wanted {key}.json with the messages")
+        record = parse_record(members["json"], f"{key}.json")
+        messages = [parse_message(message) for message in record["messages"]]
+        images = _images(members)
+        tags = sum(item["type"] == "image" for message in messages for item in message["content"])
+        if tags != len(images):
+            raise BadSample(
+                "image-tags",
+                f"the messages have {tags} image tags but the sample has {len(images)} images; each image needs one tag",
+            )
+    except BadSample as problem:
+        raise problem.located(where, key) from None
     return Sample(
         key=key,
         messages=messages,
@@ -95,40 +68,91 @@ def parse_sample(members, where):
     )
 
 
-def _message(message, where):
-    """A message with its content as a list of items."""
+def parse_record(data, name):
+    """The JSON object of a sample.
+
+    Raises:
+        BadSample: broken or too deep JSON, bytes that are not UTF-8, or no messages.
+    """
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSample("json", f"{name} is not valid JSON ({error})") from None
+    if not isinstance(record, dict) or not isinstance(record.get("messages"), list) or not record["messages"]:
+        raise BadSample(
+            "json", f"{name} holds no list of messages; wanted {{'messages': [{{'role': ..., 'content': ...}}]}}"
+        )
+    return record
+
+
+def parse_message(message):
+    """A message with its content as a list of items.
+
+    Raises:
+        BadSample: an unknown role or item, or text that cannot be written as UTF-8.
+    """
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         role = message.get("role") if isinstance(message, dict) else message
-        raise UserError(f"{where}: a message has the role {role!r}; known are {', '.join(ROLES)}")
+        raise BadSample("message", f"a message has the role {role!r:.80}; known are {', '.join(ROLES)}")
     content = message.get("content")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
-        raise UserError(
-            f"{where}: a message's content is a {type(content).__name__}; wanted a string or a list of items"
+        raise BadSample(
+            "message", f"a message's content is a {type(content).__name__}; wanted a string or a list of items"
         )
     for item in content:
         kind = item.get("type") if isinstance(item, dict) else item
         if kind not in ("text", "image") or (kind == "text" and not isinstance(item.get("text"), str)):
-            raise UserError(
-                f"{where}: a message holds the item {item!r:.80}; wanted a text item with its text, or an image item"
+            raise BadSample(
+                "message",
+                f"a message holds the item {item!r:.80}; wanted a text item with its text, or an image item",
             )
+        if kind == "text" and not _is_utf8(item["text"]):
+            raise BadSample(
+                "message", "a message holds half a surrogate pair, which no tokenizer takes; repair the text"
+            )
+    if message["role"] == "assistant" and any(item["type"] == "image" for item in content):
+        raise BadSample("message", "an assistant message holds an image; only text can be learned")
     return {"role": message["role"], "content": content}
 
 
-def _images(members, where):
+def has_answer(messages):
+    """Whether there is assistant text to learn from."""
+    return any(
+        item["type"] == "text" and item["text"].strip()
+        for message in messages
+        if message["role"] == "assistant"
+        for item in message["content"]
+    )
+
+
+def _is_utf8(text):
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _images(members):
     """The encoded images in the order of their numbers."""
     numbered = {}
     for extension, data in members.items():
         number, _, kind = extension.rpartition(".")
         if kind.lower() in IMAGE_EXTENSIONS:
-            if number and not number.isdigit():
-                raise UserError(
-                    f"{where}: member .{extension} has no number; name images .0.jpg, .1.jpg, ... in the order of their tags"
+            if number and not (number.isascii() and number.isdigit()):
+                raise BadSample(
+                    "image-number",
+                    f"member .{extension} has no number; name images .0.jpg, .1.jpg, ... in the order of their tags",
                 )
-            numbered[int(number or 0)] = data
+            place = int(number or 0)
+            if place in numbered:
+                raise BadSample("image-number", f"image {place} comes twice, as .{extension} and by another name")
+            numbered[place] = data
     if sorted(numbered) != list(range(len(numbered))):
-        raise UserError(
-            f"{where}: images are numbered {sorted(numbered)}; wanted 0 to {len(numbered) - 1} without gaps"
+        raise BadSample(
+            "image-number",
+            f"images are numbered {sorted(numbered)}; wanted 0 to {len(numbered) - 1} without gaps",
         )
     return [numbered[number] for number in sorted(numbered)]

@@ -2,12 +2,15 @@
 
 import glob
 import io
-import tarfile
+import re
 from pathlib import Path
 
-from webdataset.tariterators import base_plus_ext
-
 from ..errors import UserError
+from .problems import BadSample, Limits
+from .scan import read_lone_sample, scan_shard
+
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
+"""What makes a source a URL. None is opened: webdataset's `pipe:`, for one, would run it as a shell command."""
 
 
 def find_shards(sources, what="data.train"):
@@ -18,6 +21,12 @@ def find_shards(sources, what="data.train"):
     """
     shards = []
     for source in sources:
+        scheme = SCHEME.match(str(source))
+        if scheme and not Path(source).exists():
+            raise UserError(
+                f"{what}: {source} is a URL of the scheme {scheme[1]!r}, which is not opened; wanted a path of a .tar file, "
+                "a folder of them or a glob pattern such as data/*.tar"
+            )
         path = Path(source).expanduser()
         found = sorted(path.glob("*.tar")) if path.is_dir() else [Path(p) for p in sorted(glob.glob(str(path)))]
         if not found:
@@ -28,63 +37,40 @@ def find_shards(sources, what="data.train"):
     return shards
 
 
-def walk_shard(path):
+def walk_shard(path, limits=Limits()):  # noqa: B008  frozen
     """Yield (members, offset, num_bytes) of each sample of a shard, in order.
 
     `members` is {"__key__": key, extension: bytes}; the sample's members lie in the tar's bytes [offset, offset +
     num_bytes). Members of one key must follow each other, as webdataset wants them.
 
     Raises:
-        UserError: the tar is damaged, or holds a member that is no regular file.
+        BadSample: the tar is damaged, or holds a member that may not be read; `scan_shard` goes on past such.
+        UserError: the file cannot be read.
     """
     try:
-        with tarfile.open(path, mode="r:") as tar:
-            members, start = None, 0
-            for info in tar:
-                key, extension = base_plus_ext(info.name)
-                if key is None:
-                    raise UserError(
-                        f"{path}: member {info.name!r} has no extension; wanted names such as 000001.json, 000001.0.jpg"
-                    )
-                if members is not None and members["__key__"] != key:
-                    yield members, start, info.offset - start
-                    members = None
-                if members is None:
-                    members, start = {"__key__": key}, info.offset
-                _add_member(members, tar, info, path)
-            if members is not None:
-                yield members, start, tar.offset - start
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{path}: not a readable tar file ({error}); build the shard again") from None
+        for scanned in scan_shard(path, limits, parse=lambda members, where: members):
+            if scanned.problem is not None:
+                raise scanned.problem
+            yield scanned.sample, scanned.offset, scanned.num_bytes
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give the path of a tar file") from None
 
 
-def read_sample(file, offset, num_bytes, where):
-    """Members of the one sample that lies at `offset` of an open shard; see `walk_shard`."""
-    file.seek(offset)
-    data = file.read(num_bytes)
+def read_sample(file, offset, num_bytes, where, limits=Limits()):  # noqa: B008  frozen
+    """Members of the one sample that lies at `offset` of an open shard; see `walk_shard`.
+
+    Raises:
+        BadSample: there is no sample of this size, or a member of it may not be read.
+    """
+    try:
+        file.seek(offset)
+        data = file.read(num_bytes)
+    except OSError as error:
+        raise BadSample("tar-damaged", f"cannot be read ({error.strerror})", where, "", offset) from None
     if len(data) != num_bytes:
-        raise UserError(
-            f"{where}: ends at {offset + len(data)} bytes, the index says {offset + num_bytes}; the shard has changed: index it again"
-        )
-    members = None
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        for info in tar:
-            key, _ = base_plus_ext(info.name)
-            members = members or {"__key__": key}
-            if members["__key__"] != key:
-                raise UserError(
-                    f"{where}: holds {key!r} where the index says {members['__key__']!r}; the shard has changed: index it again"
-                )
-            _add_member(members, tar, info, where)
-    return members
-
-
-def _add_member(members, tar, info, where):
-    if not info.isreg():
-        raise UserError(
-            f"{where}: member {info.name!r} is not a regular file; links and folders have no place in a shard"
-        )
-    extension = base_plus_ext(info.name)[1].lower()
-    if extension in members:
-        raise UserError(f"{where}: member {info.name!r} comes twice; keys must be unique within a shard")
-    members[extension] = tar.extractfile(info).read()
+        detail = f"ends at {offset + len(data)} bytes, the index says {offset + num_bytes}; the shard has changed: index it again"
+        raise BadSample("tar-damaged", detail, where, "", offset)
+    try:
+        return read_lone_sample(io.BytesIO(data), num_bytes, limits)
+    except BadSample as problem:
+        raise problem.located(where, "", offset) from None

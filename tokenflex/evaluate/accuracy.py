@@ -6,10 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import webdataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..data import embedded_corpus, find_shards, parse_sample
+from ..data import decode_image, embedded_corpus, find_shards, parse_sample, walk_shard
 from ..errors import UserError
 from ..export import is_exported, loading_code
 from .report import accuracy_table, plot_accuracy
@@ -51,19 +50,18 @@ def evaluate_run(config, launch, say, model_folder=None):
 def read_samples(shards, max_per_task):
     """Evaluation samples of webdataset shards, at most `max_per_task` of each task, in the shards' order."""
     samples, per_task = [], Counter()
-    urls = [str(shard) for shard in shards]
-    every_rank_reads_all = lambda urls: urls  # ranks share the questions out afterwards, not the shards
-    for members in webdataset.WebDataset(urls, shardshuffle=False, nodesplitter=every_rank_reads_all):
-        sample = parse_sample(
-            {k: v for k, v in members.items() if k not in ("__url__", "__local_path__")}, members["__url__"]
-        )
-        if sample.messages[-1]["role"] != "assistant":
-            raise UserError(
-                f"{members['__url__']}, sample {sample.key}: ends with a {sample.messages[-1]['role']} message; wanted the expected answer"
-            )
-        if per_task[sample.task] < max_per_task:
-            per_task[sample.task] += 1
-            samples.append(sample)
+    for shard in shards:
+        for members, _, _ in walk_shard(shard):
+            sample = parse_sample(members, shard)
+            if sample.messages[-1]["role"] != "assistant":
+                raise UserError(
+                    f"{shard}, sample {sample.key}: ends with a {sample.messages[-1]['role']} message; wanted the expected answer"
+                )
+            if per_task[sample.task] < max_per_task:
+                for number, image in enumerate(sample.images):
+                    decode_image(image, f"{shard}, sample {sample.key}, image {number}")
+                per_task[sample.task] += 1
+                samples.append(sample)
     return samples
 
 
@@ -95,7 +93,7 @@ def _hits(model, processor, samples, count, settings):
     hits = []
     for begin in range(0, len(samples), settings.batch_size):
         batch = samples[begin : begin + settings.batch_size]
-        prompts = [sample.decoded_messages()[:-1] for sample in batch]
+        prompts = [sample.messages_with_images()[:-1] for sample in batch]
         inputs = processor.apply_chat_template(
             prompts, tokenize=True, add_generation_prompt=True, num_visual_tokens=count
         ).to(model.device)

@@ -52,7 +52,8 @@ def _read_image(path):
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"--image {path}: {error.strerror}; give the path of an image file") from None
-    return decode_image(data, f"--image {path}")
+    decode_image(data, f"--image {path}")  # says in one line what is wrong with it; the processor decodes for the model
+    return data
 
 
 def parse_num_visual_tokens(text):

@@ -50,7 +50,9 @@ def build_processor(model, budget, default_tokenizer=""):
     if missing:
         tokenizer.add_special_tokens({"additional_special_tokens": missing})
     height, width = model.image_size
-    image_processor = TokenFlexImageProcessor(height, width, model.image_mean, model.image_std)
+    image_processor = TokenFlexImageProcessor(
+        height, width, model.image_mean, model.image_std, max_tiles=model.max_tiles, thumbnail=model.thumbnail
+    )
     start, token, end = model.image_tokens
     return TokenFlexProcessor(
         image_processor,

@@ -86,14 +86,17 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         visual_positions=None,
         is_dummy_image=False,
+        num_tiles=None,
         **kwargs,
     ):
         """Logits of text with images spliced in where `input_ids` holds `image_token_id`.
 
         Args:
-            input_ids: [B, T]; each image is one run of its visual tokens' placeholders.
-            pixel_values: [images, 3, H, W], in the order of the runs, row by row.
-            num_visual_tokens: an int, or one int or (rows, columns) per image; by default the runs' own lengths.
+            input_ids: [B, T]; each image is one run of its visual tokens' placeholders, tile after tile.
+            pixel_values: [tiles, 3, H, W], in the order of the runs, row by row.
+            num_tiles: [images] tiles of each image; by default every image is one tile.
+            num_visual_tokens: an int, or one int or (rows, columns) per image (with `num_tiles`) or tile (without); by default
+                what the runs' lengths say.
             visual_positions: [V] places of the placeholders in the flattened `input_ids`; found from it by default.
             is_dummy_image: the images belong to no token; they only keep every rank of a ZeRO-3 job in step.
             labels: [B, T] with -100 where nothing is learned; the mean loss of the rest is returned.
@@ -104,7 +107,7 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
-            sides = self._sides(num_visual_tokens, len(pixel_values), input_ids)
+            sides = self._sides(num_visual_tokens, _tiles(num_tiles, pixel_values), input_ids)
             visual_VD = self.get_image_features(pixel_values.to(inputs_embeds.dtype), sides).to(inputs_embeds.dtype)
             if is_dummy_image:
                 inputs_embeds = inputs_embeds + 0.0 * visual_VD.sum()
@@ -132,17 +135,18 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _sides(self, num_visual_tokens, num_images, input_ids):
-        """(rows, columns) per image from whatever the caller gave."""
+    def _sides(self, num_visual_tokens, tiles, input_ids):
+        """(rows, columns) per tile from whatever the caller gave; `tiles` has the number of them for each image."""
         if num_visual_tokens is None:
             if input_ids is None:
                 raise ValueError("pixel_values came without input_ids; give num_visual_tokens, one count per image")
-            num_visual_tokens = [length for _, _, length in image_runs(input_ids, self.config.image_token_id)]
-        elif isinstance(num_visual_tokens, int):
-            num_visual_tokens = [num_visual_tokens] * num_images
-        if len(num_visual_tokens) != num_images:
+            runs = [length for _, _, length in image_runs(input_ids, self.config.image_token_id)]
+            num_visual_tokens = _counts_of_runs(runs, tiles)
+        elif isinstance(num_visual_tokens, (int, tuple)):
+            num_visual_tokens = [num_visual_tokens] * len(tiles)
+        if len(num_visual_tokens) != len(tiles):
             raise ValueError(
-                f"{num_images} images came with {len(num_visual_tokens)} runs of visual tokens; every image needs one run of "
+                f"{len(tiles)} images came with {len(num_visual_tokens)} runs of visual tokens; every image needs one run of "
                 "its own between <img> and </img>"
             )
         sides = [sides_of(count, self.patch_grid) for count in num_visual_tokens]
@@ -152,10 +156,12 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     f"num_visual_tokens={rows * columns} was not trained (trained: "
                     f"{self.config.trained_num_visual_tokens}); it works, but measure it on your task"
                 )
-        return sides
+        return [side for side, number in zip(sides, tiles) for _ in range(number)]
 
     @torch.no_grad()
-    def generate(self, input_ids=None, pixel_values=None, num_visual_tokens=None, attention_mask=None, **kwargs):
+    def generate(
+        self, input_ids=None, pixel_values=None, num_visual_tokens=None, attention_mask=None, num_tiles=None, **kwargs
+    ):
         """`transformers` generation with any number of visual tokens.
 
         `num_visual_tokens` (an int, a pair (rows, columns), or a list of them, one per image) overrides the counts that
@@ -166,17 +172,15 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return super().generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        prompt_ids, sides = input_ids, None
+        prompt_ids, tiles = input_ids, _tiles(num_tiles, pixel_values)
+        sides = self._sides(num_visual_tokens, tiles, input_ids)
         if num_visual_tokens is not None:
-            if isinstance(num_visual_tokens, (int, tuple)):
-                num_visual_tokens = [num_visual_tokens] * len(pixel_values)
-            sides = self._sides(num_visual_tokens, len(pixel_values), input_ids)
-            counts = [rows * columns for rows, columns in sides]
+            per_tile = iter(rows * columns for rows, columns in sides)
+            counts = [sum(next(per_tile) for _ in range(number)) for number in tiles]
             pad = self.generation_config.pad_token_id or 0
             input_ids, attention_mask = resize_image_runs(
                 input_ids, attention_mask, counts, self.config.image_token_id, pad
             )
-        sides = sides or self._sides(None, len(pixel_values), input_ids)
         embeds = self.get_input_embeddings()(input_ids)
         visual_VD = self.get_image_features(pixel_values.to(embeds.dtype), sides).to(embeds.dtype)
         positions = (input_ids.flatten() == self.config.image_token_id).nonzero().squeeze(1)
@@ -189,6 +193,32 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return sequences
         output.sequences = sequences
         return output
+
+
+def _tiles(num_tiles, pixel_values):
+    """Tiles of each image as a list.
+
+    Raises:
+        ValueError: they do not add up to the tiles that came.
+    """
+    tiles = [1] * len(pixel_values) if num_tiles is None else [int(number) for number in num_tiles]
+    if sum(tiles) != len(pixel_values):
+        raise ValueError(
+            f"num_tiles {tiles} adds up to {sum(tiles)} but {len(pixel_values)} tiles came; give the num_tiles that the "
+            "image processor returned with them"
+        )
+    return tiles
+
+
+def _counts_of_runs(runs, tiles):
+    """Visual tokens per tile of each image from the lengths of the runs."""
+    for length, number in zip(runs, tiles):
+        if length % number:
+            raise ValueError(
+                f"a run of {length} visual tokens cannot be shared by the {number} tiles of its image; give the model the "
+                "num_tiles and input_ids that the processor returned together"
+            )
+    return [length // number for length, number in zip(runs, tiles)] if len(runs) == len(tiles) else runs
 
 
 def splice(embeds_BTD, visual_VD, positions):

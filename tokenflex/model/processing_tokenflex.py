@@ -24,8 +24,8 @@ STAND_IN = re.compile("\ue000(\\d+)\ue001")  # private-use characters: no templa
 class EncodedConversation:
     """One conversation as tokens.
 
-    input_ids: the tokens, with one run of `image_token_id` per image. is_target: per token, whether it is learned.
-    image_starts: where each image's run begins. images: the images of the conversation, in order.
+    input_ids: the tokens, with one run of `image_token_id` per image, all its tiles. is_target: per token, whether it is
+    learned. image_starts: where each image's run begins. images: the images of the conversation, in order.
     """
 
     input_ids: list
@@ -42,7 +42,7 @@ class TokenFlexProcessor(ProcessorMixin):
     """Image processor and tokenizer of a TokenFLEX model.
 
     Args:
-        num_visual_tokens: the count per image where the caller names none.
+        num_visual_tokens: the count per image (per tile, where the image processor tiles) if the caller names none.
         patch_grid: (rows, columns) of the vision encoder's patches, to shape a count into rows and columns.
         image_start_token, image_token, image_end_token: the tokens around and in place of an image.
 
@@ -85,7 +85,8 @@ class TokenFlexProcessor(ProcessorMixin):
         tokenize=True)`, which cannot mistake a user's text for a special token.
 
         Returns:
-            `input_ids` and `attention_mask` [B, T], padded on the left, and `pixel_values` [images, 3, H, W] if any.
+            `input_ids` and `attention_mask` [B, T], padded on the left; where there are images also `pixel_values` [tiles, 3,
+            H, W] and `num_tiles` [images].
 
         Raises:
             ValueError: the text has not one image tag per image; the message has both numbers.
@@ -98,16 +99,17 @@ class TokenFlexProcessor(ProcessorMixin):
             raise ValueError(
                 f"the text has {num_tags} image tags {tag} but {len(images)} images came; each image needs one tag"
             )
-        counts = iter(self.counts(num_visual_tokens, len(images)))
+        pixels = self._pixels(images)
+        lengths = iter(self._run_lengths(self.counts(num_visual_tokens, len(images)), pixels))
         encode = lambda piece: self.tokenizer(piece, add_special_tokens=False)["input_ids"]  # noqa: E731
         rows = []
         for prompt in texts:
             ids = []
             for index, piece in enumerate(prompt.split(tag)):
-                ids += self._image_ids(next(counts)) if index else []
+                ids += self._image_ids(next(lengths)) if index else []
                 ids += encode(piece)
             rows.append(ids)
-        return self._batch(rows, images, return_tensors)
+        return self._batch(rows, pixels, return_tensors)
 
     def counts(self, num_visual_tokens, num_images):
         """One count per image from an int, a pair (rows, columns), or a list of them; default: the processor's own."""
@@ -148,49 +150,50 @@ class TokenFlexProcessor(ProcessorMixin):
                 text = lambda items: "".join(tag if item["type"] == "image" else item["text"] for item in items)  # noqa: E731
                 texts.append(STAND_IN.sub(lambda match: text(contents[int(match[1])]), rendered))  # noqa: B023
             return texts if is_batch else texts[0]
-        num_images = [
-            sum(item["type"] == "image" for m in messages for item in _items(m)) for messages in conversations
+        images = [
+            [_image_of(item) for message in messages for item in _items(message) if item["type"] == "image"]
+            for messages in conversations
         ]
-        counts = self.counts(num_visual_tokens, sum(num_images))
-        rows, images = [], []
-        for messages, number in zip(conversations, num_images):
-            encoded = self.encode(messages, counts[:number], add_generation_prompt, chat_template, **kwargs)
-            counts = counts[number:]
+        pixels = self._pixels([image for some in images for image in some])
+        lengths = self._run_lengths(self.counts(num_visual_tokens, sum(map(len, images))), pixels)
+        rows = []
+        for messages, some in zip(conversations, images):
+            encoded = self.encode(messages, lengths[: len(some)], add_generation_prompt, chat_template, **kwargs)
+            lengths = lengths[len(some) :]
             rows.append(encoded.input_ids)
-            images += encoded.images
-        batch = self._batch(rows, images, return_tensors)
+        batch = self._batch(rows, pixels, return_tensors)
         return batch if return_dict else batch["input_ids"]
 
-    def encode(self, messages, counts, add_generation_prompt=False, chat_template=None, **kwargs):
-        """One conversation -> `EncodedConversation`, image i as a run of `counts[i]` placeholders (0 is allowed: no run).
+    def encode(self, messages, lengths, add_generation_prompt=False, chat_template=None, **kwargs):
+        """One conversation -> `EncodedConversation`, image i as a run of `lengths[i]` placeholders (0 is allowed: no run).
+
+        A run is as long as the image's visual tokens: its count times its tiles.
 
         Learned are the assistant's content and the token that ends its turn.
 
         Raises:
-            ValueError: not as many counts as images.
+            ValueError: not as many lengths as images.
         """
         rendered, contents = self._render(messages, add_generation_prompt, chat_template, **kwargs)
         num_images = sum(item["type"] == "image" for items in contents for item in items)
-        if num_images != len(counts):
+        if num_images != len(lengths):
             raise ValueError(
-                f"the conversation has {num_images} image tags but {len(counts)} images; each image needs one tag"
+                f"the conversation has {num_images} image tags but {len(lengths)} images; each image needs one tag"
             )
         texts = [item["text"] for items in contents for item in items if item["type"] == "text"]
         text_ids = iter(
             self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
         )
         encoded = EncodedConversation([], [], [], [])
-        counts, after_answer = iter(counts), False
+        lengths, after_answer = iter(lengths), False
         for index, piece in enumerate(STAND_IN.split(rendered)):
             if index % 2:  # a message's content
                 after_answer = messages[int(piece)]["role"] == "assistant"
                 for item in contents[int(piece)]:
                     if item["type"] == "image":
                         encoded.image_starts.append(len(encoded.input_ids) + 1)
-                        encoded.images.append(
-                            next((item[key] for key in ("image", "path", "url") if key in item), None)
-                        )
-                        encoded.extend(self._image_ids(next(counts)) + self._template_ids("\n"))
+                        encoded.images.append(_image_of(item))
+                        encoded.extend(self._image_ids(next(lengths)) + self._template_ids("\n"))
                     else:
                         encoded.extend(next(text_ids), is_target=after_answer)
             else:
@@ -218,21 +221,25 @@ class TokenFlexProcessor(ProcessorMixin):
         )
         return rendered, contents
 
-    def _image_ids(self, count):
-        return [self.image_start_token_id, *[self.image_token_id] * count, self.image_end_token_id]
+    def _image_ids(self, length):
+        return [self.image_start_token_id, *[self.image_token_id] * length, self.image_end_token_id]
 
-    def _batch(self, rows, images, return_tensors):
+    def _pixels(self, images):
+        """`pixel_values` and `num_tiles` of images (PIL, bytes, array, path or URL), or nothing where there are none."""
+        return self.image_processor([_loaded(image) for image in images]) if images else {}
+
+    def _run_lengths(self, counts, pixels):
+        """Visual tokens of each image: the count once per tile."""
+        return [count * number for count, number in zip(counts, pixels["num_tiles"].tolist())] if pixels else []
+
+    def _batch(self, rows, pixels, return_tensors):
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         length = max(map(len, rows))
         data = {
             "input_ids": torch.tensor([[pad] * (length - len(row)) + row for row in rows]),
             "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
         }
-        if images:
-            data["pixel_values"] = self.image_processor(
-                [load_image(str(image)) if isinstance(image, (str, Path)) else image for image in images]
-            )["pixel_values"]
-        return BatchFeature(data, tensor_type=return_tensors)
+        return BatchFeature({**data, **pixels}, tensor_type=return_tensors)
 
 
 def missing_tokens(tokenizer, tokens):
@@ -241,6 +248,18 @@ def missing_tokens(tokenizer, tokens):
     return [
         token for token, index in zip(tokens, ids) if index is None or tokenizer.convert_ids_to_tokens(index) != token
     ]
+
+
+def _image_of(item):
+    """What an image item names its image by."""
+    return next((item[key] for key in ("image", "path", "url") if key in item), None)
+
+
+def _loaded(image):
+    """A file as its bytes, which are decoded as in training; a URL through transformers."""
+    if isinstance(image, (str, Path)):
+        return Path(image).read_bytes() if Path(image).is_file() else load_image(str(image))
+    return image
 
 
 def _items(message):

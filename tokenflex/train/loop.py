@@ -29,7 +29,7 @@ class StopRequest:
         self.is_set = True
 
 
-def train(engine, batches, normalise, peak_rates, config, progress, checkpoints, meter):
+def train(engine, batches, normalise, peak_rates, config, progress, checkpoints, meter, bad_samples):
     """Run steps until `config.train.num_steps` or a stop request; returns whether the run is complete.
 
     Args:
@@ -39,6 +39,7 @@ def train(engine, batches, normalise, peak_rates, config, progress, checkpoints,
         peak_rates: peak learning rate per optimizer group.
         progress: dict with `step` and `position`, updated as the run goes; what a checkpoint saves.
         checkpoints: folder of the run's checkpoints.
+        bad_samples: `BadSampleLog`.
     """
     settings = config.train
     engine.train()
@@ -46,12 +47,14 @@ def train(engine, batches, normalise, peak_rates, config, progress, checkpoints,
     with StopRequest() as stop:
         while progress["step"] < settings.num_steps:
             rates = [peak * rate_factor(progress["step"], settings.num_steps, config.optimizer) for peak in peak_rates]
-            position = run_step(engine, batches, normalise, rates, interval)
+            position = run_step(engine, batches, normalise, rates, interval, bad_samples, progress["step"])
             progress["step"] += 1
             progress["position"] = {"epoch": position.epoch, "step": position.step + 1}
             is_done = progress["step"] == settings.num_steps
             if progress["step"] % settings.log_every == 0 or is_done:
-                meter.log({"step": progress["step"], **interval.read(engine), "learning_rates": rates})
+                figures = interval.read(engine)
+                meter.log({"step": progress["step"], **figures, "learning_rates": rates})
+                bad_samples.check(figures["num_samples"], figures["num_bad_samples"])
                 interval = Interval(engine.device)
             meter.advance()
             is_stopped = engine.any_rank(stop.is_set)
@@ -62,10 +65,11 @@ def train(engine, batches, normalise, peak_rates, config, progress, checkpoints,
     return True
 
 
-def run_step(engine, batches, normalise, rates, interval):
+def run_step(engine, batches, normalise, rates, interval, bad_samples, step):
     """All micro-steps of one optimizer step; returns its position in the data."""
     while True:
         plan, batch = next(batches)
+        bad_samples.add(batch, step)
         batch = batch.to(engine.device)
         loss = batch_loss(engine, batch, normalise)
         engine.backward(loss)
@@ -82,7 +86,7 @@ class Interval:
     def __init__(self, device):
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
         self.images = Counter()
-        self.num_tokens = self.num_visual_tokens = self.num_samples = self.num_steps = 0
+        self.num_tokens = self.num_visual_tokens = self.num_samples = self.num_bad = self.num_steps = 0
 
     def add(self, loss, batch):
         self.loss += loss
@@ -90,11 +94,13 @@ class Interval:
         self.num_tokens += batch.input_ids.shape[1]
         self.num_visual_tokens += batch.visual_positions.shape[0]
         self.num_samples += batch.sample_ids.shape[0]
+        self.num_bad += len(batch.skipped)
 
     def read(self, engine):
         """Figures over all ranks; every rank must call it."""
         counts = sorted(engine.model.config.trained_num_visual_tokens)
-        sums = [self.num_tokens, self.num_visual_tokens, self.num_samples, *(self.images[count] for count in counts)]
+        sums = [self.num_tokens, self.num_visual_tokens, self.num_samples, self.num_bad]
+        sums = [*sums, *(self.images[count] for count in counts)]
         sums = engine.sum_over_ranks(torch.tensor([self.loss.item(), *sums], dtype=torch.float64)).tolist()
         return {
             "loss": sums[0] / self.num_steps,
@@ -102,6 +108,7 @@ class Interval:
             "num_tokens": int(sums[1]),
             "num_visual_tokens": int(sums[2]),
             "num_samples": int(sums[3]),
-            "images_per_count": {str(count): int(number) for count, number in zip(counts, sums[4:])},
+            "num_bad_samples": int(sums[4]),
+            "images_per_count": {str(count): int(number) for count, number in zip(counts, sums[5:])},
             "num_skipped_steps": engine.num_skipped_steps,
         }

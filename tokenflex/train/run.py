@@ -13,6 +13,7 @@ from ..budget import VisualTokenBudget
 from ..checkpoint import complete_checkpoints, load_newest_checkpoint
 from ..config import save_config
 from ..data import (
+    Limits,
     PackDataset,
     Planner,
     Position,
@@ -27,6 +28,7 @@ from ..data.loader import micro_batches, num_micro_steps
 from ..errors import UserError
 from ..export import export_model
 from ..model import build_model, build_processor
+from .bad_samples import BadSampleLog
 from .loop import train
 from .meter import Meter
 from .optimizer import build_optimizer
@@ -112,6 +114,7 @@ def run_training(config, ds_config, launch, fresh=False, say=print):
             progress,
             folder.checkpoints,
             meter,
+            BadSampleLog(folder.root, launch.rank, config.data.max_bad_fraction),
         )
     finally:
         meter.close()
@@ -134,18 +137,21 @@ def prepare_data(config, launch, say):
     corpus = embedded_corpus(config.data, say) if uses_corpus else None
     processor = build_processor(config.model, config.budget, str(corpus / "tokenizer") if corpus else "")
     shards = find_shards([str(corpus / "train") if source == "embedded" else source for source in config.data.train])
+    limits = Limits(max_member_bytes=config.data.max_member_bytes, max_image_pixels=config.data.max_image_pixels)
     place = index_folder(shards, config.data.cache_dir)
     if launch.rank == 0:
-        load_or_build_index(shards, processor, place, max(1, config.data.num_workers))
+        load_or_build_index(shards, processor, place, max(1, config.data.num_workers), limits)
     torch.distributed.barrier()
     index = load_or_build_index(shards, processor, place)
+    if index.num_skipped:
+        say(f"index     {index.num_skipped} bad samples left out; {place / 'manifest.json'} names them")
     budget = VisualTokenBudget(
         counts=config.budget.num_visual_tokens,
         probabilities=config.budget.probabilities,
         schedule=config.budget.schedule,
     )
     planner = Planner(index, budget, config.data, config.train.seed, config.train.loss_weighting)
-    dataset = PackDataset(index, processor, config.train.loss_weighting, blank_count=min(budget.counts))
+    dataset = PackDataset(index, processor, config.train.loss_weighting, min(budget.counts), limits)
     return planner, dataset, processor
 
 
