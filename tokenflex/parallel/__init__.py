@@ -10,10 +10,12 @@ from .engine import (
     zero_stage,
 )
 from .environment import Launch, join
+from .ranks import Ranks
 
 __all__ = [
     "Engine",
     "Launch",
+    "Ranks",
     "join",
     "load_ds_config",
     "quiet_libraries",
