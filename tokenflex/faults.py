@@ -39,6 +39,9 @@ POINTS = (
 MAIN_RANK_POINTS = ("manifest", "rename", "latest", "clean-up")
 """Points that only rank 0 passes."""
 
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
+"""Actions that send a signal."""
+
 
 @dataclass
 class Fault:
@@ -58,7 +61,7 @@ class _State:
     """This process' place in the job and the faults that await it."""
 
     def __init__(self):
-        self.faults = [_parse(text) for text in os.environ.get("TOKENFLEX_FAULTS", "").split(";") if text]
+        self.faults = []
         self.rank = 0
         self.step = self.micro = None
         self.lock = threading.Lock()
@@ -73,6 +76,14 @@ def _parse(text):
 
 
 _state = _State()
+
+
+def read_environment():
+    """Take up the faults that TOKENFLEX_FAULTS names; done once when this module is imported, and again after a fork."""
+    _state.faults = [_parse(text) for text in os.environ.get("TOKENFLEX_FAULTS", "").split(";") if text]
+
+
+read_environment()
 
 
 def is_active():
@@ -99,13 +110,13 @@ def at(step, micro=None):
 def reach(point, step=None):
     """Pass a named point; a fault that awaits it strikes. `step` where the caller's is not the loop's."""
     if _state.faults:
-        for fault in _due(point, step):
+        for fault in _due(point, SIGNALS, step):
             _strike(fault)
 
 
 def spoil(point, tensor):
     """`tensor`, or NaN in its place where a `nan` fault awaits this point ("loss", "activation", "gradient")."""
-    if _state.faults and any(fault.action == "nan" for fault in _due(point, None)):
+    if _state.faults and _due(point, ("nan",)):
         return tensor * float("nan")
     return tensor
 
@@ -117,7 +128,7 @@ def io_limit(operation, num_bytes=0):
         OSError: an `io` fault awaits this operation ("write", "fsync" or "rename").
     """
     if _state.faults:
-        for fault in _due(operation, None, action="io"):
+        for fault in _due(operation, ("io",)):
             if fault.error == "short":
                 return max(1, num_bytes // 2)
             code = getattr(errno, fault.error)
@@ -135,8 +146,8 @@ def planned(*faults):
         _state.faults = before
 
 
-def _due(point, step, action=None):
-    """The faults that strike at this passing."""
+def _due(point, actions, step=None):
+    """The faults of these kinds that strike at this passing."""
     due = []
     with _state.lock:
         for fault in _state.faults:
@@ -145,7 +156,7 @@ def _due(point, step, action=None):
             )
             if (
                 fault.point != point
-                or (action is not None and fault.action != action)
+                or fault.action not in actions
                 or acting not in ("all", str(_state.rank))
                 or fault.step not in (None, _state.step if step is None else step)
                 or fault.micro not in (None, _state.micro)
@@ -158,11 +169,7 @@ def _due(point, step, action=None):
 
 
 def _strike(fault):
-    number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}.get(
-        fault.action
-    )
-    if number is None:
-        return
+    number = SIGNALS[fault.action]
     folder = os.environ.get("TOKENFLEX_FAULTS_DIR")
     victims = [os.getpid()] if fault.rank == str(_state.rank) or not folder else []
     if not victims:

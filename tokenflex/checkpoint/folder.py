@@ -97,10 +97,12 @@ def latest_tag(folder):
 def point_latest(folder, tag, attempt):
     """Replace `latest` atomically."""
     temporary = Path(folder) / f"{WRITING}{LATEST}-{attempt}"
-    temporary.unlink(missing_ok=True)
-    write_synced(temporary, tag.encode())
-    faults.reach("latest")
-    replace_synced(temporary, Path(folder) / LATEST)
+    try:
+        write_synced(temporary, tag.encode())
+        faults.reach("latest")
+        replace_synced(temporary, Path(folder) / LATEST)
+    finally:
+        temporary.unlink(missing_ok=True)  # still there only if it could not take its place
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,10 +27,14 @@ WEIGHT = "weight"
 
 @dataclass(frozen=True)
 class Saved:
-    """How a save ended. `problem` is empty on success; `seconds` runs from the copy to the end."""
+    """How a save ended. `problem` is empty on success; `seconds` runs from the copy to the end.
+
+    `note` is what went wrong once the checkpoint stood: `latest` not moved, an old checkpoint not removed.
+    """
 
     step: int
     problem: str
+    note: str
     seconds: float
     num_bytes: int
 
@@ -98,12 +102,13 @@ class CheckpointWriter:
             self._phase = "committing"
             return None
         problems = [p for p in self.ranks.gather(self._problem) if p] if has_failed else []
+        note = "" if problems or self.ranks.rank else self._result
         if has_failed and self.ranks.rank == 0:
             shutil.rmtree(self._place, ignore_errors=True)
         self._phase, self._problem = "idle", None
         self._saved_step = None if problems else self._step
         num_bytes = 0 if problems else sum(entry["size"] for entry in self._files.values())
-        return Saved(self._step, "; ".join(problems), time.perf_counter() - self._begin, num_bytes)
+        return Saved(self._step, "; ".join(problems), note, time.perf_counter() - self._begin, num_bytes)
 
     def finish(self):
         """Wait for a save under way; returns how it ended, or None where there was none. Every rank must call it."""
@@ -137,10 +142,11 @@ class CheckpointWriter:
         try:
             self._result = work(*arguments)
         except OSError as error:
-            where = error.filename or self.folder
-            self._problem = (
-                f"rank {self.ranks.rank}: {where}: {error.strerror or error} ({_free(self.folder)} bytes free)"
-            )
+            self._problem = self._explain(error)
+
+    def _explain(self, error):
+        where = error.filename or self.folder
+        return f"rank {self.ranks.rank}: {where}: {error.strerror or error} ({_free(self.folder)} bytes free)"
 
     def _write(self, snapshot):
         self._place.mkdir(parents=True, exist_ok=True)
@@ -163,8 +169,12 @@ class CheckpointWriter:
         if target.exists():  # damaged, or of a past that the run has turned away from
             remove_folder(target)
         replace_synced(self._place, target)
-        point_latest(self.folder, target.name, self.attempt)
-        clean_up(self.folder, self.retention)
+        try:  # the checkpoint stands: what fails from here on does not undo it
+            point_latest(self.folder, target.name, self.attempt)
+            clean_up(self.folder, self.retention)
+        except OSError as error:
+            return self._explain(error)
+        return ""
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,7 @@ def batch_loader(dataset, plans, num_workers, pin_memory):
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=_quiet_worker if num_workers else None,
+        generator=torch.Generator(),  # its own: opening a loader must not move the draws of dropout
     )
     for plan, batch in loader:
         if isinstance(batch, UserError):
