@@ -1,6 +1,6 @@
 """The exceptions that a user is meant to read: a single line, no traceback unless `--debug`."""
 
-from .exit_codes import DIVERGED, SAVE_FAILED, USER_ERROR
+from .exit_codes import DIVERGED, FAILED, SAVE_FAILED, USER_ERROR
 
 
 class UserError(Exception):
@@ -22,3 +22,9 @@ class SavesFailed(UserError):
     """So many saves in a row have failed that going on would put the work done at risk."""
 
     status = SAVE_FAILED
+
+
+class OtherRankFailed(UserError):
+    """This rank ends because another one did; the message says which and why."""
+
+    status = FAILED

@@ -2,12 +2,12 @@
 
 DONE = 0
 """The run is complete."""
+FAILED = 1
+"""An error that is none of the user's, or the end of another rank. (A rank that the watchdog ends dies of SIGKILL.)"""
 USER_ERROR = 2
 """Something the user can mend; the one line on stderr says what."""
 DIVERGED = 65
 """Too many steps in a row were not finite or far out, and going back did not help (EX_DATAERR)."""
-HUNG = 70
-"""The watchdog ended the job: a rank stopped, died or left the others waiting (EX_SOFTWARE)."""
 SAVE_FAILED = 74
 """Too many saves in a row failed: disk full or input/output errors (EX_IOERR)."""
 REQUEUE = 75

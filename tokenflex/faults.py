@@ -2,7 +2,7 @@
 
 Off unless TOKENFLEX_FAULTS is set; then `reach` at each point compares one empty list. The variable holds faults joined by
 ";", each `action@point` with conditions: `kill@forward,rank=1,step=3`, `kill@manifest,rank=all`, `stop@fetch,rank=0`,
-`nan@loss,rank=1,micro=0`, `io@fsync,count=4,error=ENOSPC`, `io@write,count=2,error=short`.
+`nan@loss,rank=1,micro=0`, `raise@forward`, `skip@agree`, `io@fsync,count=4,error=ENOSPC`, `io@write,count=2,error=short`.
 
 rank: who suffers, a number or `all` (default). step: steps done before (default any). micro: the micro-step (default any).
 count: at which passing of the point it happens, from 1 (default 1). TOKENFLEX_FAULTS_DIR: where ranks leave their process
@@ -41,6 +41,7 @@ MAIN_RANK_POINTS = ("manifest", "rename", "latest", "clean-up")
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
 """Actions that send a signal."""
+ACTIONS = (*SIGNALS, "raise")
 
 
 @dataclass
@@ -110,7 +111,7 @@ def at(step, micro=None):
 def reach(point, step=None):
     """Pass a named point; a fault that awaits it strikes. `step` where the caller's is not the loop's."""
     if _state.faults:
-        for fault in _due(point, SIGNALS, step):
+        for fault in _due(point, ACTIONS, step):
             _strike(fault)
 
 
@@ -119,6 +120,11 @@ def spoil(point, tensor):
     if _state.faults and _due(point, ("nan",)):
         return tensor * float("nan")
     return tensor
+
+
+def skips(point):
+    """Whether a `skip` fault awaits this point: the caller leaves out what the others do."""
+    return bool(_state.faults) and bool(_due(point, ("skip",)))
 
 
 def io_limit(operation, num_bytes=0):
@@ -169,6 +175,8 @@ def _due(point, actions, step=None):
 
 
 def _strike(fault):
+    if fault.action == "raise":
+        raise ArithmeticError(f"raised on purpose at {fault.point}")
     number = SIGNALS[fault.action]
     folder = os.environ.get("TOKENFLEX_FAULTS_DIR")
     victims = [os.getpid()] if fault.rank == str(_state.rank) or not folder else []

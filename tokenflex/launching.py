@@ -34,7 +34,8 @@ def entry_point(main, arguments):
             traceback.print_exc()
         return error.status
     finally:
-        if _is_distributed():
+        # A rank that fails keeps its connections until it has told why: the others would report their loss before it.
+        if sys.exc_info()[0] is None and _is_distributed():
             import torch
 
             torch.distributed.destroy_process_group()

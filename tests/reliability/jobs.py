@@ -47,7 +47,14 @@ class Forge:
         scratch.mkdir(parents=True, exist_ok=True)
         for pid in scratch.glob("*.pid"):
             pid.unlink()
-        arguments = ["--config", str(RECIPE), f"output_dir={folder}", f"data.cache_dir={self.cache_dir}", *overrides, *flags]
+        arguments = [
+            "--config",
+            str(RECIPE),
+            f"output_dir={folder}",
+            f"data.cache_dir={self.cache_dir}",
+            *overrides,
+            *flags,
+        ]
         variables = {"TOKENFLEX_FAULTS": faults, "TOKENFLEX_FAULTS_DIR": str(scratch), **(environment or {})}
         job = {
             "num_ranks": num_ranks,
@@ -85,20 +92,21 @@ class Trace:
 
 
 def trace_of(folder, name="crash"):
-    """The `Trace` of a run: its losses and norms by step, its sample ids by (rank, step), its last checkpoint's checksums.
+    """The `Trace` of a run: its losses and norms by step, its sample ids by (rank, ranks, step), its last checkpoint's checksums.
 
-    A step that was run more than once must have had the same samples each time.
+    A place in the data that was run more than once must have had the same samples each time.
     """
     root = Path(folder) / name
     records = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
     losses = {record["step"]: (record["loss"], record["grad_norm"]) for record in records}
     assert len(losses) == len(records), "a step is told twice"
-    samples = {}
+    samples, at_position = {}, {}
     for path in root.glob("samples-*.jsonl"):
         for line in path.read_text().splitlines():
             record = json.loads(line)
-            before = samples.setdefault((path.stem, record["step"]), record["ids"])
-            assert before == record["ids"], f"{path.name}: step {record['step']} was run with other samples"
+            before = at_position.setdefault((path.stem, record["num_ranks"], *record["position"]), record["ids"])
+            assert before == record["ids"], f"{path.name}: {record['position']} was run with other samples"
+            samples[path.stem, record["num_ranks"], record["step"]] = record["ids"]
     newest = tags(root / "checkpoints")[-1]
     manifest = checked_manifest(root / "checkpoints" / newest)
     files = {file: entry["blake3"] for file, entry in manifest.files.items()}

@@ -39,7 +39,7 @@ def test_a_nan_moves_nothing_on_any_rank(place, rank, micro, forge, tmp_path):
     job = forge.done(tmp_path, 2, *ACCUMULATED, faults=fault)
     (skip,) = events(tmp_path, "skip")
     assert skip["step"] == 2 and "nan" in skip["reason"]
-    ids = {i for (_, step), some in trace_of(tmp_path).samples.items() if step == 2 for i in some}
+    ids = {i for (_, _, step), some in trace_of(tmp_path).samples.items() if step == 2 for i in some}
     assert len(skip["samples"]) == len(ids) and all(".tar:" in name for name in skip["samples"])
     before, after, later = (checksums(tmp_path, step) for step in (2, 3, 4))
     assert before == after, "a skipped step moved something"
@@ -100,7 +100,9 @@ def test_the_guard_finds_spikes_and_gets_used_to_a_new_level():
     assert "gradient norm 40" in guard.judge(level(4), 40.0)
     assert "loss is nan" in guard.judge(float("nan"), 1.0) and "inf" in guard.judge(1.0, float("inf"))
     skipped = [bool(guard.judge(6.0 + 0.1 * math.sin(i), 1.0)) for i in range(40)]
-    assert 1 <= sum(skipped) <= 7 and not any(skipped[8:]), "a level that stays must be accepted before a run is taken back"
+    assert 1 <= sum(skipped) <= 7 and not any(skipped[8:]), (
+        "a level that stays must be accepted before a run is taken back"
+    )
     assert not Guard(0, {}).judge(1e30, 1e30)
 
 

@@ -76,7 +76,9 @@ def test_the_oracle_can_tell_runs_apart(forge, unbroken, tmp_path):
     expected, overrides = unbroken(1)
     forge.done(tmp_path / "seed", 2, *overrides, "train.seed=1")
     assert trace_of(tmp_path / "seed") != expected
-    forge.done(tmp_path / "dropout", 2, *overrides, "model.text.attention_dropout=0", "model.vision.attention_dropout=0")
+    forge.done(
+        tmp_path / "dropout", 2, *overrides, "model.text.attention_dropout=0", "model.vision.attention_dropout=0"
+    )
     other = trace_of(tmp_path / "dropout")
     assert other.samples == expected.samples and other.losses != expected.losses
 

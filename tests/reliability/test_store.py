@@ -31,7 +31,6 @@ from tokenflex.checkpoint import (
     tag_of,
     tags,
 )
-from tokenflex.checkpoint.folder import sweep
 from tokenflex.errors import UserError
 from tokenflex.parallel.slices import Slice
 
@@ -90,7 +89,8 @@ def save_over(folder, step, num_ranks):
     """A checkpoint by several ranks: each writes its file, then rank 0 names the whole."""
     folder.mkdir(exist_ok=True)
     writers = [
-        CheckpointWriter(folder, Turns(rank, num_ranks), Retention(last=9), "attempt", describe) for rank in range(num_ranks)
+        CheckpointWriter(folder, Turns(rank, num_ranks), Retention(last=9), "attempt", describe)
+        for rank in range(num_ranks)
     ]
     for rank, writer in enumerate(writers):
         writer.start(named_pieces(state_of(step, num_ranks, rank), rank, num_ranks), {"step": step})
@@ -102,7 +102,13 @@ def save_over(folder, step, num_ranks):
 def load(folder, num_ranks=1, rank=0, say=lambda text: None):
     """The newest good checkpoint into fresh slices; returns (Loaded, slices)."""
     slices = [
-        Slice(name=s.name, shape=s.shape, start=s.start, is_shared=False, tensors={k: torch.full_like(t, -1) for k, t in s.tensors.items()})
+        Slice(
+            name=s.name,
+            shape=s.shape,
+            start=s.start,
+            is_shared=False,
+            tensors={k: torch.full_like(t, -1) for k, t in s.tensors.items()},
+        )
         for s in state_of(0, num_ranks, rank)
     ]
     loaded = load_newest(folder, Turns(), lambda manifest, place: read_slices(place, manifest, slices, rank), say=say)
@@ -146,7 +152,13 @@ def count_calls(tmp_path, operation):
     return never.seen
 
 
-WORDS = {"ENOSPC": "No space left", "EIO": "Input/output error", "EDQUOT": "quota", "EROFS": "Read-only", "ESTALE": "Stale"}
+WORDS = {
+    "ENOSPC": "No space left",
+    "EIO": "Input/output error",
+    "EDQUOT": "quota",
+    "EROFS": "Read-only",
+    "ESTALE": "Stale",
+}
 
 
 def test_every_call_of_a_save_may_fail(tmp_path):
@@ -228,7 +240,9 @@ def mixes(folder):
         "a file is gone": lambda: (two / first).unlink(),
         "the manifest is gone": lambda: (two / "manifest.json").unlink(),
         "a file of another step": lambda: (two / first).write_bytes((one / first).read_bytes()),
-        "the manifest of another step": lambda: (two / "manifest.json").write_bytes((one / "manifest.json").read_bytes()),
+        "the manifest of another step": lambda: (two / "manifest.json").write_bytes(
+            (one / "manifest.json").read_bytes()
+        ),
         "the ranks' files swapped": lambda: swap(two / first, two / second),
         "an empty file": lambda: (two / second).write_bytes(b""),
         "a longer file": lambda: (two / second).write_bytes((two / second).read_bytes() + b"\0"),
@@ -296,7 +310,9 @@ def entry_for(path):
     return {"size": path.stat().st_size, "blake3": checksum_of(path)}
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "rank-00000-of-00001.safetensors/../../outside", "a.pkl", ""])
+@pytest.mark.parametrize(
+    "name", ["../outside", "/etc/passwd", "rank-00000-of-00001.safetensors/../../outside", "a.pkl", ""]
+)
 def test_a_manifest_cannot_name_files_outside(name, tmp_path):
     save(writer_for(tmp_path), 1)
     (tmp_path / "outside").write_bytes(b"secret")

@@ -204,6 +204,10 @@ class TrainConfig(Section):
     """Skipped steps in a row (spikes, NaN, infinity) after which the run goes back to a checkpoint and passes over their data."""
     max_rollbacks: PositiveInt = 3
     """Times in a row that it goes back without getting further, before it stops."""
+    hang_timeout_s: PositiveFloat = 120.0
+    """A phase of a step that lasts longer than this, and than 3 times the 99th percentile of steps, is a hang; seconds."""
+    startup_timeout_s: PositiveFloat = 3600.0
+    """The same for what is not a step: the first steps, waiting for a checkpoint, the export; seconds."""
     log_samples: bool = False
     """Write the sample ids of every step to `samples-RANK.jsonl`."""
     wandb: Literal["auto", "off"] = "auto"

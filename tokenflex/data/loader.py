@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from .. import faults
 from ..errors import UserError
 from .collate import collate
 from .plan import Position
@@ -90,6 +91,7 @@ class PackDataset(Dataset):
         return parse_sample(read_sample(self._open(shard), *place, where=shard), where=shard)
 
     def __getitem__(self, plan):
+        faults.reach("worker")
         try:
             return plan, self.batch(plan)
         except UserError as error:

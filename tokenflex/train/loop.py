@@ -49,8 +49,11 @@ def train(state, open_batches, normalise, peak_rates, config, meter, stop):
     try:
         while progress["step"] < settings.num_steps:
             rates = [peak * rate_factor(progress["step"], settings.num_steps, config.optimizer) for peak in peak_rates]
-            done = run_step(engine, batches, normalise, rates, interval, state.guard, progress["step"])
-            meter.samples(progress["step"], done.sample_ids)
+            state.heart.step(progress["step"])
+            done = run_step(
+                engine, batches, normalise, rates, interval, state.guard, progress["step"], state.heart.phase
+            )
+            meter.samples(progress["step"], done.position, done.sample_ids)
             is_bad = bool(done.problem) and state.skip(
                 done.position, done.problem, meter.names(done.sample_ids, state.ranks)
             )
@@ -60,6 +63,7 @@ def train(state, open_batches, normalise, peak_rates, config, meter, stop):
                 state.accept()
             is_done = progress["step"] == settings.num_steps
             if progress["step"] % settings.log_every == 0 or is_done:
+                state.heart.phase("log")
                 record = interval.read(engine)
                 meter.log(
                     {
@@ -71,6 +75,9 @@ def train(state, open_batches, normalise, peak_rates, config, meter, stop):
                 )
                 interval = Interval(engine.device)
             meter.advance()
+            state.heart.phase("agree to go on")
+            if faults.skips("agree"):
+                continue
             is_stopped, *flags = state.ranks.agree([float(stop.is_set), *state.flags()])
             state.advance(*flags)
             if is_bad:
@@ -98,8 +105,11 @@ class StepDone:
     problem: str
 
 
-def run_step(engine, batches, normalise, rates, interval, guard, step):
-    """All micro-steps of one optimizer step; the weights move only if `guard` finds nothing wrong with it."""
+def run_step(engine, batches, normalise, rates, interval, guard, step, enter):
+    """All micro-steps of one optimizer step; the weights move only if `guard` finds nothing wrong with it.
+
+    `enter(phase)` is told what comes, for the watchdog.
+    """
     loss_sum, ids, micro = torch.zeros((), dtype=torch.float64, device=engine.device), [], 0
     problem = ""
 
@@ -110,11 +120,14 @@ def run_step(engine, batches, normalise, rates, interval, guard, step):
 
     while True:
         faults.at(step, micro)
+        enter("fetch")
         faults.reach("fetch")
         plan, batch = next(batches)
         batch = batch.to(engine.device)
+        enter("forward")
         faults.reach("forward")
         loss = faults.spoil("loss", batch_loss(engine, batch, normalise))
+        enter("backward")
         engine.backward(loss)
         loss_sum += loss.detach()
         ids += batch.sample_ids.tolist()
@@ -122,6 +135,7 @@ def run_step(engine, batches, normalise, rates, interval, guard, step):
         if plan.is_last:
             loss_value = engine.sum_over_ranks(loss_sum.view(1)).item()
             faults.reach("before-step")
+            enter("step")
             engine.step(rates, judge)
             faults.reach("after-step")
             interval.add_step(loss_value, bool(problem))

@@ -21,11 +21,12 @@ class Meter:
         name_of: (sample id) -> the words by which a person finds the sample.
     """
 
-    def __init__(self, folder, config, first_step, rank, name_of=str):
-        self.is_main = is_main = rank == 0
+    def __init__(self, folder, config, first_step, launch, name_of=str):
+        self.is_main = is_main = launch.rank == 0
+        self.num_ranks = launch.num_ranks
         self.name_of = name_of
         self.events = Path(folder) / "events.jsonl"
-        self.trace = Path(folder) / f"samples-{rank}.jsonl" if config.train.log_samples else None
+        self.trace = Path(folder) / f"samples-{launch.rank}.jsonl" if config.train.log_samples else None
         self.bar = self.wandb = None
         if not is_main:
             return
@@ -49,10 +50,11 @@ class Meter:
         if self.is_main:
             _append(self.events, record)
 
-    def samples(self, step, ids):
+    def samples(self, step, position, ids):
         """Write down which samples this rank's part of a step held, if the configuration asks for it; on every rank."""
         if self.trace:
-            _append(self.trace, {"step": step, "ids": ids})
+            place = {"step": step, "num_ranks": self.num_ranks, "position": [position.epoch, position.step]}
+            _append(self.trace, {**place, "ids": ids})
 
     def names(self, ids, ranks):
         """Names of a step's samples over all ranks; every rank must call it."""

@@ -26,7 +26,7 @@ from ..data import (
     load_or_build_index,
 )
 from ..data.loader import micro_batches, num_micro_steps
-from ..errors import UserError
+from ..errors import OtherRankFailed, UserError
 from ..export import export_model
 from ..model import build_model, build_processor
 from .loop import StopRequest, install_faults, train
@@ -48,6 +48,10 @@ class RunFolder:
     @property
     def model(self):
         return self.root / "model"
+
+    @property
+    def health(self):
+        return self.root / "health"
 
     @property
     def accuracy(self):
@@ -73,8 +77,31 @@ def run_training(config, ds_config, launch, fresh=False, say=print):
     device = parallel.start_process_group(launch)
     ranks = parallel.Ranks(launch)
     faults.enter(launch.rank)
-    with StopRequest() as stop, _locked(folder, ranks):
-        return _train_and_export(config, ds_config, launch, ranks, device, num_accumulated, folder, fresh, stop, say)
+    with StopRequest() as stop, _locked(folder, ranks), _watched(folder, config, launch, ranks) as heart:
+        return _train_and_export(
+            config, ds_config, launch, ranks, device, num_accumulated, folder, fresh, stop, heart, say
+        )
+
+
+@contextlib.contextmanager
+def _watched(folder, config, launch, ranks):
+    """Within this context a watchdog looks after this rank; an error that only echoes another rank's says so.
+
+    Raises:
+        OtherRankFailed: another rank failed or died first.
+    """
+    if launch.rank == 0 and folder.health.exists():
+        shutil.rmtree(folder.health)
+    attempt = ranks.on_main(lambda: secrets.token_hex(4))
+    heart = parallel.Heart(launch, folder.health / attempt, config.train.hang_timeout_s, config.train.startup_timeout_s)
+    try:
+        yield heart
+    except Exception as error:
+        first = heart.failed(error)
+        if first:
+            raise OtherRankFailed(f"rank {launch.rank} ended, because {first}") from None
+        raise
+    heart.close()
 
 
 @contextlib.contextmanager
@@ -95,7 +122,7 @@ def _locked(folder, ranks):
             lock.release()
 
 
-def _train_and_export(config, ds_config, launch, ranks, device, num_accumulated, folder, fresh, stop, say):
+def _train_and_export(config, ds_config, launch, ranks, device, num_accumulated, folder, fresh, stop, heart, say):
     precision = config.train.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
@@ -118,8 +145,7 @@ def _train_and_export(config, ds_config, launch, ranks, device, num_accumulated,
         f"ZeRO stage {parallel.zero_stage(ds_config)}, {num_accumulated} micro-steps per step"
     )
 
-    attempt = ranks.on_main(lambda: secrets.token_hex(4))
-    state = RunState(engine, ranks, config, folder.checkpoints, attempt, say)
+    state = RunState(engine, ranks, config, folder.checkpoints, heart, say)
     if not state.resume() and not fresh:
         say(f"new run   {folder.root}: there is no checkpoint")
 
@@ -134,12 +160,13 @@ def _train_and_export(config, ds_config, launch, ranks, device, num_accumulated,
     def name_of(sample_id):
         return f"{dataset.index.shard_of(sample_id)}:{dataset.sample(sample_id).key}"
 
-    meter = Meter(folder.root, config, state.progress["step"], launch.rank, name_of)
+    meter = Meter(folder.root, config, state.progress["step"], launch, name_of)
     state.log = meter.event
     try:
         is_complete = train(state, open_batches, processor.image_processor.normalised, peak_rates, config, meter, stop)
     finally:
         meter.close()
+    heart.phase("export", config.train.startup_timeout_s)
     if is_complete:
         full = engine.full_state()
         ranks.on_main(lambda: export_model(engine.model, full, processor, folder.model))

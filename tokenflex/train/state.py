@@ -49,19 +49,20 @@ class RunState:
     """The engine, the progress and their checkpoints. Every rank has one; every method is collective.
 
     Args:
-        folder: of the checkpoints. attempt: a name for this start of the run, the same on all ranks.
+        folder: of the checkpoints. heart: this rank's pulse.
             `log` is set once there is a meter.
     """
 
-    def __init__(self, engine, ranks, config, folder, attempt, say):
+    def __init__(self, engine, ranks, config, folder, heart, say):
         self.engine, self.ranks, self.config, self.folder, self.say = engine, ranks, config, folder, say
+        self.heart = heart
         self.progress = first_progress()
         self.num_failed = 0
         self.log = lambda event: None
         begin_folder(folder, ranks.rank)
         settings = config.train
         retention = Retention(last=settings.keep_checkpoints, every=settings.keep_every, best=settings.keep_best)
-        self.writer = CheckpointWriter(folder, ranks, retention, attempt, self._describe)
+        self.writer = CheckpointWriter(folder, ranks, retention, heart.folder.name, self._describe)
 
     @property
     def guard(self):
@@ -90,6 +91,7 @@ class RunState:
 
     def save(self):
         """Copy the state and begin to write it in the background."""
+        self.heart.phase("save", self.config.train.startup_timeout_s)
         stall_s, before = self.writer.start(self._tensors(), self.progress)
         self._note(before)
         self.log({"event": "save", "step": self.progress["step"], "stall_s": round(stall_s, 6)})
@@ -108,6 +110,7 @@ class RunState:
         Raises:
             SavesFailed: it failed, and `must_be_saved`.
         """
+        self.heart.phase("wait for the save", self.config.train.startup_timeout_s)
         self._note(self.writer.finish())
         if must_be_saved and self.num_failed:
             raise SavesFailed(
@@ -145,6 +148,7 @@ class RunState:
                 f"step {left}: went back {count - 1} times and the steps after that were bad each time; "
                 "lower the learning rate, look at the data named in events.jsonl, or go on from an older checkpoint"
             )
+        self.heart.phase("go back", self.config.train.startup_timeout_s)
         loaded = load_newest(self.folder, self.ranks, self._fill, max_step=left - len(bad), say=self.say)
         if loaded is None:
             raise Diverged(
