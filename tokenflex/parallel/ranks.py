@@ -8,13 +8,13 @@ from ..errors import UserError
 class Ranks:
     """The ranks of a job. Every method is collective: all ranks call it, in the same order.
 
-    On GPUs it has a gloo group of its own, so that an agreement waits for no kernel.
+    It has a gloo group of its own: on GPUs an agreement waits for no kernel, and a rank that leaves one out is found waiting
+    in another group's collective instead of feeding it with the wrong bytes.
     """
 
     def __init__(self, launch):
         self.rank, self.num_ranks = launch.rank, launch.num_ranks
-        is_gpu = torch.distributed.get_backend() != "gloo"
-        self._group = torch.distributed.new_group(backend="gloo") if is_gpu else None
+        self._group = torch.distributed.new_group(backend="gloo")
 
     def agree(self, numbers):
         """Element-wise maximum of a list of numbers over all ranks."""
