@@ -14,10 +14,19 @@ from pathlib import Path
 import torch
 
 from tokenflex import parallel
-from tokenflex.checkpoint import CheckpointWriter, Retention, check_files, load_newest, named_pieces, read_slices
+from tokenflex.checkpoint import (
+    CheckpointWriter,
+    EarlyCheck,
+    Retention,
+    check_files,
+    load_newest,
+    named_pieces,
+    read_slices,
+)
 from tokenflex.train.optimizer import GuardedAdamW
 
 ROUNDS = 5
+BATCH = 512
 
 
 class Blocks(torch.nn.Module):
@@ -44,41 +53,58 @@ def main(folder, width, num_layers):
     model = Blocks(width, num_layers)
     num_parameters = sum(p.numel() for p in model.parameters())
     engine = parallel.Engine(model, GuardedAdamW(model.parameters(), lr=1e-4, fused=True), ds_config, launch, device)
-    for _ in range(2):
-        engine.backward(engine(torch.ones(2, width, device=device)))
+
+    def step(before_update=lambda: None):
+        """One whole step; `before_update` runs where the training loop calls it."""
+        begin = time.perf_counter()
+        engine.backward(engine(x=torch.ones(BATCH, width, device=device)))
+        before_update()
         engine.step([1e-4], lambda norm: False)
+        return time.perf_counter() - begin
+
+    for _ in range(2):
+        step()
 
     shapes = {name: [list(p.ds_shape), "float32", True] for name, p in engine.model.named_parameters()}
     constant = {"parameters": shapes, "buffers": [], "config": {}, "model": {}, "versions": {}, "score": None}
     writer = CheckpointWriter(
         folder / "ours", ranks, Retention(last=1), "cost", lambda p: {**constant, "num_updates": 2}
     )
-    stalls, totals, theirs = [], [], []
-    for step in range(ROUNDS):
+    stalls, totals, theirs, plain_steps, saving_steps = [], [], [], [], []
+    for round in range(ROUNDS):
         ranks.barrier()
         begin = time.perf_counter()
         pieces = named_pieces(engine.slices(), launch.rank, launch.num_ranks)
-        writer.start(pieces, {"step": step + 1})
-        stalls.append(ranks.agree([time.perf_counter() - begin])[0])
+        writer.start(pieces, {}, {"step": round + 1})
+        saving_steps.append(ranks.agree([step(writer.before_update)])[0])
         saved = writer.finish()
+        stalls.append(ranks.agree([saved.stall_s])[0])
         totals.append(ranks.agree([time.perf_counter() - begin])[0])
         ranks.barrier()
+        plain_steps.append(ranks.agree([step()])[0])
+        ranks.barrier()
         begin = time.perf_counter()
-        engine._engine.save_checkpoint(str(folder / "deepspeed"), tag=f"step-{step}", save_latest=True)
+        engine._engine.save_checkpoint(str(folder / "deepspeed"), tag=f"step-{round}", save_latest=True)
         theirs.append(ranks.agree([time.perf_counter() - begin])[0])
-        if launch.rank == 0 and step:
-            shutil.rmtree(folder / "deepspeed" / f"step-{step - 1}")
+        if launch.rank == 0 and round:
+            shutil.rmtree(folder / "deepspeed" / f"step-{round - 1}")
         ranks.barrier()
 
     def fill(manifest, place):
         with engine.loading(manifest.num_updates) as slices:
             read_slices(place, manifest, slices, launch.rank)
 
-    loads, checks = [], []
+    loads, checks, waits = [], [], []
     for _ in range(ROUNDS):
+        check = EarlyCheck(folder / "ours", launch.rank, launch.num_ranks)
+        time.sleep(1.0)  # a start builds its model meanwhile
         ranks.barrier()
         begin = time.perf_counter()
-        loaded = load_newest(folder / "ours", ranks, fill)
+        check(folder / "ours" / f"step-{ROUNDS:08d}", launch.rank, launch.num_ranks)
+        waits.append(ranks.agree([time.perf_counter() - begin])[0])
+        ranks.barrier()
+        begin = time.perf_counter()
+        loaded = load_newest(folder / "ours", ranks, fill, check=check)
         loads.append(ranks.agree([time.perf_counter() - begin])[0])
         ranks.barrier()
         begin = time.perf_counter()
@@ -96,16 +122,18 @@ def main(folder, width, num_layers):
             "parameters": num_parameters,
             "ranks": launch.num_ranks,
             "rounds": ROUNDS,
-            "stall_first_s": stalls[0],
-            "stall_s": statistics.median(stalls[1:]),
+            "stall_s": statistics.median(stalls),
+            "step_s": statistics.median(plain_steps),
+            "step_while_saving_s": statistics.median(saving_steps),
             "total_s": statistics.median(totals),
             "bytes": saved.num_bytes,
             "deepspeed_stall_s": statistics.median(theirs),
             "deepspeed_bytes": size,
-            "stall_share": statistics.median(stalls[1:]) / statistics.median(theirs),
+            "stall_share": statistics.median(stalls) / statistics.median(theirs),
             "load_s": statistics.median(loads),
             "verify_s": statistics.median(checks),
-            "verify_share": statistics.median(checks) / statistics.median(loads),
+            "verify_waited_s": statistics.median(waits),
+            "verify_share": statistics.median(waits) / statistics.median(loads),
             "deepspeed_load_s": statistics.median(their_loads),
         }
         print("COST " + json.dumps(record), flush=True)

@@ -77,7 +77,10 @@ class Forge:
         assert set(job.statuses) == {0} and not job.hung, f"{job.statuses}\n{job.output[-6000:]}"
         return job
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
         self.process.stdin.close()
         self.process.wait(timeout=30)
 

@@ -18,6 +18,7 @@ from tokenflex import faults
 from tokenflex.checkpoint import (
     CheckpointWriter,
     Damaged,
+    EarlyCheck,
     Retention,
     RunLock,
     check_files,
@@ -80,8 +81,11 @@ def writer_for(folder, keep=2, **retention):
 
 def save(writer, step, **progress):
     """Save on one rank; returns `Saved`."""
-    pieces = {**named_pieces(state_of(step, 1, 0), 0, 1), "buffer/scale": torch.tensor([float(step)])}
-    writer.start(pieces, {"step": step, **progress})
+    writer.start(
+        named_pieces(state_of(step, 1, 0), 0, 1),
+        {"buffer/scale": torch.tensor([float(step)])},
+        {"step": step, **progress},
+    )
     return writer.finish()
 
 
@@ -93,7 +97,7 @@ def save_over(folder, step, num_ranks):
         for rank in range(num_ranks)
     ]
     for rank, writer in enumerate(writers):
-        writer.start(named_pieces(state_of(step, num_ranks, rank), rank, num_ranks), {"step": step})
+        writer.start(named_pieces(state_of(step, num_ranks, rank), rank, num_ranks), {}, {"step": step})
         writer._thread.join()
     writers[0].ranks.gather = lambda value: [w._result for w in writers] if isinstance(value, dict) else [value]
     assert not writers[0].finish().problem
@@ -274,6 +278,24 @@ def test_missing_and_mixed_files_are_found(mix, tmp_path):
     assert_is_step(slices, 1)
 
 
+def test_an_early_check_is_believed_only_while_nothing_changes(tmp_path):
+    save_over(tmp_path, 1, 2), save_over(tmp_path, 2, 2)
+    path = tmp_path / tag_of(2) / "rank-00001-of-00002.safetensors"
+
+    def newest(early):
+        return load_newest(
+            tmp_path, Turns(), lambda manifest, place: None, say=lambda text: None, check=early
+        ).manifest.step
+
+    early = EarlyCheck(tmp_path, 0, 1)
+    early._thread.join()
+    assert newest(early) == 2
+    flip(path, random.Random(1))
+    assert newest(early) == 1, "what was found before the damage was believed"
+    assert newest(EarlyCheck(tmp_path, 0, 1)) == 1
+    assert newest(EarlyCheck(tmp_path / "empty", 0, 1)) == 1
+
+
 def test_where_nothing_is_good_the_run_does_not_begin_anew(tmp_path):
     save(writer_for(tmp_path), 1)
     (tmp_path / tag_of(1) / "rank-00000-of-00001.safetensors").unlink()
@@ -386,21 +408,37 @@ def test_the_state_just_saved_is_not_saved_again(tmp_path):
 def test_a_second_save_waits_for_the_first(tmp_path):
     writer = writer_for(tmp_path)
     for step in (1, 2, 3):
-        writer.start(named_pieces(state_of(step, 1, 0), 0, 1), {"step": step})
+        writer.start(named_pieces(state_of(step, 1, 0), 0, 1), {}, {"step": step})
     writer.finish()
     assert tags(tmp_path) == [tag_of(2), tag_of(3)]
     assert_is_step(load(tmp_path)[1], 3)
 
 
 def test_the_snapshot_is_of_the_moment(tmp_path):
-    """Weights that move while they are being written must not be seen in the file."""
-    writer, live = writer_for(tmp_path), state_of(1, 1, 0)
-    writer.start(named_pieces(live, 0, 1), {"step": 1})
-    for piece in live:
-        for tensor in piece.tensors.values():
-            tensor.fill_(float("nan"))
-    writer.finish()
-    assert_is_step(load(tmp_path)[1], 1)
+    """What passes may change at once, what lasts after `before_update`: neither change is seen in the file."""
+    for step in range(1, 30):
+        writer, live, passing = writer_for(tmp_path), state_of(step, 1, 0), torch.full((1000,), float(step))
+        writer.start(named_pieces(live, 0, 1), {"buffer/scale": passing}, {"step": step})
+        passing.fill_(float("nan"))
+        writer.before_update()
+        for piece in live:
+            for tensor in piece.tensors.values():
+                tensor.fill_(float("nan"))
+        assert writer.finish().stall_s > 0
+        loaded, slices = load(tmp_path)
+        assert_is_step(slices, step)
+        assert torch.equal(
+            read_whole(tmp_path / loaded.tag, loaded.manifest)["scale"], torch.full((1000,), float(step))
+        )
+
+
+def test_an_error_that_is_not_the_disks_ends_the_run(tmp_path):
+    """A programming error in the thread is raised in the step loop; nothing waits for ever."""
+    writer = writer_for(tmp_path)
+    writer.start({"weight/a@0": torch.zeros(3, dtype=torch.complex64)}, {}, {"step": 1})
+    writer.before_update()
+    with pytest.raises(KeyError, match="complex64"):
+        writer.finish()
 
 
 def test_a_checkpoint_of_another_model_is_named(tmp_path):

@@ -7,6 +7,7 @@ from .manifest import Damaged, Manifest
 from .shard import ShardReader, shard_name
 from .store import (
     CheckpointWriter,
+    EarlyCheck,
     Loaded,
     Saved,
     begin_folder,
@@ -19,6 +20,7 @@ from .store import (
 __all__ = [
     "CheckpointWriter",
     "Damaged",
+    "EarlyCheck",
     "Entry",
     "Loaded",
     "Manifest",

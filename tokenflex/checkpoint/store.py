@@ -1,7 +1,7 @@
 """Saving and loading a run's state over any number of ranks.
 
-A save has three parts. The step loop stops only for the first: every rank copies its slices to host memory. A thread then
-writes and syncs the rank's file. Once the ranks agree, at the end of some later step, that all files are down, rank 0's
+A save has three parts. A thread copies the rank's slices to host memory while the next step runs forward and backward; only
+the update that would change them waits for it. The thread then writes and syncs the rank's file. Once the ranks agree, at the end of some later step, that all files are down, rank 0's
 thread writes the manifest, gives the folder its name, moves `latest` and removes what retention lets go. Threads never
 communicate: what they have to say travels with the agreement that ends every step.
 """
@@ -29,13 +29,14 @@ WEIGHT = "weight"
 class Saved:
     """How a save ended. `problem` is empty on success; `seconds` runs from the copy to the end.
 
-    `note` is what went wrong once the checkpoint stood: `latest` not moved, an old checkpoint not removed.
+    `stall_s`: what the step loop waited. `note` is what went wrong once the checkpoint stood: `latest` not moved, an old checkpoint not removed.
     """
 
     step: int
     problem: str
     note: str
     seconds: float
+    stall_s: float
     num_bytes: int
 
 
@@ -55,7 +56,9 @@ class CheckpointWriter:
         self.describe = describe
         self.stall_s = 0.0
         self._buffers = {}
-        self._thread = self._result = self._problem = None
+        self._thread = self._result = self._problem = self._crash = None
+        self._is_copied = threading.Event()
+        self._is_copied.set()
         self._phase = "idle"
         self._saved_step = None
 
@@ -63,28 +66,38 @@ class CheckpointWriter:
     def is_idle(self):
         return self._phase == "idle"
 
-    def start(self, state, progress):
-        """Copy `state` ({name: tensor}) to host memory and begin to write it.
+    def start(self, lasting, passing, progress):
+        """Begin to save: {name: tensor} of what no one changes before the next update, and of what may change at once.
 
-        A save that is still under way is brought to its end first; the state of the step just saved or loaded is not
-        saved again. Returns (seconds, `Saved` of the one before or None).
+        `passing` (small) is copied here and now, `lasting` in the background: call `before_update` before weights or
+        moments move. A save that is still under way is brought to its end first, and returned as `Saved`; the state of
+        the step just saved or loaded is not saved again.
         """
         begin = time.perf_counter()
         before = self.finish() if not self.is_idle else None
         step = progress["step"]
         if step == self._saved_step:
-            return 0.0, before
+            return before
         faults.reach("snapshot", step)
-        snapshot = {name: self._copy(name, tensor) for name, tensor in state.items()}
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        copied = {name: self._copy(name, tensor) for name, tensor in passing.items()}
+        is_moved = torch.cuda.Event() if torch.cuda.is_available() else None
+        if is_moved:
+            is_moved.record()
         self._step, self._progress, self._begin = step, copy.deepcopy(progress), begin
         self._described = self.describe(self._progress)
         self._place = self.folder / f"{WRITING}{tag_of(step)}-{self.attempt}"
-        self._run(self._write, snapshot)
+        self._is_copied.clear()
+        self._run(self._write, lasting, copied, is_moved)
         self._phase = "writing"
         self.stall_s = time.perf_counter() - begin
-        return self.stall_s, before
+        return before
+
+    def before_update(self):
+        """Wait until the state that is being saved has been copied; it may change from now on."""
+        begin = time.perf_counter()
+        self._is_copied.wait()
+        if self._phase == "writing":
+            self.stall_s += time.perf_counter() - begin
 
     def flags(self):
         """What this rank has to say at the end of a step: [its thread is busy, it has failed]."""
@@ -95,6 +108,8 @@ class CheckpointWriter:
         if self.is_idle or is_busy:
             return None
         self._thread.join()
+        if self._crash is not None:
+            raise self._crash
         if self._phase == "writing" and not has_failed:
             parts = self.ranks.gather(self._result)
             self._files = {shard_name(rank, len(parts)): part for rank, part in enumerate(parts)}
@@ -108,7 +123,7 @@ class CheckpointWriter:
         self._phase, self._problem = "idle", None
         self._saved_step = None if problems else self._step
         num_bytes = 0 if problems else sum(entry["size"] for entry in self._files.values())
-        return Saved(self._step, "; ".join(problems), note, time.perf_counter() - self._begin, num_bytes)
+        return Saved(self._step, "; ".join(problems), note, time.perf_counter() - self._begin, self.stall_s, num_bytes)
 
     def finish(self):
         """Wait for a save under way; returns how it ended, or None where there was none. Every rank must call it."""
@@ -143,14 +158,27 @@ class CheckpointWriter:
             self._result = work(*arguments)
         except OSError as error:
             self._problem = self._explain(error)
+        except Exception as error:
+            self._crash = error  # raised where the step loop meets it
+        finally:
+            self._is_copied.set()
 
     def _explain(self, error):
         where = error.filename or self.folder
         return f"rank {self.ranks.rank}: {where}: {error.strerror or error} ({_free(self.folder)} bytes free)"
 
-    def _write(self, snapshot):
+    def _write(self, lasting, copied, is_moved):
+        if is_moved:  # on a stream of its own, behind the last update and beside the next forward pass
+            with torch.cuda.stream(torch.cuda.Stream()):
+                stream = torch.cuda.current_stream()
+                stream.wait_event(is_moved)
+                copied |= {name: self._copy(name, tensor) for name, tensor in lasting.items()}
+                stream.synchronize()
+        else:
+            copied |= {name: self._copy(name, tensor) for name, tensor in lasting.items()}
+        self._is_copied.set()
         self._place.mkdir(parents=True, exist_ok=True)
-        return write_shard(self._place / shard_name(self.ranks.rank, self.ranks.num_ranks), snapshot, self._step)
+        return write_shard(self._place / shard_name(self.ranks.rank, self.ranks.num_ranks), copied, self._step)
 
     def _commit(self):
         manifest = Manifest(
@@ -186,11 +214,59 @@ class Loaded:
     passed_over: tuple
 
 
-def load_newest(folder, ranks, fill, max_step=None, say=print):
+class EarlyCheck:
+    """Checks this rank's share of the newest checkpoint from a thread, while the model is being built.
+
+    The bytes are then in the page cache when they are wanted, and the check costs the start no time of its own. What it
+    found counts only while no file has changed since.
+    """
+
+    def __init__(self, folder, rank, num_ranks):
+        self._place = (Path(folder), rank, num_ranks)
+        self._found = (None, None, None)
+        self._thread = threading.Thread(target=self._run, name="check", daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        folder, *share = self._place
+        for tag in reversed(tags(folder)):
+            stamps = _stamps(folder / tag)
+            self._found = (tag, stamps, check(folder / tag, *share))
+            return
+
+    def __call__(self, place, *share):
+        """As `check`, from what was found early if it is of the same checkpoint and files."""
+        self._thread.join()
+        tag, stamps, found = self._found
+        if (place.parent, *share) == self._place and tag == place.name and stamps == _stamps(place):
+            return found
+        return check(place, *share)
+
+
+def check(place, rank, num_ranks):
+    """(manifest, None) of a checkpoint whose share of files is good, else (None, what is wrong)."""
+    try:
+        manifest = checked_manifest(place)
+        check_files(place, manifest, rank, num_ranks)
+    except Damaged as damage:
+        return None, str(damage)
+    return manifest, None
+
+
+def _stamps(place):
+    """What changes when a file is written or replaced."""
+    try:
+        found = [(path.name, path.lstat()) for path in sorted(place.iterdir())]
+    except OSError:
+        return None
+    return [(name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in found]
+
+
+def load_newest(folder, ranks, fill, max_step=None, say=print, check=check):
     """Load the newest good checkpoint of a run; returns `Loaded`, or None where the run has no checkpoint at all.
 
     Every rank must call it; each verifies its share of the files before `fill(manifest, folder)` on any rank may touch the
-    model. `max_step`: look at no newer one.
+    model. `max_step`: look at no newer one. `check`: `check`, or an `EarlyCheck` begun before.
 
     Raises:
         UserError: there are checkpoints, but none is good: a run never silently begins anew.
@@ -198,12 +274,7 @@ def load_newest(folder, ranks, fill, max_step=None, say=print):
     passed_over = []
     candidates = ranks.gather([tag for tag in tags(folder) if max_step is None or int(tag[5:]) <= max_step])[0]
     for tag in reversed(candidates):
-        manifest, problem = None, None
-        try:
-            manifest = checked_manifest(Path(folder) / tag)
-            check_files(Path(folder) / tag, manifest, ranks.rank, ranks.num_ranks)
-        except Damaged as damage:
-            problem = str(damage)
+        manifest, problem = check(Path(folder) / tag, ranks.rank, ranks.num_ranks)
         problems = [text for text in ranks.gather(problem) if text]
         if not problems:
             faults.reach("load")

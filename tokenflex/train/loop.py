@@ -105,11 +105,9 @@ class StepDone:
     problem: str
 
 
-def run_step(engine, batches, normalise, rates, interval, guard, step, enter):
-    """All micro-steps of one optimizer step; the weights move only if `guard` finds nothing wrong with it.
-
-    `enter(phase)` is told what comes, for the watchdog.
-    """
+def run_step(state, batches, normalise, rates, interval):
+    """All micro-steps of one optimizer step; the weights move only if the guard finds nothing wrong with it."""
+    engine, guard, enter, step = state.engine, state.guard, state.heart.phase, state.progress["step"]
     loss_sum, ids, micro = torch.zeros((), dtype=torch.float64, device=engine.device), [], 0
     problem = ""
 
@@ -135,6 +133,7 @@ def run_step(engine, batches, normalise, rates, interval, guard, step, enter):
         if plan.is_last:
             loss_value = engine.sum_over_ranks(loss_sum.view(1)).item()
             faults.reach("before-step")
+            state.before_update()
             enter("step")
             engine.step(rates, judge)
             faults.reach("after-step")

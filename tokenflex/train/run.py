@@ -13,7 +13,7 @@ import torch
 
 from .. import faults, parallel
 from ..budget import VisualTokenBudget
-from ..checkpoint import RunLock, tags
+from ..checkpoint import EarlyCheck, RunLock, tags
 from ..config import save_config
 from ..data import (
     PackDataset,
@@ -128,6 +128,7 @@ def _train_and_export(config, ds_config, launch, ranks, device, num_accumulated,
         precision = "bf16" if device.type == "cuda" else "fp32"
     ds_config = parallel.resolve_ds_config(ds_config, precision, num_accumulated, config.optimizer.max_grad_norm)
     ranks.on_main(lambda: _prepare_folder(folder, config, fresh))
+    check = EarlyCheck(folder.checkpoints, launch.rank, launch.num_ranks)
     planner, dataset, processor = prepare_data(config, launch, say)
     say(f"data      {len(planner.usable)} samples, {len(planner.epoch(0))} steps per epoch" + _left_out(planner))
 
@@ -146,7 +147,7 @@ def _train_and_export(config, ds_config, launch, ranks, device, num_accumulated,
     )
 
     state = RunState(engine, ranks, config, folder.checkpoints, heart, say)
-    if not state.resume() and not fresh:
+    if not state.resume(check) and not fresh:
         say(f"new run   {folder.root}: there is no checkpoint")
 
     def open_batches(progress):

@@ -68,13 +68,13 @@ class RunState:
     def guard(self):
         return Guard(self.config.train.spike_sigma, self.progress["history"])
 
-    def resume(self):
-        """Go on from the newest good checkpoint, if there is any; returns whether there was.
+    def resume(self, check):
+        """Go on from the newest good checkpoint, if there is any; returns whether there was. `check` is an `EarlyCheck`.
 
         Raises:
             UserError: there are checkpoints but none is good, or they are of another model.
         """
-        loaded = load_newest(self.folder, self.ranks, self._fill, say=self.say)
+        loaded = load_newest(self.folder, self.ranks, self._fill, say=self.say, check=check)
         if loaded is None:
             self._seed()
             return False
@@ -90,11 +90,13 @@ class RunState:
         return True
 
     def save(self):
-        """Copy the state and begin to write it in the background."""
+        """Begin to copy the state and to write it, in the background."""
         self.heart.phase("save", self.config.train.startup_timeout_s)
-        stall_s, before = self.writer.start(self._tensors(), self.progress)
-        self._note(before)
-        self.log({"event": "save", "step": self.progress["step"], "stall_s": round(stall_s, 6)})
+        self._note(self.writer.start(*self._tensors(), self.progress))
+
+    def before_update(self):
+        """Weights and moments are about to change: wait until what is being saved of them has been copied."""
+        self.writer.before_update()
 
     def flags(self):
         """What this rank contributes to the agreement at the end of a step."""
@@ -172,9 +174,10 @@ class RunState:
             return
         self.num_failed = self.num_failed + 1 if saved.problem else 0
         if not saved.problem:
-            self.log(
-                {"event": "saved", "step": saved.step, "seconds": round(saved.seconds, 4), "bytes": saved.num_bytes}
-            )
+            figures = {"seconds": round(saved.seconds, 4), "stall_s": round(saved.stall_s, 6), "bytes": saved.num_bytes}
+            self.log({"event": "saved", "step": saved.step, **figures})
+            if saved.note:
+                self.say(f"note      step {saved.step} is saved, but {saved.note}")
             return
         self.say(f"not saved step {saved.step}: {saved.problem}; the checkpoint before it stands")
         self.log({"event": "save failed", "step": saved.step, "problem": saved.problem})
@@ -185,12 +188,12 @@ class RunState:
             )
 
     def _tensors(self):
-        """{name: live tensor} that this rank saves."""
-        tensors = named_pieces(self.engine.slices(), self.ranks.rank, self.ranks.num_ranks)
+        """({name: live tensor} that lasts until the next update, {name: tensor} that may change before) of this rank."""
+        lasting = named_pieces(self.engine.slices(), self.ranks.rank, self.ranks.num_ranks)
+        passing = {f"random/{name}": state for name, state in _random_states().items()}
         if self.ranks.rank == 0:
-            tensors.update({f"buffer/{name}": buffer for name, buffer in self.engine.model.named_buffers()})
-        tensors.update({f"random/{name}": state for name, state in _random_states().items()})
-        return tensors
+            passing.update({f"buffer/{name}": buffer for name, buffer in self.engine.model.named_buffers()})
+        return lasting, passing
 
     def _describe(self, progress):
         return {
