@@ -50,9 +50,7 @@ def train(state, open_batches, normalise, peak_rates, config, meter, stop):
         while progress["step"] < settings.num_steps:
             rates = [peak * rate_factor(progress["step"], settings.num_steps, config.optimizer) for peak in peak_rates]
             state.heart.step(progress["step"])
-            done = run_step(
-                engine, batches, normalise, rates, interval, state.guard, progress["step"], state.heart.phase
-            )
+            done = run_step(state, batches, normalise, rates, interval)
             meter.samples(progress["step"], done.position, done.sample_ids)
             is_bad = bool(done.problem) and state.skip(
                 done.position, done.problem, meter.names(done.sample_ids, state.ranks)
