@@ -31,8 +31,16 @@ def checksums(folder, step):
     return found
 
 
-@pytest.mark.parametrize("place", ["loss", "activation", "gradient"])
-@pytest.mark.parametrize("rank, micro", [(0, 0), (1, 1)])
+def slow(*values):
+    """A case of the long form only."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+CASES = [("loss", 0, 0), ("gradient", 1, 1), slow("loss", 1, 1), slow("gradient", 0, 0)]
+CASES += [slow("activation", 0, 0), slow("activation", 1, 1)]
+
+
+@pytest.mark.parametrize("place, rank, micro", CASES)
 def test_a_nan_moves_nothing_on_any_rank(place, rank, micro, forge, tmp_path):
     """Injected on one rank in one of two accumulated micro-steps: weights and moments keep every bit, the run goes on."""
     fault = f"nan@{place},rank={rank},step=2,micro={micro}"
@@ -51,6 +59,7 @@ def test_a_nan_moves_nothing_on_any_rank(place, rank, micro, forge, tmp_path):
     assert all(math.isfinite(loss) for step, (loss, _) in trace_of(tmp_path).losses.items() if step != 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_every_zero_stage_skips_alike(stage, forge, tmp_path):
     from test_resume import ds_config
@@ -68,7 +77,11 @@ def test_a_streak_takes_the_run_back_and_its_data_are_passed_over(forge, tmp_pat
     job = forge.done(tmp_path, 2, *overrides, faults=faults)
     (back,) = events(tmp_path, "roll back")
     assert back["step"] == 5 and back["to"] == 2
-    assert back["passed_over"] == [[0, 2], [1, 0], [1, 1]]
+    log = [json.loads(line) for line in (tmp_path / "crash" / "samples-1.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == [0, 1, 2, 3, 4, 2, 3, 4, 5]
+    assert back["passed_over"] == [record["position"] for record in log[2:5]]
+    again = [record["position"] for record in log[:2] + log[5:]]
+    assert again == sorted(again) and not [p for p in again if p in back["passed_over"]], "each place but those, once"
     assert "their data are passed over" in job.output
     final = trace_of(tmp_path)
     assert sorted(final.losses) == [1, 2, 3, 4, 5, 6] and all(loss is not None for loss, _ in final.losses.values())
@@ -81,6 +94,7 @@ def test_a_streak_takes_the_run_back_and_its_data_are_passed_over(forge, tmp_pat
     assert trace_of(killed).final == final.final
 
 
+@pytest.mark.slow
 def test_a_run_that_only_gets_worse_stops(forge, tmp_path):
     faults = ";".join(f"nan@loss,rank=0,step={step},count={count}" for step in (2, 3) for count in (1, 2, 3))
     overrides = ["train.max_bad_steps=2", "train.num_steps=8", "train.max_rollbacks=2"]

@@ -16,7 +16,7 @@ from tokenflex.faults import POINTS
 
 VICTIMS = ("0", "1", "all")
 ACCUMULATION = {1: "data.packs_per_micro_batch=4", 4: "data.packs_per_micro_batch=1"}
-STEPS = 24
+STEPS = 20
 COMMON = ["data.packs_per_step=8", f"train.num_steps={STEPS}", "train.keep_checkpoints=1"]
 
 

@@ -45,6 +45,7 @@ def test_a_stopped_rank_is_named(forge, tmp_path):
     write_result("hang: stopped rank", found_within_s=took, culprit_right=True)
 
 
+@pytest.mark.slow
 def test_a_stuck_data_worker_is_named(forge, tmp_path):
     """A rank whose data worker is stopped waits for it in `fetch`; the others wait for the rank."""
     faults = f"stop@worker,rank=0,count={SETTLED + 6}"  # it is up to five batches ahead
@@ -59,6 +60,7 @@ def test_a_stuck_data_worker_is_named(forge, tmp_path):
     write_result("hang: stuck data worker", found_within_s=took, culprit_right=True)
 
 
+@pytest.mark.slow
 def test_a_rank_that_skips_a_collective_is_named(forge, tmp_path):
     job = forge(tmp_path, 2, *FAST, faults=f"skip@agree,rank=1,step={SETTLED}", timeout_s=100)
     assert not job.hung and 0 not in job.statuses, job.output[-3000:]
@@ -69,7 +71,7 @@ def test_a_rank_that_skips_a_collective_is_named(forge, tmp_path):
     write_result("hang: skipped collective", found_within_s=took, culprit_right=True)
 
 
-@pytest.mark.parametrize("point", ["init", "forward", "mid-backward"])
+@pytest.mark.parametrize("point", [pytest.param("init", marks=pytest.mark.slow), "mid-backward"])
 def test_a_dead_rank_ends_the_others_and_is_named(point, forge, tmp_path):
     begin = time.monotonic()
     job = forge(tmp_path, 2, faults=f"kill@{point},rank=1")

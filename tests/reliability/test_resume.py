@@ -26,7 +26,14 @@ def ds_config(folder, stage):
     return f"--ds_config={path}"
 
 
-@pytest.mark.parametrize("stage, precision", [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16"), (3, "fp32")])
+def slow(*values):
+    """A case of the long form only."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "stage, precision", [(0, "fp32"), (3, "bf16"), slow(0, "bf16"), slow(1, "bf16"), slow(2, "fp32"), slow(3, "fp32")]
+)
 def test_resumed_is_uninterrupted_to_the_bit(stage, precision, forge, tmp_path):
     flags = [ds_config(tmp_path, stage)]
     overrides = [f"train.precision={precision}", "optimizer.vision.train=false", "data.packs_per_micro_batch=1"]
@@ -69,6 +76,7 @@ def test_ranks_and_workers_come_and_go(forge, tmp_path):
     write_result("ranks 2 -> 4 -> 1 -> 2", steps=8, largest_loss_difference=worst, frozen_equal=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written, read", [(0, 3), (3, 1), (2, 0)])
 def test_stages_read_each_other(written, read, forge, tmp_path):
     """The format knows no stage: what one wrote another goes on from."""
@@ -82,6 +90,7 @@ def test_stages_read_each_other(written, read, forge, tmp_path):
         assert abs(resumed.losses[step][0] - loss) < 1e-5, step
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_and_said(forge, tmp_path):
     forge(tmp_path, 2, faults="kill@forward,step=4")
     place = tmp_path / "crash" / "checkpoints"
@@ -110,7 +119,7 @@ def test_nothing_good_is_an_error_and_fresh_begins_anew(forge, tmp_path):
     assert "resumed" not in job.output and len(trace_of(tmp_path).losses) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [slow(signal.SIGTERM), signal.SIGUSR1])
 def test_a_signal_to_one_rank_stops_all_with_everything_saved(number, forge, tmp_path):
     """One rank is told, twice over in the middle of a save; all agree, save and say so by their status."""
     action = {signal.SIGTERM: "term", signal.SIGUSR1: "usr1"}[number]
@@ -124,6 +133,7 @@ def test_a_signal_to_one_rank_stops_all_with_everything_saved(number, forge, tmp
     assert trace_of(tmp_path) == trace_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_failing_disk_does_not_end_the_run_until_it_has_failed_often(forge, tmp_path):
     job = forge.done(tmp_path / "once", 2, faults="io@write,rank=1,count=30,error=ENOSPC")
     assert "No space left on device" in job.output and "bytes free" in job.output

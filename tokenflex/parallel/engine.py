@@ -83,7 +83,8 @@ def start_process_group(launch):
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_num_ranks))
+        share = max(1, len(os.sched_getaffinity(0)) // launch.local_num_ranks)
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", share)))
         # The shared-memory collective is compiled at first use, for minutes, and a build that was killed leaves a lock
         # on which every later start hangs; gloo alone is fast enough on one host. An empty table switches it off.
         deepspeed.ops.__compatible_ops__ = {}
