@@ -88,16 +88,12 @@ class Heart:
             message = (str(error).strip() or "no message").splitlines()[0]
             record = {"error": f"{type(error).__name__}: {message}", "label": self.label}
             watchdog.write(self.folder / f"failed-{self.rank}", record)
-        self.finish()
+        self.close()
         return first
 
-    def finish(self):
-        """What comes now may take as long as it likes; the watchdog only waits for the process to end."""
-        self.phase(watchdog.FINISHED)
-
     def close(self):
-        """End the watchdog; the run is over and the process goes on to something else."""
-        self.finish()
+        """End the watchdog; the run is over, and the process may go on to something else."""
+        self.phase(watchdog.FINISHED)
         faulthandler.unregister(watchdog.STACK_SIGNAL)
         self._process.kill()
         self._process.wait()

@@ -24,7 +24,6 @@ from pathlib import Path
 PULSE = struct.Struct("<QqddH62s")
 """count of pulses; step; time of the last one (monotonic seconds); seconds until it is missed; length of phase; phase."""
 FINISHED = "finished"
-LEAVE_S = 30.0
 LOOK_S = 0.25
 LIST_S = 1.0
 REPORTS_S = 3.0
@@ -49,9 +48,6 @@ def watch(rank, num_ranks, process, pulse_path, folder, label):
                 announce(folder, "dead", rank, {"step": step, "phase": phase, "label": label})
             return
         if phase == FINISHED:
-            if now - at > LEAVE_S and (folder / f"failed-{rank}").exists():
-                end(process)  # it has failed, said so, and cannot get out
-                return
             continue
         if now - at > limit:
             announce(folder, "hung", rank, {"step": step, "phase": phase, "label": label, "seconds": now - at})
