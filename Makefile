@@ -1,5 +1,6 @@
 # make train   installs what is missing, builds the embedded corpus, trains, evaluates, exports
 # make test    installs what is missing, runs the CPU test suite
+# make test-reliability   kills, failing disks, damage, hangs: the long form; writes docs/reliability.md's table
 # ARGS="..."   is handed on: make train ARGS="train.num_steps=200", make test ARGS="-k packing"
 
 VENV ?= .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: train test test-quickstart bench-decode gpu bench lint clean
+.PHONY: train test test-quickstart test-reliability bench-decode gpu bench lint clean
 
 train: $(VENV)/installed
 	deepspeed launch/train.py --ds_config configs/zero3.json $(ARGS)
@@ -22,6 +23,10 @@ test-quickstart: $(VENV)/installed
 # CPU cost of decoding and tiling over the bare JPEG decoder; writes docs/results/decode.json
 bench-decode: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/data/decode_bench.py $(ARGS)
+
+test-reliability: $(VENV)/installed
+	TOKENFLEX_REPORT=1 $(BIN)/python -m pytest tests/reliability $(ARGS)
+	$(BIN)/python tests/reliability/report.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -31,6 +31,7 @@ setup(
         "pydantic>=2.7",
         "pyyaml",
         "safetensors",
+        "blake3>=1.0",
         "tqdm",
         "accelerate",
     ],

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from tokenflex.config import describe, load_config
+from tokenflex.exit_codes import DONE, REQUEUE
 from tokenflex.launching import entry_point
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -52,10 +53,10 @@ def main(arguments, say):
     say.is_main = launch.rank == 0
     if not run_training(config, ds_config, launch, arguments.fresh, say):
         say(f"stopped   and saved in {run_folder(config).checkpoints}; the same command goes on from there")
-        return 0
+        return REQUEUE
     if config.evaluate.at_end and config.data.evaluation:
         evaluate_run(config, launch, say)
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

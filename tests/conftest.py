@@ -52,6 +52,15 @@ def index(corpus, processor):
     return load_or_build_index(find_shards([str(corpus / "train")]), processor, corpus / "train" / "index")
 
 
+@pytest.fixture(scope="session")
+def forge(cache_dir, corpus, tmp_path_factory):
+    """Starts real training jobs fast; see `tests/reliability/jobs.py` and `forge.py`."""
+    from jobs import Forge
+
+    with open(tmp_path_factory.mktemp("forge") / "log", "w") as log, Forge(cache_dir, log) as forge:
+        yield forge
+
+
 @pytest.fixture
 def model(tiny_config, processor):
     from tokenflex.model import build_model

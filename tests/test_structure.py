@@ -7,7 +7,8 @@ from pathlib import Path
 from conftest import ROOT
 
 LEVELS = [
-    {"errors", "__init__"},
+    {"exit_codes"},
+    {"errors", "faults", "__init__"},
     {"budget", "config"},
     {"data", "model", "parallel", "checkpoint"},
     {"train", "evaluate", "infer", "export"},

@@ -34,7 +34,65 @@ def parser():
     generate.add_argument("--debug", action="store_true", help="show the traceback of an error")
     generate.set_defaults(run=_generate)
     add_data_commands(commands)
+    _add_checkpoint(commands)
     return top
+
+
+def _add_checkpoint(commands):
+    checkpoint = commands.add_parser("checkpoint", help="list, verify or export a run's checkpoints")
+    actions = checkpoint.add_subparsers(required=True, metavar="ACTION")
+    for name, run, text in (
+        ("ls", _list_checkpoints, "list a run's checkpoints: step, size, ranks, loss, what is wrong"),
+        ("verify", _verify_checkpoints, "read every byte and compare checksums; status 1 if any is damaged"),
+        ("export", _export_checkpoint, "write a checkpoint's model as a transformers folder"),
+    ):
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("folder", metavar="DIR", help="a run's folder (runs/NAME); for export also one checkpoint")
+        action.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if name == "export":
+            action.add_argument("--to", required=True, metavar="DIR", help="folder to write the model to")
+        action.set_defaults(run=run)
+
+
+def _entries(folder, is_thorough):
+    from pathlib import Path
+
+    from .checkpoint import entries, latest_tag
+    from .errors import UserError
+
+    place = Path(folder) / "checkpoints" if (Path(folder) / "checkpoints").is_dir() else Path(folder)
+    found = entries(place, is_thorough)
+    if not found:
+        raise UserError(f"{folder}: no checkpoint there; give a run's folder, for example runs/quickstart")
+    return found, latest_tag(place)
+
+
+def _list_checkpoints(arguments, say):
+    found, latest = _entries(arguments.folder, is_thorough=False)
+    for entry in found:
+        if entry.manifest is None:
+            say(f"{entry.tag}  damaged: {entry.problem}")
+            continue
+        m = entry.manifest
+        score = "" if m.score is None else f"  mean loss {m.score:.4f}"
+        mark = "  latest" if entry.tag == latest else ""
+        say(f"{entry.tag}  {m.time}  {m.num_bytes / 1e6:.1f} MB  {m.num_ranks} ranks{score}{mark}")
+    return 0
+
+
+def _verify_checkpoints(arguments, say):
+    found, _ = _entries(arguments.folder, is_thorough=True)
+    for entry in found:
+        say(f"{entry.tag}  {'good' if entry.manifest else 'damaged: ' + entry.problem}")
+    return int(any(entry.manifest is None for entry in found))
+
+
+def _export_checkpoint(arguments, say):
+    from .export import export_checkpoint
+
+    manifest = export_checkpoint(arguments.folder, arguments.to)
+    say(f"exported  the model of step {manifest.step} to {arguments.to}")
+    return 0
 
 
 def _generate(arguments, say):

@@ -6,8 +6,6 @@ import traceback
 
 from .errors import UserError
 
-USER_ERROR_STATUS = 2
-
 
 class Say:
     """`say(text)` prints on the main rank; entry points clear `is_main` on the others once they know their rank."""
@@ -23,7 +21,7 @@ class Say:
 def entry_point(main, arguments):
     """Run `main(arguments, say)` and return the process' exit status.
 
-    A `UserError` is printed as one line (once, by the main rank, as every rank meets it) with status 2; with
+    A `UserError` is printed as one line (once, by the main rank, as every rank meets it) with its status; with
     `arguments.debug` the traceback follows.
     """
     say = Say()
@@ -34,9 +32,10 @@ def entry_point(main, arguments):
             print(f"error: {error}", file=sys.stderr, flush=True)
         if arguments.debug:
             traceback.print_exc()
-        return USER_ERROR_STATUS
+        return error.status
     finally:
-        if _is_distributed():
+        # A rank that fails keeps its connections until it has told why: the others would report their loss before it.
+        if sys.exc_info()[0] is None and _is_distributed():
             import torch
 
             torch.distributed.destroy_process_group()

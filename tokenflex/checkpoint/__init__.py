@@ -1,5 +1,44 @@
-"""Saving and resuming a run."""
+"""Saving and resuming a run: per-rank safetensors and a manifest, checked before use, readable by any number of ranks."""
 
-from .store import complete_checkpoints, load_newest_checkpoint, save_checkpoint
+from .disk import remove_folder
+from .folder import Entry, Retention, check_files, checked_manifest, entries, latest_tag, tag_of, tags
+from .lock import RunLock
+from .manifest import Damaged, Manifest
+from .shard import ShardReader, shard_name
+from .store import (
+    CheckpointWriter,
+    EarlyCheck,
+    Loaded,
+    Saved,
+    begin_folder,
+    load_newest,
+    named_pieces,
+    read_slices,
+    read_whole,
+)
 
-__all__ = ["complete_checkpoints", "load_newest_checkpoint", "save_checkpoint"]
+__all__ = [
+    "CheckpointWriter",
+    "Damaged",
+    "EarlyCheck",
+    "Entry",
+    "Loaded",
+    "Manifest",
+    "Retention",
+    "RunLock",
+    "Saved",
+    "ShardReader",
+    "begin_folder",
+    "check_files",
+    "checked_manifest",
+    "entries",
+    "latest_tag",
+    "load_newest",
+    "named_pieces",
+    "read_slices",
+    "read_whole",
+    "remove_folder",
+    "shard_name",
+    "tag_of",
+    "tags",
+]

@@ -1,65 +1,391 @@
-"""Checkpoints of a run: one folder per step, named complete only when every rank has written its part.
+"""Saving and loading a run's state over any number of ranks.
 
-The tensors are written in DeepSpeed's own format for now; everything that knows it is behind `engine.save` and
-`engine.load`. A checkpoint counts only once `complete.json` is there, which rank 0 writes last and in one rename.
+A save has three parts. A thread copies the rank's slices to host memory while the next step runs forward and backward; only
+the update that would change them waits for it. The thread then writes and syncs the rank's file. Once the ranks agree, at the end of some later step, that all files are down, rank 0's
+thread writes the manifest, gives the folder its name, moves `latest` and removes what retention lets go. Threads never
+communicate: what they have to say travels with the agreement that ends every step.
 """
 
-import json
-import os
-import re
+import copy
 import shutil
+import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from .. import faults
 from ..errors import UserError
+from .disk import free_bytes, remove_folder, replace_synced, sync_folder, write_synced
+from .folder import WRITING, check_files, checked_manifest, clean_up, point_latest, sweep, tag_of, tags
+from .manifest import NAME, Damaged, Manifest, encode
+from .shard import ShardReader, shard_name, slice_name, write_shard
 
-COMPLETE = "complete.json"
+WEIGHT = "weight"
 
 
-def save_checkpoint(engine, folder, state, keep):
-    """Write the checkpoint of `state["step"]` under `folder`; every rank must call it.
+@dataclass(frozen=True)
+class Saved:
+    """How a save ended. `problem` is empty on success; `seconds` runs from the copy to the end.
 
-    `state` is plain JSON values: step, position in the data, and what else a resumed run needs. Older checkpoints beyond
-    the newest `keep` are removed afterwards.
+    `stall_s`: what the step loop waited. `note` is what went wrong once the checkpoint stood: `latest` not moved, an old checkpoint not removed.
     """
-    folder = Path(folder)
-    tag = f"step-{state['step']:08d}"
-    if engine.launch.rank == 0:
-        shutil.rmtree(folder / tag, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-    torch.distributed.barrier()
-    engine.save(folder, tag, {"state": state})
-    torch.distributed.barrier()
-    if engine.launch.rank == 0:
-        temporary = folder / tag / (COMPLETE + ".tmp")
-        temporary.write_text(json.dumps({**state, "num_ranks": engine.launch.num_ranks}))
-        os.replace(temporary, folder / tag / COMPLETE)
-        for old in complete_checkpoints(folder)[:-keep]:
-            shutil.rmtree(folder / old)
-    torch.distributed.barrier()
+
+    step: int
+    problem: str
+    note: str
+    seconds: float
+    stall_s: float
+    num_bytes: int
 
 
-def complete_checkpoints(folder):
-    """Tags of complete checkpoints under `folder`, oldest first."""
-    found = [path.parent.name for path in Path(folder).glob(f"step-*/{COMPLETE}")]
-    return sorted(tag for tag in found if re.fullmatch(r"step-\d+", tag))
+class CheckpointWriter:
+    """Saves in the background, one checkpoint at a time. Every rank has one, and calls it in step with the others.
+
+    Args:
+        folder: of the run's checkpoints.
+        ranks: the job: `rank`, `num_ranks`, `agree(numbers)` -> element-wise maximum, `gather(value)` -> [rank] of values.
+        retention: what is kept.
+        attempt: a name for this start of the run, the same on all ranks.
+        describe: (progress) -> the manifest's other fields.
+    """
+
+    def __init__(self, folder, ranks, retention, attempt, describe):
+        self.folder, self.ranks, self.retention, self.attempt = Path(folder), ranks, retention, attempt
+        self.describe = describe
+        self.stall_s = 0.0
+        self._buffers = {}
+        self._thread = self._result = self._problem = self._crash = None
+        self._is_copied = threading.Event()
+        self._is_copied.set()
+        self._phase = "idle"
+        self._saved_step = None
+
+    @property
+    def is_idle(self):
+        return self._phase == "idle"
+
+    def start(self, lasting, passing, progress):
+        """Begin to save: {name: tensor} of what no one changes before the next update, and of what may change at once.
+
+        `passing` (small) is copied here and now, `lasting` in the background: call `before_update` before weights or
+        moments move. A save that is still under way is brought to its end first, and returned as `Saved`; the state of
+        the step just saved or loaded is not saved again.
+        """
+        begin = time.perf_counter()
+        before = self.finish() if not self.is_idle else None
+        step = progress["step"]
+        if step == self._saved_step:
+            return before
+        faults.reach("snapshot", step)
+        copied = {name: self._copy(name, tensor) for name, tensor in passing.items()}
+        is_moved = torch.cuda.Event() if torch.cuda.is_available() else None
+        if is_moved:
+            is_moved.record()
+        self._step, self._progress, self._begin = step, copy.deepcopy(progress), begin
+        self._described = self.describe(self._progress)
+        self._place = self.folder / f"{WRITING}{tag_of(step)}-{self.attempt}"
+        self._is_copied.clear()
+        self._run(self._write, lasting, copied, is_moved)
+        self._phase = "writing"
+        self.stall_s = time.perf_counter() - begin
+        return before
+
+    def before_update(self):
+        """Wait until the state that is being saved has been copied; it may change from now on."""
+        begin = time.perf_counter()
+        self._is_copied.wait()
+        if self._phase == "writing":
+            self.stall_s += time.perf_counter() - begin
+
+    def flags(self):
+        """What this rank has to say at the end of a step: [its thread is busy, it has failed]."""
+        return [float(self._thread is not None and self._thread.is_alive()), float(self._problem is not None)]
+
+    def advance(self, is_busy, has_failed):
+        """Go on, with the flags' maximum over all ranks; returns a `Saved` when a save has ended."""
+        if self.is_idle or is_busy:
+            return None
+        self._thread.join()
+        if self._crash is not None:
+            raise self._crash
+        if self._phase == "writing" and not has_failed:
+            parts = self.ranks.gather(self._result)
+            self._files = {shard_name(rank, len(parts)): part for rank, part in enumerate(parts)}
+            self._run(self._commit if self.ranks.rank == 0 else _nothing)
+            self._phase = "committing"
+            return None
+        problems = [p for p in self.ranks.gather(self._problem) if p] if has_failed else []
+        note = "" if problems or self.ranks.rank else self._result
+        if has_failed and self.ranks.rank == 0:
+            shutil.rmtree(self._place, ignore_errors=True)
+        self._phase, self._problem = "idle", None
+        self._saved_step = None if problems else self._step
+        num_bytes = 0 if problems else sum(entry["size"] for entry in self._files.values())
+        return Saved(self._step, "; ".join(problems), note, time.perf_counter() - self._begin, self.stall_s, num_bytes)
+
+    def finish(self):
+        """Wait for a save under way; returns how it ended, or None where there was none. Every rank must call it."""
+        saved = None
+        while not self.is_idle:
+            if self._thread.is_alive():
+                self._thread.join(0.02)
+            saved = self.advance(*self.ranks.agree(self.flags())) or saved
+        return saved
+
+    def forget(self):
+        """The state has been replaced: saving it is no repetition."""
+        self._saved_step = None
+
+    def loaded(self, step):
+        """The state is that of a good checkpoint."""
+        self._saved_step = step
+
+    def _copy(self, name, tensor):
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return buffer.copy_(tensor, non_blocking=True)
+
+    def _run(self, work, *arguments):
+        self._thread = threading.Thread(target=self._guarded, args=(work, arguments), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _guarded(self, work, arguments):
+        """Run a part of a save; an error of the disk is a failed save, not the end of the run."""
+        try:
+            self._result = work(*arguments)
+        except OSError as error:
+            self._problem = self._explain(error)
+        except Exception as error:
+            self._crash = error  # raised where the step loop meets it
+        finally:
+            self._is_copied.set()
+
+    def _explain(self, error):
+        where = error.filename or self.folder
+        return f"rank {self.ranks.rank}: {where}: {error.strerror or error} ({_free(self.folder)} bytes free)"
+
+    def _write(self, lasting, copied, is_moved):
+        if is_moved:  # on a stream of its own, behind the last update and beside the next forward pass
+            with torch.cuda.stream(torch.cuda.Stream()):
+                stream = torch.cuda.current_stream()
+                stream.wait_event(is_moved)
+                copied |= {name: self._copy(name, tensor) for name, tensor in lasting.items()}
+                stream.synchronize()
+        else:
+            copied |= {name: self._copy(name, tensor) for name, tensor in lasting.items()}
+        self._is_copied.set()
+        self._place.mkdir(parents=True, exist_ok=True)
+        return write_shard(self._place / shard_name(self.ranks.rank, self.ranks.num_ranks), copied, self._step)
+
+    def _commit(self):
+        manifest = Manifest(
+            progress=self._progress,
+            files=self._files,
+            num_ranks=self.ranks.num_ranks,
+            attempt=self.attempt,
+            time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **self._described,
+        )
+        faults.reach("manifest", self._step)
+        write_synced(self._place / NAME, encode(manifest))
+        sync_folder(self._place)
+        faults.reach("rename", self._step)
+        target = self.folder / tag_of(self._step)
+        if target.exists():  # damaged, or of a past that the run has turned away from
+            remove_folder(target)
+        replace_synced(self._place, target)
+        try:  # the checkpoint stands: what fails from here on does not undo it
+            point_latest(self.folder, target.name, self.attempt)
+            clean_up(self.folder, self.retention)
+        except OSError as error:
+            return self._explain(error)
+        return ""
 
 
-def load_newest_checkpoint(engine, folder):
-    """Load the newest complete checkpoint into the engine; returns its state, or None where there is none.
+@dataclass(frozen=True)
+class Loaded:
+    """What was loaded: the manifest, where it lay, and (tag, reason) of each newer checkpoint that was passed over."""
+
+    manifest: Manifest
+    tag: str
+    passed_over: tuple
+
+
+class EarlyCheck:
+    """Checks this rank's share of the newest checkpoint from a thread, while the model is being built.
+
+    The bytes are then in the page cache when they are wanted, and the check costs the start no time of its own. What it
+    found counts only while no file has changed since.
+    """
+
+    def __init__(self, folder, rank, num_ranks):
+        self._place = (Path(folder), rank, num_ranks)
+        self._found = (None, None, None)
+        self._thread = threading.Thread(target=self._run, name="check", daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        folder, *share = self._place
+        for tag in reversed(tags(folder)):
+            stamps = _stamps(folder / tag)
+            self._found = (tag, stamps, check(folder / tag, *share))
+            return
+
+    def __call__(self, place, *share):
+        """As `check`, from what was found early if it is of the same checkpoint and files."""
+        self._thread.join()
+        tag, stamps, found = self._found
+        if (place.parent, *share) == self._place and tag == place.name and stamps == _stamps(place):
+            return found
+        return check(place, *share)
+
+
+def check(place, rank, num_ranks):
+    """(manifest, None) of a checkpoint whose share of files is good, else (None, what is wrong)."""
+    try:
+        manifest = checked_manifest(place)
+        check_files(place, manifest, rank, num_ranks)
+    except Damaged as damage:
+        return None, str(damage)
+    return manifest, None
+
+
+def _stamps(place):
+    """What changes when a file is written or replaced."""
+    try:
+        found = [(path.name, path.lstat()) for path in sorted(place.iterdir())]
+    except OSError:
+        return None
+    return [(name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in found]
+
+
+def load_newest(folder, ranks, fill, max_step=None, say=print, check=check):
+    """Load the newest good checkpoint of a run; returns `Loaded`, or None where the run has no checkpoint at all.
+
+    Every rank must call it; each verifies its share of the files before `fill(manifest, folder)` on any rank may touch the
+    model. `max_step`: look at no newer one. `check`: `check`, or an `EarlyCheck` begun before.
 
     Raises:
-        UserError: it was written by another number of ranks, which DeepSpeed's format cannot read.
+        UserError: there are checkpoints, but none is good: a run never silently begins anew.
     """
-    tags = complete_checkpoints(folder)
-    if not tags:
-        return None
-    state = json.loads((Path(folder) / tags[-1] / COMPLETE).read_text())
-    if state["num_ranks"] != engine.launch.num_ranks:
+    passed_over = []
+    candidates = ranks.gather([tag for tag in tags(folder) if max_step is None or int(tag[5:]) <= max_step])[0]
+    for tag in reversed(candidates):
+        manifest, problem = check(Path(folder) / tag, ranks.rank, ranks.num_ranks)
+        problems = [text for text in ranks.gather(problem) if text]
+        if not problems:
+            faults.reach("load")
+            fill(manifest, Path(folder) / tag)
+            return Loaded(manifest, tag, tuple(passed_over))
+        passed_over.append((tag, problems[0]))
+        say(f"damaged   checkpoint {Path(folder) / tag}: {problems[0]}; passed over")
+    if passed_over:
+        listed = "; ".join(f"{tag}: {reason}" for tag, reason in passed_over)
         raise UserError(
-            f"checkpoint {folder}/{tags[-1]}: written by {state['num_ranks']} ranks, this job has {engine.launch.num_ranks}; "
-            f"start with {state['num_ranks']} ranks, or with --fresh to begin anew"
+            f"checkpoints {folder}: none of {len(passed_over)} can be loaded ({listed}); restore one, or begin anew with --fresh"
         )
-    engine.load(folder, tags[-1])
+    return None
+
+
+def read_slices(folder, manifest, slices, rank):
+    """Fill the live `slices` of this rank from a verified checkpoint of any number of ranks.
+
+    Raises:
+        UserError: the checkpoint is of another model: the first parameter that differs is named.
+    """
+    check_fits(folder, manifest, {s.name: (list(s.shape), len(s.tensors) > 1) for s in slices})
+    wanted = [
+        (s, kind, torch.empty_like(t, device="cpu") if t.is_cuda else t)
+        for s in slices
+        for kind, t in s.tensors.items()
+    ]
+    missing = {id(target): target.numel() for _, _, target in wanted}
+    names = sorted(manifest.files)
+    own = rank % len(names)
+    for name in names[own:] + names[:own]:  # the rank's own file first: with as many ranks as before it is the only one
+        if not any(missing.values()):
+            break
+        with ShardReader(Path(folder) / name) as reader:
+            for piece, kind, target in wanted:
+                if missing[id(target)]:
+                    missing[id(target)] -= reader.copy_into(target, kind, piece.name, piece.start)
+    for piece, kind, target in wanted:
+        if missing[id(target)]:
+            raise UserError(
+                f"checkpoint {folder}: lacks {missing[id(target)]} elements of {kind} of {piece.name}; it was written incompletely"
+            )
+        if target is not piece.tensors[kind]:
+            piece.tensors[kind].copy_(target)
+
+
+def check_fits(folder, manifest, parameters):
+    """Compare {name: (shape, is_trained)} of this rank's parameters with a checkpoint's.
+
+    Raises:
+        UserError: a parameter is missing, or of another shape, or was frozen where it is trained now (or the reverse).
+    """
+    for name, (shape, is_trained) in parameters.items():
+        found = manifest.parameters.get(name)
+        if found is None:
+            raise UserError(
+                f"checkpoint {folder}: has no parameter {name}; it is of another model: choose another name=..., or --fresh"
+            )
+        if found[0] != shape:
+            raise UserError(
+                f"checkpoint {folder}: {name} has shape {found[0]}, the model's is {shape}; set the model back, choose another "
+                "name=..., or begin anew with --fresh"
+            )
+        if found[2] != is_trained:
+            words = ("frozen", "trained")
+            raise UserError(
+                f"checkpoint {folder}: {name} was {words[found[2]]}, now it is {words[is_trained]}; set optimizer.*.train back, "
+                "choose another name=... with model.init_from, or begin anew with --fresh"
+            )
+
+
+def read_whole(folder, manifest, kind=WEIGHT):
+    """{name: whole tensor} of a kind for every parameter of a verified checkpoint, and its buffers for weights."""
+    state = {}
+    for name in sorted(manifest.files):
+        with ShardReader(Path(folder) / name) as reader:
+            for found, parameter in reader.slices:
+                if found == kind:
+                    shape, dtype, _ = manifest.parameters[parameter]
+                    if parameter not in state:
+                        state[parameter] = torch.empty(shape, dtype=getattr(torch, dtype))
+                    reader.copy_into(state[parameter].view(-1), kind, parameter, 0)
+            if kind == WEIGHT:
+                state.update({buffer: reader.tensor("buffer", buffer) for buffer in reader.names("buffer")})
     return state
+
+
+def named_pieces(slices, rank, num_ranks):
+    """{name in the file: live tensor} of what this rank saves of its `slices`."""
+    pieces = {}
+    for piece in slices:
+        start, tensors = piece.share(rank, num_ranks)
+        pieces.update(
+            {slice_name(kind, piece.name, start): tensor for kind, tensor in tensors.items() if tensor.numel()}
+        )
+    return pieces
+
+
+def begin_folder(folder, rank):
+    """Make the folder and, on rank 0, remove what earlier starts left half done."""
+    if rank == 0:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+
+
+def _nothing():
+    return None
+
+
+def _free(folder):
+    try:
+        return free_bytes(folder)
+    except OSError:
+        return "unknown"

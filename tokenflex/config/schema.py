@@ -204,6 +204,24 @@ class TrainConfig(Section):
     """Steps between two checkpoints; 0 saves at the end and on interruption only."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints kept."""
+    keep_every: NonNegativeInt = 0
+    """Checkpoints whose step is a multiple of this are kept for good; 0 for none."""
+    keep_best: NonNegativeInt = 0
+    """Checkpoints with the lowest mean loss over their last steps that are kept besides."""
+    max_failed_saves: PositiveInt = 3
+    """Saves in a row that may fail (disk full, input/output errors) before the run stops."""
+    spike_sigma: NonNegativeFloat = 6.0
+    """A step is skipped where its loss or gradient norm is this many standard deviations above the last 128; 0 for never."""
+    max_bad_steps: PositiveInt = 8
+    """Skipped steps in a row (spikes, NaN, infinity) after which the run goes back to a checkpoint and passes over their data."""
+    max_rollbacks: PositiveInt = 3
+    """Times in a row that it goes back without getting further, before it stops."""
+    hang_timeout_s: PositiveFloat = 120.0
+    """A phase of a step that lasts longer than this, and than 3 times the 99th percentile of steps, is a hang; seconds."""
+    startup_timeout_s: PositiveFloat = 3600.0
+    """The same for what is not a step: the first steps, waiting for a checkpoint, the export; seconds."""
+    log_samples: bool = False
+    """Write the sample ids of every step to `samples-RANK.jsonl`."""
     wandb: Literal["auto", "off"] = "auto"
     """`auto` logs to wandb where it is installed: online if WANDB_API_KEY is set, else offline into the run folder."""
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from .. import faults
 from ..errors import UserError
 from .collate import collate, prepare, substitute
 from .plan import Position
@@ -92,6 +93,7 @@ class PackDataset(Dataset):
         return parse_sample(read_sample(self._open(shard), *place, shard, self.limits), where=shard)
 
     def __getitem__(self, plan):
+        faults.reach("worker")
         try:
             return plan, self.batch(plan)
         except UserError as error:
@@ -155,6 +157,7 @@ def batch_loader(dataset, plans, num_workers, pin_memory):
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=_quiet_worker if num_workers else None,
+        generator=torch.Generator(),  # its own: opening a loader must not move the draws of dropout
     )
     for plan, batch in loader:
         if isinstance(batch, UserError):
@@ -163,6 +166,8 @@ def batch_loader(dataset, plans, num_workers, pin_memory):
 
 
 def _quiet_worker(worker_id):
-    """Ctrl-C is for the trainer, which saves and then ends its workers; one thread each."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C and a job's warning are for the trainer, which saves and then ends its workers by SIGTERM; one thread each."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)

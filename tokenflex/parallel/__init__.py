@@ -10,10 +10,14 @@ from .engine import (
     zero_stage,
 )
 from .environment import Launch, join
+from .heart import Heart
+from .ranks import Ranks
 
 __all__ = [
     "Engine",
+    "Heart",
     "Launch",
+    "Ranks",
     "join",
     "load_ds_config",
     "quiet_libraries",

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
+from .slices import before_loading, held_slices, num_updates, publish_weights, set_num_updates
 
 OURS = {
     "train_batch_size": "data.packs_per_step",
@@ -82,7 +83,8 @@ def start_process_group(launch):
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_num_ranks))
+        share = max(1, len(os.sched_getaffinity(0)) // launch.local_num_ranks)
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", share)))
         # The shared-memory collective is compiled at first use, for minutes, and a build that was killed leaves a lock
         # on which every later start hangs; gloo alone is fast enough on one host. An empty table switches it off.
         deepspeed.ops.__compatible_ops__ = {}
@@ -115,7 +117,10 @@ class Engine:
         self.launch = launch
         self.device = device
         self.ds_config = ds_config
+        self._optimizer = optimizer
+        self._optimizer.should_skip = self._asked_to_skip
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        self._judge, self._is_skipped, self._norm = None, None, float("nan")
 
     @property
     def model(self):
@@ -140,27 +145,60 @@ class Engine:
         """
         self._engine.backward(loss * self.launch.num_ranks, scale_wrt_gas=False)
 
-    def step(self, learning_rates):
-        """End of a micro-step; on the last one of a step the optimizer runs with one learning rate per group."""
+    def step(self, learning_rates, judge=None):
+        """End of a micro-step; on the last one of a step the optimizer runs with one learning rate per group.
+
+        `judge(grad_norm)` is given on the last one: where it returns true the optimizer does not run, and weights and
+        moments keep every bit. Returns whether the optimizer was kept from running, by `judge` or by DeepSpeed, which
+        does so where the norm is not finite.
+        """
         for group, rate in zip(self._engine.optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = rate
+        self._judge, self._is_skipped = judge, None
+        if judge is not None and zero_stage(self.ds_config) == 0:
+            self._norm = self._norm_without_zero()
         self._engine.step()
+        if judge is None:
+            return False
+        if self._is_skipped is None:  # DeepSpeed left the optimizer out
+            self._norm = float("nan")
+            judge(self._norm)
+            return True
+        return self._is_skipped
+
+    def _asked_to_skip(self):
+        """The optimizer asks this before it runs, once per group of parameters; the answer is found once per step."""
+        if self._is_skipped is None and self._judge is not None:
+            if zero_stage(self.ds_config) > 0:
+                norm = self._engine.optimizer._global_grad_norm  # DeepSpeed's wrapper has it by now, its engine not yet
+                self._norm = float("nan") if norm is None or norm < 0 else float(norm)
+            self._is_skipped = bool(self._judge(self._norm))
+        return bool(self._is_skipped)
+
+    def _norm_without_zero(self):
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     def grad_norm(self):
-        """Global gradient norm of the last completed step, before clipping; NaN before the first."""
-        norm = self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        """Global gradient norm of the last completed step, before clipping; NaN before the first or if not finite."""
+        return self._norm
+
+    def slices(self):
+        """What this rank holds of every parameter and its optimizer state: a list of `Slice`s, live."""
+        return held_slices(self._engine, self._optimizer, self.launch.rank)
 
     @property
-    def num_skipped_steps(self):
-        """Steps that DeepSpeed left out because a gradient was not finite."""
-        return self._engine.skipped_steps
+    def num_updates(self):
+        """How many times the optimizer has moved the weights."""
+        return num_updates(self._optimizer)
 
-    def any_rank(self, flag):
-        """Whether `flag` holds on any rank; every rank gets the same answer."""
-        value = torch.tensor(float(flag), device=self.device)
-        torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
-        return bool(value.item())
+    @contextlib.contextmanager
+    def loading(self, updates):
+        """Within this context `slices()` may be written to; afterwards every rank works with what was written."""
+        before_loading(self._engine)
+        yield self.slices()
+        set_num_updates(self._optimizer, updates)
+        publish_weights(self._engine)
 
     def sum_over_ranks(self, values):
         """Element-wise sum of a 1-D tensor over all ranks."""
@@ -180,23 +218,6 @@ class Engine:
         if self.launch.rank == 0:
             state.update({name: buffer.detach().cpu() for name, buffer in self.model.named_buffers()})
         return state
-
-    def save(self, folder, tag, extra):
-        """Write DeepSpeed's checkpoint `folder/tag`; `extra` is a dict of plain values. Every rank must call it."""
-        self._engine.save_checkpoint(str(folder), tag=tag, client_state=extra, save_latest=False)
-
-    def load(self, folder, tag):
-        """Read DeepSpeed's checkpoint `folder/tag`; returns its `extra`. Every rank must call it.
-
-        Raises:
-            UserError: DeepSpeed could not load it.
-        """
-        path, extra = self._engine.load_checkpoint(str(folder), tag=tag)
-        if path is None:
-            raise UserError(
-                f"checkpoint {folder}/{tag}: DeepSpeed could not load it; remove it to go on from the one before, or start with --fresh"
-            )
-        return extra
 
     def close(self):
         """Free what the engine holds; the process group stays."""

@@ -1,24 +1,28 @@
-"""The training loop, on one screen: fetch, forward, backward, step, log, save."""
+"""The training loop, on one screen: fetch, forward, backward, step, agree, log, save."""
 
+import math
 import signal
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
 
-from ..checkpoint import save_checkpoint
+from .. import faults
 from .meter import count_images
 from .optimizer import rate_factor
 from .step import batch_loss
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 class StopRequest:
-    """Set by SIGINT and SIGTERM; looked at once per step, so a stop always falls between two steps."""
+    """Set by SIGINT, SIGTERM and SIGUSR1; looked at once per step, so a stop always falls between two steps."""
 
     def __init__(self):
         self.is_set = False
 
     def __enter__(self):
-        self._previous = {name: signal.signal(name, self._set) for name in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {name: signal.signal(name, self._set) for name in STOP_SIGNALS}
         return self
 
     def __exit__(self, *exception):
@@ -29,86 +33,163 @@ class StopRequest:
         self.is_set = True
 
 
-def train(engine, batches, normalise, peak_rates, config, progress, checkpoints, meter, bad_samples):
+def train(state, open_batches, normalise, peak_rates, config, meter, stop, bad_samples):
     """Run steps until `config.train.num_steps` or a stop request; returns whether the run is complete.
 
     Args:
-        engine: `tokenflex.parallel.Engine`.
-        batches: iterator of (MicroBatchPlan, PackedBatch) of this rank.
+        state: `RunState`: engine, progress, checkpoints.
+        open_batches: (progress) -> iterator of (MicroBatchPlan, PackedBatch) of this rank, from there on.
         normalise: image bytes -> pixel values.
         peak_rates: peak learning rate per optimizer group.
-        progress: dict with `step` and `position`, updated as the run goes; what a checkpoint saves.
-        checkpoints: folder of the run's checkpoints.
+        stop: `StopRequest`.
         bad_samples: `BadSampleLog`.
     """
-    settings = config.train
+    engine, progress, settings = state.engine, state.progress, config.train
     engine.train()
-    interval = Interval(engine.device)
-    with StopRequest() as stop:
+    interval, batches = Interval(engine.device), open_batches(progress)
+    try:
         while progress["step"] < settings.num_steps:
             rates = [peak * rate_factor(progress["step"], settings.num_steps, config.optimizer) for peak in peak_rates]
-            position = run_step(engine, batches, normalise, rates, interval, bad_samples, progress["step"])
+            state.heart.step(progress["step"])
+            done = run_step(state, batches, normalise, rates, interval, bad_samples)
+            meter.samples(progress["step"], done.position, done.sample_ids)
+            is_bad = bool(done.problem) and state.skip(
+                done.position, done.problem, meter.names(done.sample_ids, state.ranks)
+            )
             progress["step"] += 1
-            progress["position"] = {"epoch": position.epoch, "step": position.step + 1}
+            progress["position"] = {"epoch": done.position.epoch, "step": done.position.step + 1}
+            if not done.problem:
+                state.accept()
             is_done = progress["step"] == settings.num_steps
             if progress["step"] % settings.log_every == 0 or is_done:
-                figures = interval.read(engine)
-                meter.log({"step": progress["step"], **figures, "learning_rates": rates})
-                bad_samples.check(figures["num_samples"], figures["num_bad_samples"])
+                state.heart.phase("log")
+                record = interval.read(engine)
+                meter.log(
+                    {
+                        "step": progress["step"],
+                        **record,
+                        "num_skipped_steps": progress["num_skipped"],
+                        "learning_rates": rates,
+                    }
+                )
+                bad_samples.check(record["num_samples"], record["num_bad_samples"])
                 interval = Interval(engine.device)
             meter.advance()
-            is_stopped = engine.any_rank(stop.is_set)
-            if is_done or is_stopped or (settings.save_every and progress["step"] % settings.save_every == 0):
-                save_checkpoint(engine, checkpoints, progress, settings.keep_checkpoints)
+            state.heart.phase("agree to go on")
+            if faults.skips("agree"):
+                continue
+            is_stopped, *flags = state.ranks.agree([float(stop.is_set), *state.flags()])
+            state.advance(*flags)
+            if is_bad:
+                state.roll_back()
+                meter.rewind(progress["step"])
+                batches.close()
+                interval, batches = Interval(engine.device), open_batches(progress)
+            elif is_done or is_stopped or (settings.save_every and progress["step"] % settings.save_every == 0):
+                state.save()
             if is_stopped and not is_done:
-                return False
-    return True
+                break
+        is_complete = progress["step"] == settings.num_steps
+        state.finish(must_be_saved=not is_complete)
+    finally:
+        batches.close()
+    return is_complete
 
 
-def run_step(engine, batches, normalise, rates, interval, bad_samples, step):
-    """All micro-steps of one optimizer step; returns its position in the data."""
+@dataclass(frozen=True)
+class StepDone:
+    """One optimizer step on this rank: where it stands in the data, its samples here, and why it was skipped, if it was."""
+
+    position: object
+    sample_ids: list
+    problem: str
+
+
+def run_step(state, batches, normalise, rates, interval, bad_samples):
+    """All micro-steps of one optimizer step; the weights move only if the guard finds nothing wrong with it."""
+    engine, guard, enter, step = state.engine, state.guard, state.heart.phase, state.progress["step"]
+    loss_sum, ids, micro = torch.zeros((), dtype=torch.float64, device=engine.device), [], 0
+    problem = ""
+
+    def judge(grad_norm):
+        nonlocal problem
+        problem = guard.judge(loss_value, grad_norm)
+        return problem
+
     while True:
+        faults.at(step, micro)
+        enter("fetch")
+        faults.reach("fetch")
         plan, batch = next(batches)
         bad_samples.add(batch, step)
         batch = batch.to(engine.device)
-        loss = batch_loss(engine, batch, normalise)
+        enter("forward")
+        faults.reach("forward")
+        loss = faults.spoil("loss", batch_loss(engine, batch, normalise))
+        enter("backward")
         engine.backward(loss)
-        engine.step(rates)
-        interval.add(loss.detach(), batch)
+        loss_sum += loss.detach()
+        ids += batch.sample_ids.tolist()
+        interval.add(batch)
         if plan.is_last:
-            interval.num_steps += 1
-            return plan.position
+            loss_value = engine.sum_over_ranks(loss_sum.view(1)).item()
+            faults.reach("before-step")
+            state.before_update()
+            enter("step")
+            engine.step(rates, judge)
+            faults.reach("after-step")
+            interval.add_step(loss_value, bool(problem))
+            return StepDone(plan.position, ids, problem)
+        engine.step(rates)
+        micro += 1
 
 
 class Interval:
-    """Sums between two log lines. The loss stays on the device, so that no step waits for it."""
+    """Sums between two log lines; skipped steps count for nothing in the loss."""
 
     def __init__(self, device):
-        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.loss = 0.0
         self.images = Counter()
         self.num_tokens = self.num_visual_tokens = self.num_samples = self.num_bad = self.num_steps = 0
 
-    def add(self, loss, batch):
-        self.loss += loss
+    def add(self, batch):
         self.images += count_images(batch)
         self.num_tokens += batch.input_ids.shape[1]
         self.num_visual_tokens += batch.visual_positions.shape[0]
         self.num_samples += batch.sample_ids.shape[0]
         self.num_bad += len(batch.skipped)
 
+    def add_step(self, loss, is_skipped):
+        if not is_skipped:
+            self.loss += loss
+            self.num_steps += 1
+
     def read(self, engine):
-        """Figures over all ranks; every rank must call it."""
+        """Figures over all ranks; every rank must call it. Loss and norm are None where every step was skipped."""
         counts = sorted(engine.model.config.trained_num_visual_tokens)
         sums = [self.num_tokens, self.num_visual_tokens, self.num_samples, self.num_bad]
         sums = [*sums, *(self.images[count] for count in counts)]
-        sums = engine.sum_over_ranks(torch.tensor([self.loss.item(), *sums], dtype=torch.float64)).tolist()
+        sums = engine.sum_over_ranks(torch.tensor(sums, dtype=torch.float64)).tolist()
+        norm = engine.grad_norm()
         return {
-            "loss": sums[0] / self.num_steps,
-            "grad_norm": engine.grad_norm(),
-            "num_tokens": int(sums[1]),
-            "num_visual_tokens": int(sums[2]),
-            "num_samples": int(sums[3]),
-            "num_bad_samples": int(sums[4]),
-            "images_per_count": {str(count): int(number) for count, number in zip(counts, sums[5:])},
-            "num_skipped_steps": engine.num_skipped_steps,
+            "loss": self.loss / self.num_steps if self.num_steps else None,
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "num_tokens": int(sums[0]),
+            "num_visual_tokens": int(sums[1]),
+            "num_samples": int(sums[2]),
+            "num_bad_samples": int(sums[3]),
+            "images_per_count": {str(count): int(number) for count, number in zip(counts, sums[4:])},
         }
+
+
+def install_faults(model):
+    """Points inside forward and backward, where a test has asked for faults; else nothing is hooked."""
+    if not faults.is_active():
+        return
+
+    def backward_hook(module, grad_inputs, grad_outputs):
+        faults.reach("mid-backward")
+        return tuple(None if grad is None else faults.spoil("gradient", grad) for grad in grad_inputs)
+
+    model.projector.register_full_backward_hook(backward_hook)
+    model.projector.register_forward_hook(lambda module, inputs, output: faults.spoil("activation", output))

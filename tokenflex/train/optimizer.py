@@ -10,6 +10,19 @@ PARTS = {"vision": "vision_tower.", "projector": "projector.", "text": "language
 """Part of the configuration -> prefix of its parameters' names."""
 
 
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that asks before it runs: where `should_skip()` says so, weights, moments and count stay as they are.
+
+    The question comes at the one moment when the step's gradient norm is known and nothing has moved yet, whatever wraps
+    the optimizer.
+    """
+
+    should_skip = staticmethod(lambda: False)
+
+    def step(self, closure=None):
+        return None if self.should_skip() else super().step(closure)
+
+
 def build_optimizer(model, config):
     """AdamW over the trained parts, one group per part for matrices and one for vectors (which do not decay).
 
@@ -39,7 +52,7 @@ def build_optimizer(model, config):
         raise UserError(
             "optimizer: vision, projector and text are all frozen; set optimizer.projector.train=true or another part's"
         )
-    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True), peaks
+    return GuardedAdamW(groups, betas=config.betas, eps=config.eps, fused=True), peaks
 
 
 def rate_factor(step, num_steps, config):

@@ -1,16 +1,19 @@
 """A whole run: data, model, engine, loop, export. What `launch/train.py` calls once the configuration is read."""
 
+import contextlib
 import functools
 import json
+import os
+import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .. import parallel
+from .. import faults, parallel
 from ..budget import VisualTokenBudget
-from ..checkpoint import complete_checkpoints, load_newest_checkpoint
+from ..checkpoint import EarlyCheck, RunLock, tags
 from ..config import save_config
 from ..data import (
     Limits,
@@ -25,13 +28,14 @@ from ..data import (
     with_embedded_encoder,
 )
 from ..data.loader import micro_batches, num_micro_steps
-from ..errors import UserError
+from ..errors import OtherRankFailed, UserError
 from ..export import export_model
 from ..model import build_model, build_processor
 from .bad_samples import BadSampleLog
-from .loop import train
+from .loop import StopRequest, install_faults, train
 from .meter import Meter
 from .optimizer import build_optimizer
+from .state import RunState
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class RunFolder:
     @property
     def model(self):
         return self.root / "model"
+
+    @property
+    def health(self):
+        return self.root / "health"
 
     @property
     def accuracy(self):
@@ -70,12 +78,62 @@ def run_training(config, ds_config, launch, fresh=False, say=print):
     folder = run_folder(config)
     num_accumulated = num_micro_steps(config.data.packs_per_step, launch.num_ranks, config.data.packs_per_micro_batch)
     device = parallel.start_process_group(launch)
+    ranks = parallel.Ranks(launch)
+    faults.enter(launch.rank)
+    with StopRequest() as stop, _locked(folder, ranks), _watched(folder, config, launch, ranks) as heart:
+        return _train_and_export(
+            config, ds_config, launch, ranks, device, num_accumulated, folder, fresh, stop, heart, say
+        )
+
+
+@contextlib.contextmanager
+def _watched(folder, config, launch, ranks):
+    """Within this context a watchdog looks after this rank; an error that only echoes another rank's says so.
+
+    Raises:
+        OtherRankFailed: another rank failed or died first.
+    """
+    if launch.rank == 0 and folder.health.exists():
+        shutil.rmtree(folder.health)
+    attempt = ranks.on_main(lambda: secrets.token_hex(4))
+    heart = parallel.Heart(launch, folder.health / attempt, config.train.hang_timeout_s, config.train.startup_timeout_s)
+    try:
+        yield heart
+    except Exception as error:
+        first = heart.failed(error)
+        if first:
+            raise OtherRankFailed(f"rank {launch.rank} ended, because {first}") from None
+        raise
+    heart.close()
+
+
+@contextlib.contextmanager
+def _locked(folder, ranks):
+    """Within this context no other job may write to the run's folder."""
+    lock = None
+
+    def acquire():
+        nonlocal lock
+        folder.root.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(folder.root)
+
+    ranks.on_main(acquire)
+    try:
+        yield
+    finally:
+        if lock:
+            lock.release()
+
+
+def _train_and_export(config, ds_config, launch, ranks, device, num_accumulated, folder, fresh, stop, heart, say):
     precision = config.train.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
     ds_config = parallel.resolve_ds_config(ds_config, precision, num_accumulated, config.optimizer.max_grad_norm)
-    _prepare_folder(folder, config, launch, fresh)
-    config = _with_embedded_encoder(config, launch, say)
+    ranks.on_main(lambda: _prepare_folder(folder, config, fresh))
+    check = EarlyCheck(folder.checkpoints, launch.rank, launch.num_ranks)
+    ranks.on_main(lambda: with_embedded_encoder(config, say))
+    config = with_embedded_encoder(config)
     planner, dataset, processor = prepare_data(config, launch, say)
     say(f"data      {len(planner.usable)} samples, {len(planner.epoch(0))} steps per epoch" + _left_out(planner))
 
@@ -86,44 +144,47 @@ def run_training(config, ds_config, launch, fresh=False, say=print):
     optimizer, peak_rates = build_optimizer(model, config.optimizer)
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     engine = parallel.Engine(model, optimizer, ds_config, launch, device)
+    install_faults(engine.model)
+    faults.reach("init")
     say(
         f"model     {num_parameters / 1e6:.2f}M parameters, {precision} on {launch.num_ranks} x {device.type}, "
         f"ZeRO stage {parallel.zero_stage(ds_config)}, {num_accumulated} micro-steps per step"
     )
 
-    progress = load_newest_checkpoint(engine, folder.checkpoints) or {"step": 0, "position": {"epoch": 0, "step": 0}}
-    if progress["step"]:
-        say(f"resumed   from {folder.checkpoints} at step {progress['step']}")
-    _set_random_state(config.train.seed, progress["step"], launch.rank)
-    steps = planner.steps_from(Position(**progress["position"]))
-    plans = micro_batches(steps, launch.rank, launch.num_ranks, config.data.packs_per_micro_batch)
-    batches = batch_loader(
-        dataset,
-        _first(plans, (config.train.num_steps - progress["step"]) * num_accumulated),
-        config.data.num_workers,
-        device.type == "cuda",
-    )
-    meter = Meter(folder.root, config, progress["step"], launch.rank == 0)
+    state = RunState(engine, ranks, config, folder.checkpoints, heart, say)
+    if not state.resume(check) and not fresh:
+        say(f"new run   {folder.root}: there is no checkpoint")
+
+    def open_batches(progress):
+        passed_over = {tuple(position) for position in progress["passed_over"]}
+        steps = planner.steps_from(Position(**progress["position"]))
+        steps = (step for step in steps if (step.position.epoch, step.position.step) not in passed_over)
+        plans = micro_batches(steps, launch.rank, launch.num_ranks, config.data.packs_per_micro_batch)
+        num_left = (config.train.num_steps - progress["step"]) * num_accumulated
+        return batch_loader(dataset, _first(plans, num_left), config.data.num_workers, device.type == "cuda")
+
+    def name_of(sample_id):
+        return f"{dataset.index.shard_of(sample_id)}:{dataset.sample(sample_id).key}"
+
+    meter = Meter(folder.root, config, state.progress["step"], launch, name_of)
+    state.log = meter.event
     try:
         is_complete = train(
-            engine,
-            batches,
+            state,
+            open_batches,
             processor.image_processor.normalised,
             peak_rates,
             config,
-            progress,
-            folder.checkpoints,
             meter,
+            stop,
             BadSampleLog(folder.root, launch.rank, config.data.max_bad_fraction),
         )
     finally:
         meter.close()
-        batches.close()
+    heart.phase("export", config.train.startup_timeout_s)
     if is_complete:
-        state = engine.full_state()
-        if launch.rank == 0:
-            export_model(engine.model, state, processor, folder.model)
-        torch.distributed.barrier()
+        full = engine.full_state()
+        ranks.on_main(lambda: export_model(engine.model, full, processor, folder.model))
     engine.close()
     return is_complete
 
@@ -155,30 +216,21 @@ def prepare_data(config, launch, say):
     return planner, dataset, processor
 
 
-def _with_embedded_encoder(config, launch, say):
-    """Rank 0 pretrains the encoder that `model.vision: embedded` names if it is missing; the others wait."""
-    if launch.rank == 0:
-        with_embedded_encoder(config, say)
-    torch.distributed.barrier()
-    return with_embedded_encoder(config)
-
-
 def _left_out(planner):
     parts = [(planner.num_over_long, "longer than a pack"), (planner.num_without_answer, "without an answer")]
     return "".join(f", {number} left out ({why})" for number, why in parts if number)
 
 
-def _prepare_folder(folder, config, launch, fresh):
-    """Make the run's folder; refuse to go on with a configuration that plans other data than the checkpoint's."""
-    if launch.rank == 0:
-        if fresh:
-            for path in (folder.checkpoints, folder.model):
-                shutil.rmtree(path, ignore_errors=True)
-            (folder.root / "metrics.jsonl").unlink(missing_ok=True)
-        folder.root.mkdir(parents=True, exist_ok=True)
-    torch.distributed.barrier()
+def _prepare_folder(folder, config, fresh):
+    """Make the run's folder ready; refuse to go on with a configuration that plans other data than the checkpoints'."""
+    if fresh:
+        for path in (folder.checkpoints, folder.model):
+            if path.exists():
+                shutil.rmtree(path)
+        for path in [*folder.root.glob("*.jsonl")]:
+            path.unlink()
     saved, plan = folder.root / "plan.json", _plan_settings(config)
-    if complete_checkpoints(folder.checkpoints) and saved.exists():
+    if tags(folder.checkpoints) and saved.exists():
         before = json.loads(saved.read_text())
         changed = sorted(key for key in {*plan, *before} if plan.get(key) != before.get(key))
         if changed:
@@ -186,10 +238,10 @@ def _prepare_folder(folder, config, launch, fresh):
                 f"run {folder.root}: its checkpoints were made with another {', '.join(changed)}; set it back, choose another "
                 "name=..., or begin anew with --fresh"
             )
-    torch.distributed.barrier()
-    if launch.rank == 0:
-        saved.write_text(json.dumps(plan, indent=1))
-        save_config(config, folder.root / "config.yaml")
+    temporary = saved.with_suffix(".tmp")
+    temporary.write_text(json.dumps(plan, indent=1))
+    os.replace(temporary, saved)
+    save_config(config, folder.root / "config.yaml")
 
 
 def _plan_settings(config):
@@ -198,11 +250,6 @@ def _plan_settings(config):
     data = {f"data.{key}": value for key, value in config.data.model_dump(mode="json").items() if key not in apart}
     budget = {f"budget.{key}": value for key, value in config.budget.model_dump(mode="json").items()}
     return {**data, **budget, "train.seed": config.train.seed}
-
-
-def _set_random_state(seed, step, rank):
-    """Dropout draws from here on depend on (seed, step, rank) alone, so a resumed run draws as if it had not stopped."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
 
 
 def _first(items, number):

@@ -86,7 +86,7 @@ def _render_share(seed: int, indices: range, sources: Sources) -> tuple[np.ndarr
         rng = np.random.Generator(np.random.Philox(key=[seed, (1 << 52) | index]))
         scene = draw_grid(rng, sources, num_cells=int(rng.choice(CELLS)))
         image, boxes = render(scene, rng, sources)
-        pixels[slot] = processor.resized(image)
+        pixels[slot] = processor.tiled(image)[0]
         digits[slot] = patch_labels(boxes, rows, columns)
         inks[slot] = list(INKS).index(scene.ink)
     return pixels, digits, inks

@@ -1,0 +1,143 @@
+"""The folder of a run's checkpoints: what is in it, which of it can be trusted, what may go."""
+
+import contextlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import faults
+from .disk import checksum_of, remove_folder, replace_synced, write_synced
+from .manifest import TAG, Damaged, Manifest, read_manifest
+
+LATEST = "latest"
+WRITING = ".writing-"
+REMOVED = ".removed-"
+
+
+def tag_of(step):
+    """Folder name of the checkpoint of a step."""
+    return f"step-{step:08d}"
+
+
+def tags(folder):
+    """Names of the checkpoints under `folder`, oldest first, good or not."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    found = [path.name for path in folder.iterdir() if TAG.fullmatch(path.name)]
+    return sorted(found, key=lambda tag: int(TAG.fullmatch(tag)[1]))
+
+
+def checked_manifest(folder):
+    """A checkpoint's manifest, once every file it names is there with its size.
+
+    Raises:
+        Damaged: with the reason.
+    """
+    folder = Path(folder)
+    if folder.is_symlink():
+        raise Damaged("is a link, which is never followed")
+    manifest = read_manifest(folder)
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            raise Damaged(f"{name} is missing" if not os.path.lexists(path) else f"{name} is no regular file")
+        if path.stat().st_size != entry["size"]:
+            raise Damaged(f"{name} has {path.stat().st_size} bytes, the manifest says {entry['size']}")
+    return manifest
+
+
+def check_files(folder, manifest, rank=0, num_ranks=1):
+    """Compare this rank's share of a checkpoint's files with their checksums.
+
+    Raises:
+        Damaged: one differs or cannot be read.
+    """
+    for name in sorted(manifest.files)[rank::num_ranks]:
+        try:
+            found = checksum_of(Path(folder) / name)
+        except OSError as error:
+            raise Damaged(f"{name} cannot be read ({error.strerror})") from None
+        if found != manifest.files[name]["blake3"]:
+            raise Damaged(f"{name} does not match its checksum")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A checkpoint as `ls` and retention see it: `manifest` is None where `problem` says why."""
+
+    tag: str
+    manifest: Manifest | None
+    problem: str = ""
+
+
+def entries(folder, is_thorough=False):
+    """Every checkpoint under `folder`, oldest first; `is_thorough` reads all bytes and compares checksums."""
+    found = []
+    for tag in tags(folder):
+        try:
+            manifest = checked_manifest(Path(folder) / tag)
+            if is_thorough:
+                check_files(Path(folder) / tag, manifest)
+            found.append(Entry(tag, manifest))
+        except Damaged as problem:
+            found.append(Entry(tag, None, str(problem)))
+    return found
+
+
+def latest_tag(folder):
+    """What `latest` points to, or an empty string. For people: resuming looks at every checkpoint, newest first."""
+    with contextlib.suppress(OSError):
+        text = (Path(folder) / LATEST).read_text(encoding="ascii", errors="replace").strip()
+        return text if TAG.fullmatch(text) else ""
+    return ""
+
+
+def point_latest(folder, tag, attempt):
+    """Replace `latest` atomically."""
+    temporary = Path(folder) / f"{WRITING}{LATEST}-{attempt}"
+    try:
+        write_synced(temporary, tag.encode())
+        faults.reach("latest")
+        replace_synced(temporary, Path(folder) / LATEST)
+    finally:
+        temporary.unlink(missing_ok=True)  # still there only if it could not take its place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """What is kept: the newest `last`, every checkpoint whose step is a multiple of `every` (0: none), and the `best`."""
+
+    last: int
+    every: int = 0
+    best: int = 0
+
+    def kept(self, found):
+        """Tags that stay of `found` (`Entry`s, oldest first). Damaged ones count for nothing and stay while no newer one is good."""
+        good = [entry for entry in found if entry.manifest]
+        keep = {entry.tag for entry in good[-self.last :]}
+        if self.every:
+            keep |= {entry.tag for entry in good if entry.manifest.step % self.every == 0}
+        scored = sorted((entry for entry in good if entry.manifest.score is not None), key=lambda e: e.manifest.score)
+        keep |= {entry.tag for entry in scored[: self.best]}
+        newest_good = good[-1].manifest.step if good else -1
+        return keep | {entry.tag for entry in found if not entry.manifest and int(entry.tag[5:]) > newest_good}
+
+
+def clean_up(folder, retention):
+    """Remove checkpoints beyond retention; returns their tags."""
+    found = entries(folder)
+    kept = retention.kept(found)
+    gone = [entry.tag for entry in found if entry.tag not in kept]
+    for tag in gone:
+        faults.reach("clean-up")
+        remove_folder(Path(folder) / tag)
+    return gone
+
+
+def sweep(folder):
+    """Remove what earlier starts left half done; only the holder of the run's lock may call it."""
+    for path in Path(folder).glob(".*"):
+        if path.name.startswith((WRITING, REMOVED)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

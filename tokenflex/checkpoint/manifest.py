@@ -1,0 +1,107 @@
+"""What a checkpoint says of itself: `manifest.json`, strictly read, because everything else is believed through it."""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+FORMAT = 1
+NAME = "manifest.json"
+TAG = re.compile(r"step-(\d{8,})")
+SHARD = re.compile(r"rank-\d{5}-of-\d{5}\.safetensors")
+MAX_BYTES = 256 * 1024 * 1024
+
+
+class Damaged(Exception):
+    """A checkpoint that must not be loaded; the message is why, for the person who reads it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The record of one checkpoint.
+
+    progress: the loop's own state: step, position in the data, counters. parameters: {name: [shape, dtype, is_trained]}.
+    buffers: names. num_updates: of the optimizer. files: {name: {"size": bytes, "blake3": hex digits}}. num_ranks: ranks
+    that wrote it. config: the run's configuration. model: the model's own configuration. versions: of the libraries.
+    score: mean loss over the last steps, or None. attempt: which start of the run wrote it.
+    """
+
+    progress: dict
+    parameters: dict
+    buffers: list
+    num_updates: int
+    files: dict
+    num_ranks: int
+    config: dict
+    model: dict
+    versions: dict
+    score: float | None
+    attempt: str
+    time: str
+
+    @property
+    def step(self):
+        return self.progress["step"]
+
+    @property
+    def num_bytes(self):
+        """Size of the tensor files together."""
+        return sum(entry["size"] for entry in self.files.values())
+
+
+def encode(manifest):
+    """The bytes of `manifest.json`: the record, and its own checksum over them."""
+    record = {"format": FORMAT, **asdict(manifest)}
+    text = _canonical(record)
+    return json.dumps({**record, "blake3": blake3(text).hexdigest()}, indent=1).encode()
+
+
+def read_manifest(folder):
+    """The manifest of a checkpoint folder, checked for form but not against its files.
+
+    Raises:
+        Damaged: missing, unreadable, altered, of another format, or naming files that are none of a checkpoint's.
+    """
+    path = Path(folder) / NAME
+    try:
+        if path.is_symlink() or not path.is_file():
+            raise Damaged(f"has no {NAME}" if not path.exists() else f"its {NAME} is no regular file")
+        if path.stat().st_size > MAX_BYTES:
+            raise Damaged(f"its {NAME} has {path.stat().st_size} bytes, at most {MAX_BYTES} are read")
+        record = json.loads(path.read_bytes())
+    except OSError as error:
+        raise Damaged(f"its {NAME} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise Damaged(f"its {NAME} is not valid JSON") from None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found = record.get("format") if isinstance(record, dict) else type(record).__name__
+        raise Damaged(f"its {NAME} is of format {found!r}, this version reads {FORMAT}")
+    checksum = record.pop("blake3", None)
+    if checksum != blake3(_canonical(record)).hexdigest():
+        raise Damaged(f"its {NAME} does not match its own checksum")
+    del record["format"]
+    try:
+        manifest = Manifest(**record)
+    except TypeError as error:
+        raise Damaged(f"its {NAME} has other fields than wanted ({error})") from None
+    _check(manifest, Path(folder).name)
+    return manifest
+
+
+def _check(manifest, folder_name):
+    for name, entry in manifest.files.items():
+        if not SHARD.fullmatch(name):
+            raise Damaged(f"its {NAME} names the file {name!r}, which is none of a checkpoint's")
+        if set(entry) != {"size", "blake3"}:
+            raise Damaged(f"its {NAME} says {sorted(entry)} of {name}; wanted size and blake3")
+    if len(manifest.files) != manifest.num_ranks:
+        raise Damaged(f"its {NAME} names {len(manifest.files)} files of {manifest.num_ranks} ranks")
+    tag = TAG.fullmatch(folder_name)
+    if tag and int(tag[1]) != manifest.step:
+        raise Damaged(f"its {NAME} is of step {manifest.step}")
+
+
+def _canonical(record):
+    return json.dumps(record, sort_keys=True, separators=(",", ":")).encode()

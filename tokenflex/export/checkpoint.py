@@ -1,0 +1,58 @@
+"""A checkpoint as a model folder, on one machine and without the job that wrote it."""
+
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import Damaged, check_files, checked_manifest, read_whole, tags
+from ..config import RunConfig
+from ..data import embedded_corpus
+from ..errors import UserError
+from ..model import TokenFlexForConditionalGeneration, build_processor
+from ..model.configuration_tokenflex import TokenFlexConfig
+from .export import export_model
+
+
+def export_checkpoint(folder, target):
+    """Write the model of a checkpoint (of any number of ranks) to `target`, after checking every byte of it.
+
+    `folder` is a checkpoint, or a run's folder, whose newest one is taken. Weights have the number format that they were
+    trained in. Returns the manifest.
+
+    Raises:
+        UserError: no checkpoint there, it is damaged, or its tokenizer cannot be loaded any more.
+    """
+    folder = checkpoint_folder(folder)
+    try:
+        manifest = checked_manifest(folder)
+        check_files(folder, manifest)
+        state = read_whole(folder, manifest)
+    except Damaged as damage:
+        raise UserError(
+            f"checkpoint {folder}: {damage}; export an older one, see: tokenflex checkpoint verify"
+        ) from None
+    config = RunConfig.model_validate(manifest.config)
+    uses_corpus = "embedded" in (*config.data.train, *config.data.evaluation)
+    tokenizer = str(embedded_corpus(config.data) / "tokenizer") if uses_corpus else ""
+    processor = build_processor(config.model, config.budget, tokenizer)
+    with torch.device("meta"):
+        model = TokenFlexForConditionalGeneration(TokenFlexConfig.from_dict(manifest.model))
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    export_model(model, state, processor, target)
+    return manifest
+
+
+def checkpoint_folder(folder):
+    """`folder` if it is a checkpoint, else the newest one of the run (or folder of checkpoints) it names.
+
+    Raises:
+        UserError: neither.
+    """
+    folder = Path(folder)
+    if (folder / "manifest.json").exists():
+        return folder
+    for place in (folder / "checkpoints", folder):
+        if tags(place):
+            return place / tags(place)[-1]
+    raise UserError(f"{folder}: no checkpoint there; give a run's folder (runs/NAME) or one of its checkpoints/step-*")
