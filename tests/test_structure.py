@@ -7,11 +7,11 @@ from pathlib import Path
 from conftest import ROOT
 
 LEVELS = [
-    {"errors", "__init__"},
+    {"errors", "exit_codes", "__init__"},
     {"budget", "config"},
     {"data", "model", "parallel", "checkpoint"},
     {"train", "evaluate", "infer", "export"},
-    {"cli", "launching"},
+    {"cli", "launching", "slurm"},
 ]
 SIDEWAYS = {("train", "export"), ("evaluate", "export"), ("infer", "export"), ("cli", "infer"), ("cli", "launching")}
 """Rooms that may look into a neighbour of the same level."""

@@ -152,6 +152,10 @@ def batch_loader(dataset, plans, num_workers, pin_memory):
 
 
 def _quiet_worker(worker_id):
-    """Ctrl-C is for the trainer, which saves and then ends its workers; one thread each."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Stop signals are for the trainer, which saves and then ends its workers; one thread each.
+
+    SLURM sends them to every process of a rank, and torch takes a worker's death for an error.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -10,15 +10,17 @@ from .meter import count_images
 from .optimizer import rate_factor
 from .step import batch_loss
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 class StopRequest:
-    """Set by SIGINT and SIGTERM; looked at once per step, so a stop always falls between two steps."""
+    """Set by SIGINT, SIGTERM and SIGUSR1 (SLURM's warning before the time limit); looked at once per step, so a stop always falls between two steps."""
 
     def __init__(self):
         self.is_set = False
 
     def __enter__(self):
-        self._previous = {name: signal.signal(name, self._set) for name in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {name: signal.signal(name, self._set) for name in STOP_SIGNALS}
         return self
 
     def __exit__(self, *exception):
