@@ -10,10 +10,12 @@ from .engine import (
     zero_stage,
 )
 from .environment import Launch, join
+from .world import check_world
 
 __all__ = [
     "Engine",
     "Launch",
+    "check_world",
     "join",
     "load_ds_config",
     "quiet_libraries",

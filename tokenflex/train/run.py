@@ -67,6 +67,7 @@ def run_training(config, ds_config, launch, fresh=False, say=print):
     folder = run_folder(config)
     num_accumulated = num_micro_steps(config.data.packs_per_step, launch.num_ranks, config.data.packs_per_micro_batch)
     device = parallel.start_process_group(launch)
+    say(f"world     {parallel.check_world(launch, device)}")
     precision = config.train.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
