@@ -91,7 +91,9 @@ class Cluster:
         self._daemon("slurmctld", "-f", self.environment["SLURM_CONF"])
         for node in self.nodes:
             self.start_node(node)
-        self.wait(lambda: self.run("sinfo", "-h", "-N", "-p", "debug", "-o", "%T").split() == ["idle"] * len(self.nodes))
+        self.wait(
+            lambda: self.run("sinfo", "-h", "-N", "-p", "debug", "-o", "%T").split() == ["idle"] * len(self.nodes)
+        )
 
     def stop(self):
         """End jobs and daemons; nothing stays behind."""
@@ -150,7 +152,9 @@ class Cluster:
         deadline = time.monotonic() + timeout_s
         while not (value := condition()):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"waited {timeout_s} s for {what or 'the cluster'}\n{self.run('squeue', check=False)}")
+                raise TimeoutError(
+                    f"waited {timeout_s} s for {what or 'the cluster'}\n{self.run('squeue', check=False)}"
+                )
             time.sleep(0.1)
         return value
 

@@ -58,9 +58,7 @@ class Submitted:
         """sbatch it; returns the job's id."""
         command = ["sbatch", "--parsable", *options, ROOT / "slurm" / f"{self.script}.sh"]
         environment = {**self.environment, **environment}
-        self.id = self.cluster.run(
-            *command, *self.arguments, *overrides, cwd=self.folder, environment=environment
-        )
+        self.id = self.cluster.run(*command, *self.arguments, *overrides, cwd=self.folder, environment=environment)
         return self.id
 
     def metrics(self):

@@ -239,7 +239,12 @@ def test_reports_are_judged(tmp_path, changes, expected):
 
 def test_a_port_is_the_jobs_own_and_the_steps_sizes_count():
     base = {"SLURM_PROCID": "2", "SLURM_NTASKS": "99", "SLURM_STEP_NUM_TASKS": "3", "SLURM_LOCALID": "0"}
-    base |= {"SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_JOB_ID": "5"}
+    base |= {
+        "SLURM_STEP_TASKS_PER_NODE": "2,1",
+        "SLURM_NODEID": "1",
+        "SLURM_STEP_NODELIST": "n[1-2]",
+        "SLURM_JOB_ID": "5",
+    }
     launch = discover(base)
     assert (launch.rank, launch.num_ranks, launch.local_rank, launch.local_num_ranks) == (2, 3, 0, 1)
     ports = {discover({**base, "SLURM_JOB_ID": str(job)}).master_port for job in range(5, 1005)}
@@ -309,7 +314,9 @@ def test_a_stop_signal_outside_of_the_loop_means_start_me_again(tmp_path, number
     assert f"stopped by {number.name}" in process.stdout.read()
 
 
-@pytest.mark.parametrize("body, status", [("return 0", 0), ("return 75", 75), ("raise UserError('x')", 2), ("1 / 0", 1)])
+@pytest.mark.parametrize(
+    "body, status", [("return 0", 0), ("return 75", 75), ("raise UserError('x')", 2), ("1 / 0", 1)]
+)
 def test_a_rank_leaves_its_status(tmp_path, body, status):
     code = f"import sys\nfrom tokenflex.launching import *\nfrom tokenflex.launching import UserError\ndef main(a, s):\n    {body}\n"
     code += "sys.exit(entry_point(main, type('A', (), {'debug': False})()))"
@@ -381,11 +388,16 @@ def run_script(script, arguments, folder, **variables):
     )
 
 
-@pytest.mark.parametrize("script", [path for path in SCRIPTS if path.stem not in ("lib", "site", "site.example")], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "script", [path for path in SCRIPTS if path.stem not in ("lib", "site", "site.example")], ids=lambda path: path.stem
+)
 def test_without_a_site_file_a_script_says_what_to_do(script, tmp_path):
     done = run_script(script, [], tmp_path, TOKENFLEX_SITE=str(tmp_path / "none.sh"))
     assert done.returncode == USER_ERROR
-    assert done.stderr == f"error: no site file at {tmp_path}/none.sh: cp slurm/site.example.sh slurm/site.sh and fill it in\n"
+    assert (
+        done.stderr
+        == f"error: no site file at {tmp_path}/none.sh: cp slurm/site.example.sh slurm/site.sh and fill it in\n"
+    )
 
 
 def test_a_copy_without_a_checkout_says_where_it_looked(tmp_path):
@@ -395,12 +407,25 @@ def test_a_copy_without_a_checkout_says_where_it_looked(tmp_path):
     assert done.returncode == USER_ERROR and done.stderr.startswith(f"error: no TokenFLEX checkout at {tmp_path}:")
 
 
-HOSTILE = ["a b", "$(touch pwned)", "`touch pwned`", "'\"", "two\nlines", "*", "--", "; touch pwned", "%j", "\\n", "é", ""]
+HOSTILE = [
+    "a b",
+    "$(touch pwned)",
+    "`touch pwned`",
+    "'\"",
+    "two\nlines",
+    "*",
+    "--",
+    "; touch pwned",
+    "%j",
+    "\\n",
+    "é",
+    "",
+]
 
 
 def test_hostile_names_reach_sbatch_as_they_are(tmp_path):
     """From a checkout with such a name, to an sbatch that writes down what it was given."""
-    place = tmp_path / "it's $(touch pwned) \"a b\"\nc"
+    place = tmp_path / 'it\'s $(touch pwned) "a b"\nc'
     place.mkdir()
     (place / "slurm").symlink_to(ROOT / "slurm")
     (place / "site.sh").write_text("export SBATCH_PARTITION=gpu\n")

@@ -53,7 +53,7 @@ def test_a_job_in_the_default_partition_is_handed_over_to_the_sites(job, cluster
 
 def test_hostile_names_do_nothing_but_name(cluster, site, tmp_path, cache_dir, corpus):
     """Folders with blanks, quotes, line breaks, substitutions and SLURM's own patterns; overrides with the same."""
-    place = tmp_path / "it's $(touch pwned) `touch pwned` \"a\\ b\" %j %%\n* é"
+    place = tmp_path / 'it\'s $(touch pwned) `touch pwned` "a\\ b" %j %%\n* é'
     place.mkdir()
     (tmp_path / "out").mkdir()
     job = Submitted(cluster, site, place, cache_dir)
@@ -144,7 +144,9 @@ def cluster_ranks(job):
     return [
         pid
         for pid, environment in processes()
-        if environment.get("SLURM_JOB_ID") == job.id and "TOKENFLEX_STATUS_DIR" in environment and "SLURM_PROCID" in environment
+        if environment.get("SLURM_JOB_ID") == job.id
+        and "TOKENFLEX_STATUS_DIR" in environment
+        and "SLURM_PROCID" in environment
     ]
 
 

@@ -125,7 +125,15 @@ def test_scontrol_requeue(job, cluster, uninterrupted):
 
 def test_preemption_by_a_partition_of_higher_priority(job, cluster, uninterrupted):
     def preempt():
-        other = cluster.run("sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=true")
+        other = cluster.run(
+            "sbatch",
+            "--parsable",
+            "--partition=urgent",
+            "--nodes=4",
+            "--exclusive",
+            "--output=/dev/null",
+            "--wrap=true",
+        )
         cluster.wait(lambda: cluster.job(other)["JobState"] == "COMPLETED", what="the urgent job")  # fmt: skip
 
     job.submit(*RECIPE)
