@@ -63,4 +63,4 @@ def main(arguments, say):
 
 
 if __name__ == "__main__":
-    sys.exit(entry_point(main, parse(sys.argv[1:])))
+    sys.exit(entry_point(main, parse(sys.argv[1:]), is_job=True))

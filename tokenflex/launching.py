@@ -24,24 +24,24 @@ class Say:
     """`say(text)` prints on the main rank; entry points clear `is_main` on the others once they know their rank."""
 
     def __init__(self):
-        self.is_main = int(os.environ.get("RANK", "0")) == 0
+        self.is_main = int(_rank()) == 0
 
     def __call__(self, text):
         if self.is_main:
             print(text, flush=True)
 
 
-def entry_point(main, arguments):
+def entry_point(main, arguments, is_job=False):
     """Run `main(arguments, say)` and return the process' exit status.
 
     A `UserError` is printed as one line (once, by the main rank, as every rank meets it) with status 2; with
-    `arguments.debug` the traceback follows. SIGTERM and SIGUSR1 outside of the training loop, which handles them itself,
-    end the process at once with status 75: what is done is saved, the same command does the rest.
+    `arguments.debug` the traceback follows. In a job (`is_job`), SIGTERM and SIGUSR1 outside of the training loop, which
+    handles them itself, end the process at once with status 75: what is done is saved, the same command does the rest.
     """
     say = Say()
     status = 1
     try:
-        with _interruptible():
+        with _interruptible() if is_job else contextlib.nullcontext():
             status = main(arguments, say)
     except UserError as error:
         status = USER_ERROR
@@ -69,8 +69,7 @@ def leave_status(status):
     folder = os.environ.get(STATUS_DIR)
     if not folder:
         return
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    with contextlib.suppress(FileExistsError), open(Path(folder) / f"rank-{rank}", "x", encoding="utf-8") as file:
+    with contextlib.suppress(FileExistsError), open(Path(folder) / f"rank-{_rank()}", "x", encoding="utf-8") as file:
         file.write(f"{status}\n")
 
 
@@ -102,6 +101,11 @@ def _interruptible():
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _rank():
+    """This process' rank as text, before anything has joined the job."""
+    return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
 
 
 def _is_distributed():

@@ -5,8 +5,8 @@ import os
 import signal
 
 import pytest
-from slurm.cluster import Cluster, processes
 from conftest import ROOT, TINY
+from slurm.cluster import Cluster, processes
 
 SETTLED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY"}
 TIMING = ("seconds", "tokens_per_s")

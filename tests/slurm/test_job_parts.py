@@ -295,9 +295,9 @@ SLEEPER = """
 import sys, time
 from tokenflex.launching import entry_point
 def main(arguments, say):
-    say("ready")
+    print("ready", flush=True)
     time.sleep(60)
-sys.exit(entry_point(main, None))
+sys.exit(entry_point(main, None, is_job=True))
 """
 
 

@@ -46,6 +46,15 @@ def say(text):
     print(f"{time.strftime('%H:%M:%S')} [job] {text}", flush=True)
 
 
+INTO_LOG = (
+    *("bash", "-c"),
+    'printf -v log "%s/rank-%05d.log" "$1" "$SLURM_PROCID"; shift; exec "$@" >>"$log" 2>&1',
+    "rank",
+)
+"""Runs what follows with its output in the log of its rank under a folder. Not srun's --output: its patterns would give
+% and \\ in the folder's name a meaning."""
+
+
 class JobRun:
     """One start of one job, from the first check to the decision about the next."""
 
@@ -109,14 +118,8 @@ class JobRun:
         if self.site.interface:
             environment.update(GLOO_SOCKET_IFNAME=self.site.interface, NCCL_SOCKET_IFNAME=self.site.interface)
         mpi = self.site.mpi if self.kind == "index" else "none"
-        width = max(5, len(str(self.num_ranks)))
-        output = f"--output={_no_pattern(folder.absolute())}/rank-%{width}t.log"
-        command = [
-            *self._step(len(self.job.nodes), self.ranks_per_node, mpi),
-            output,
-            *self._python(self.script),
-            *arguments,
-        ]
+        step = self._step(len(self.job.nodes), self.ranks_per_node, mpi)
+        command = [*step, *INTO_LOG, str(folder.absolute()), *self._python(self.script), *arguments]
         with MergedLog(folder):
             self.srun = subprocess.Popen(command, env=environment)
             srun_status = self.srun.wait()
@@ -240,8 +243,9 @@ class JobRun:
 
     def _environment(self, **variables):
         environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-        if self.site.container:
-            environment["PYTHONPATH"] = str(ROOT)
+        # this checkout's code runs, whichever one the environment was made from
+        paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         return {**environment, **variables}
 
     def _forward(self, number, frame):
@@ -249,8 +253,3 @@ class JobRun:
         say(f"got {signal.Signals(number).name}; the ranks save and end")
         if number == signal.SIGUSR1 and self.srun is not None and self.srun.poll() is None:
             self.srun.send_signal(number)  # srun hands USR1 on to its tasks; twice does no harm
-
-
-def _no_pattern(path):
-    """A path as part of an srun file name pattern, in which % is special."""
-    return str(path).replace("%", "%%")
