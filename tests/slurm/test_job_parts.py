@@ -330,18 +330,31 @@ def test_a_rank_leaves_its_status(tmp_path, body, status):
 
 
 @pytest.mark.parametrize("recipe", ["pretrain", "enhance", "finetune"])
-def test_recipes_of_real_models_load_strictly_and_check_says_where_they_live(recipe, tmp_path):
-    path = ROOT / "configs" / f"{recipe}.yaml"
-    config = load_config(path)
+def test_recipes_of_real_models_load_strictly(recipe):
+    config = load_config(ROOT / "configs" / f"{recipe}.yaml")
     assert config.name == recipe and config.budget.num_visual_tokens == (64, 144, 256)
-    command = [sys.executable, ROOT / "launch" / "train.py", "--check", "--config", path, f"output_dir={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    assert sum((config.model.image_size[0] // 14, config.model.image_size[1] // 14)) == 54
+    trained = {part for part in ("vision", "projector", "text") if getattr(config.optimizer, part).train}
+    assert (
+        trained
+        == {
+            "pretrain": {"projector"},
+            "enhance": {"vision", "projector"},
+            "finetune": {"vision", "projector", "text"},
+        }[recipe]
+    )
+
+
+def test_check_says_where_a_run_lives(tmp_path):
+    command = [sys.executable, ROOT / "launch" / "train.py", "--check", "--config", ROOT / "configs" / "pretrain.yaml"]
+    done = subprocess.run([*command, f"output_dir={tmp_path}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     from tokenflex.train.run import run_folder
 
-    folder = run_folder(load_config(path, [f"output_dir={tmp_path}"]))
+    folder = run_folder(load_config(command[-1], [f"output_dir={tmp_path}"]))
     described = json.loads(done.stdout)
     assert (described["folder"], described["checkpoints"]) == (str(folder.root), str(folder.checkpoints))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("variables, part", [
@@ -367,6 +380,14 @@ def test_ranks_in_a_container_start_through_it(tmp_path):
     assert not any("container" in option for option in apptainer._step(2, 4, "none"))
     assert apptainer._python("a.py")[:3] == ["apptainer", "exec", "--nv"]
     assert apptainer._python("a.py")[-3:] == ["/i/x.sif", "python3", "a.py"]
+
+
+def test_a_host_without_any_package_can_drive_a_job(tmp_path):
+    """Outside of a container there is nothing but Python: no site-packages on the path, and the job's half still works."""
+    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; import tokenflex.slurm.job, tokenflex.slurm.preflight; print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "'torch'" not in done.stdout and "'tokenflex.slurm.job'" in done.stdout
 
 
 # the shell

@@ -23,6 +23,9 @@ from .site import array_is_one_at_a_time, job_state, read_job, read_site
 ROOT = Path(__file__).resolve().parent.parent.parent
 KINDS = ("train", "evaluate", "index")
 PREFLIGHT_TIMEOUT_S = 90
+NODE_ANSWER_S = 60
+NODE_FAILURE_S = 900
+"""How long SLURM gets to notice that a node is gone: its SlurmdTimeout is 300 s by default."""
 NUM_LINES_SHOWN = 15
 LAUNCHER_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
@@ -132,7 +135,8 @@ class JobRun:
             return "done"
         if status != REQUEUE:
             self._show_culprit(first, folder)
-            return "failed: not requeued"
+            silent = self._silent_nodes(folder)
+            return self._wait_for_slurm(silent) if silent else "failed: not requeued"
         state = job_state(self.job.id)
         if state != "RUNNING":  # cancelled, or being requeued by SLURM itself: not ours to decide
             return f"stopped: SLURM says {state or 'nothing'} of the job"
@@ -152,6 +156,31 @@ class JobRun:
         for line in log.read_text(errors="replace").splitlines()[-NUM_LINES_SHOWN:] if log else []:
             say(f"    {line}")
         return None
+
+    def _silent_nodes(self, folder):
+        """Nodes that no longer start a task, of those on which a rank ended without a word."""
+        if len(list((folder / "status").glob("rank-*"))) == self.num_ranks:
+            return []
+        step = self._step(len(self.job.nodes), 1, "none", kills=False)
+        command = [*step, "--overlap", "bash", "-c", 'echo "$SLURMD_NODENAME"']
+        try:
+            answers = subprocess.run(
+                command, stdout=subprocess.PIPE, timeout=NODE_ANSWER_S, env=self._environment()
+            ).stdout
+        except subprocess.TimeoutExpired as late:
+            answers = late.stdout or b""
+        return [node for node in self.job.nodes if node not in answers.decode().split()]
+
+    def _wait_for_slurm(self, silent):
+        """The decision when nodes died: SLURM's, which notices by itself (SlurmdTimeout) and starts the job without them."""
+        say(f"{', '.join(silent)} does not answer: waiting for SLURM to start this job on other nodes")
+        deadline = time.monotonic() + NODE_FAILURE_S
+        while time.monotonic() < deadline:
+            state = job_state(self.job.id)
+            if state != "RUNNING":
+                return f"stopped: SLURM says {state or 'nothing'} of the job"
+            time.sleep(2)
+        return "requeue"
 
     def _requeue(self):
         done = subprocess.run(["scontrol", "requeue", self.job.id], capture_output=True, text=True)
