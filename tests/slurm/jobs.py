@@ -50,7 +50,7 @@ class Submitted:
     def __init__(self, cluster, site, folder, cache_dir, script="pretrain"):
         self.cluster, self.folder, self.script = cluster, folder, script
         self.environment = {"TOKENFLEX_ROOT": str(ROOT), "TOKENFLEX_SITE": str(site)}
-        self.arguments = ["--config", TINY, f"output_dir={folder}", f"data.cache_dir={cache_dir}"]
+        self.arguments = ["--config", TINY, f"output_dir={json.dumps(str(folder))}", f"data.cache_dir={cache_dir}"]
         self.run = folder / "tiny"
         self.id = None
 
