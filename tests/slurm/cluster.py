@@ -147,15 +147,15 @@ class Cluster:
         text = self.run("scontrol", "show", "job", "--oneliner", job_id)
         return dict(field.partition("=")[::2] for field in text.split() if "=" in field)
 
-    def wait(self, condition, timeout_s=240, what=""):
-        """Wait until `condition()` holds; returns its value."""
+    def wait(self, condition, timeout_s=240, what="", interval_s=0.5):
+        """Wait until `condition()` holds; returns its value. What asks SLURM costs processes: look seldom."""
         deadline = time.monotonic() + timeout_s
         while not (value := condition()):
             if time.monotonic() > deadline:
                 raise TimeoutError(
                     f"waited {timeout_s} s for {what or 'the cluster'}\n{self.run('squeue', check=False)}"
                 )
-            time.sleep(0.1)
+            time.sleep(interval_s)
         return value
 
     def _daemon(self, *command):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import pytest
 from conftest import ROOT, TINY
@@ -87,17 +88,22 @@ class Submitted:
     def wait_for_end(self):
         """Wait until SLURM has done with the job; returns its state."""
         return self.cluster.wait(
-            lambda: (state := self.state()) in SETTLED and state, timeout_s=600, what=f"job {self.id}\n{self.output()}"
+            lambda: (state := self.state()) in SETTLED and state,
+            timeout_s=900,
+            what=f"job {self.id}\n{self.output()}",
+            interval_s=2,
         )
 
     def _wait(self, condition, what):
-        def is_so():
-            if condition():
-                return True
-            assert self.state() not in SETTLED, f"{self.state()} before {what}\n{self.output()}"
-            return False
-
-        self.cluster.wait(is_so, timeout_s=400, what=f"{what} of job {self.id}")
+        deadline = time.monotonic() + 600
+        while not condition():
+            for _ in range(20):  # files are looked at often, SLURM is asked seldom
+                time.sleep(0.1)
+                if condition():
+                    return
+            state = self.state()
+            assert state not in SETTLED, f"{state} before {what}\n{self.output()}"
+            assert time.monotonic() < deadline, f"waited too long for {what}\n{self.output()}"
 
     def rank_pid(self, rank):
         """Process of a rank of the job (its oldest, not a worker)."""

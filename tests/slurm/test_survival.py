@@ -116,9 +116,9 @@ def unfinished(checkpoints):
 def test_scontrol_requeue(job, cluster, uninterrupted):
     """SLURM ends the job with TERM and starts it again itself: the job must not ask for a second requeue."""
     job.submit(*RECIPE)
-    stop_each_start(job, lambda: cluster.run("scontrol", "requeue", job.id))
-    assert_identical(job, uninterrupted, 4)
-    assert cluster.job(job.id)["Restarts"] == "3"
+    stop_each_start(job, lambda: cluster.run("scontrol", "requeue", job.id), STOPS[:2])
+    assert_identical(job, uninterrupted, 3)
+    assert cluster.job(job.id)["Restarts"] == "2"
     saved = [start["step_before"] for start in job.starts()]
     assert all(after >= step for step, after in zip(STOPS, saved[1:])), saved  # saved when stopped, not just every 5
 
@@ -137,22 +137,22 @@ def test_preemption_by_a_partition_of_higher_priority(job, cluster, uninterrupte
         cluster.wait(lambda: cluster.job(other)["JobState"] == "COMPLETED", what="the urgent job")  # fmt: skip
 
     job.submit(*RECIPE)
-    stop_each_start(job, preempt, STOPS[:2])
-    assert_identical(job, uninterrupted, 3)
-    assert [start["step_before"] > 0 for start in job.starts()] == [False, True, True]
+    stop_each_start(job, preempt, STOPS[:1])
+    assert_identical(job, uninterrupted, 2)
+    assert job.starts()[1]["step_before"] >= STOPS[0]
 
 
 def test_the_time_limit(job, uninterrupted):
     """SLURM's own signal before the limit of a minute, until the job is through."""
     job.submit(*LONG_RECIPE, options=["--time=1", "--signal=USR1@15"], TOKENFLEX_MAX_STARTS_WITHOUT_PROGRESS="5")
-    job.wait_for_start(2)
+    job.wait_for_start(1)
     assert job.wait_for_end() == "COMPLETED", job.output()
     assert_identical(job, uninterrupted, len(job.starts()), MANY_STEPS)
     assert set(decisions(job)[:-1]) == {"requeue"}
 
 
 def test_scancel_ends_the_job_for_good_and_a_new_one_goes_on(job, cluster, uninterrupted):
-    for step in STOPS:
+    for step in STOPS[:2]:
         job.submit(*RECIPE)
         job.wait_for_step(step)
         cluster.run("scancel", job.id)
@@ -162,7 +162,7 @@ def test_scancel_ends_the_job_for_good_and_a_new_one_goes_on(job, cluster, unint
         assert job.state() == "CANCELLED"
     job.submit(*RECIPE)
     assert_identical(job, uninterrupted, 1)
-    assert job.starts()[0]["step_before"] >= STOPS[-1]
+    assert job.starts()[0]["step_before"] >= STOPS[1]
 
 
 def test_a_slurmd_that_dies_and_comes_back_costs_nothing(job, cluster, uninterrupted):

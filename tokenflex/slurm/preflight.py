@@ -101,7 +101,8 @@ def problems(folder, nodes, num_gpus):
         for name, version in sorted(common.items()):
             if report["versions"].get(name) != version:
                 found.append((node, f"has {name} {report['versions'].get(name)}, the others have {version}"))
-    return found + _network_problems(reports, nodes[0])
+    found += _network_problems(reports, nodes[0])
+    return sorted(found, key=lambda item: list(nodes).index(item[0]))
 
 
 def _network_problems(reports, first):
