@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY
@@ -105,17 +106,27 @@ class Submitted:
             assert state not in SETTLED, f"{state} before {what}\n{self.output()}"
             assert time.monotonic() < deadline, f"waited too long for {what}\n{self.output()}"
 
+    def ranks(self):
+        """{rank: pid} of the ranks that run (not the batch script nor srun, which carry their variables; not workers)."""
+        found = {}
+        for pid, environment in processes():
+            is_task = "SLURM_STEP_NODELIST" in environment and "TOKENFLEX_STATUS_DIR" in environment
+            if is_task and environment.get("SLURM_JOB_ID") == self.id:
+                rank = int(environment["SLURM_PROCID"])
+                found[rank] = min(pid, found.get(rank, pid))
+        return found
+
     def rank_pid(self, rank):
-        """Process of a rank of the job (its oldest, not a worker)."""
-        found = [
-            pid
-            for pid, environment in processes()
-            if environment.get("SLURM_JOB_ID") == self.id and environment.get("SLURM_PROCID") == str(rank)
-        ]
-        return min(found)
+        return self.ranks()[rank]
 
     def signal_rank(self, rank, number=signal.SIGUSR1):
         os.kill(self.rank_pid(rank), number)
+
+    def has_pending(self, rank, number):
+        """Whether a signal waits for a rank that is stopped."""
+        text = Path(f"/proc/{self.rank_pid(rank)}/status").read_text()
+        masks = [int(line.split()[1], 16) for line in text.splitlines() if line.startswith(("SigPnd", "ShdPnd"))]
+        return any(mask >> (number - 1) & 1 for mask in masks)
 
     def starts(self):
         """The job's own record of its starts."""

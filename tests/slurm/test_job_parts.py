@@ -95,7 +95,7 @@ def job_run(tmp_path, *arguments, max_starts=3):
     site = read_site(
         {"TOKENFLEX_GPUS_PER_NODE": "0", "TOKENFLEX_MAX_STARTS_WITHOUT_PROGRESS": str(max_starts)}, sys.executable
     )
-    job = Job(id="7", key="7", array_task="", nodes=("a", "b"), cpus_per_node=1, folder=str(tmp_path))
+    job = Job(id="7", key="7", array_task="", num_restarts=0, nodes=("a", "b"), cpus_per_node=1, folder=str(tmp_path))
     run = JobRun(site, job, "train", arguments)
     run.checkpoints = tmp_path / "checkpoints"
     return run
@@ -370,7 +370,7 @@ def test_a_wrong_site_value_is_named(variables, part):
 def test_ranks_in_a_container_start_through_it(tmp_path):
     """What srun is asked for; no container runs here."""
     base = {"TOKENFLEX_GPUS_PER_NODE": "4", "TOKENFLEX_CONTAINER_MOUNTS": "/data,/scratch"}
-    job = Job(id="7", key="7", array_task="", nodes=("a", "b"), cpus_per_node=64, folder="/home/me")
+    job = Job(id="7", key="7", array_task="", num_restarts=0, nodes=("a", "b"), cpus_per_node=64, folder="/home/me")
     pyxis = JobRun(read_site({**base, "TOKENFLEX_CONTAINER": "/i/x.sqsh"}, "py"), job, "train", [])
     step = pyxis._step(2, 4, "none")
     assert "--container-image=/i/x.sqsh" in step and f"--container-mounts={ROOT}:{ROOT},/data,/scratch" in step

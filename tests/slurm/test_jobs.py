@@ -124,7 +124,7 @@ def test_a_job_that_never_saves_is_not_requeued_for_ever(job, cluster):
     job.submit("train.num_steps=500", TOKENFLEX_MAX_STARTS_WITHOUT_PROGRESS="2")
     for number in range(2):
         job.wait_for_start(number)
-        cluster.wait(lambda: len(cluster_ranks(job)) == 2, what="two ranks")
+        cluster.wait(lambda: len(job.ranks()) == 2, what="two ranks")
         time.sleep(0.5)
         cluster.run("scancel", "--signal=USR1", job.id)
         if not number:
@@ -135,18 +135,6 @@ def test_a_job_that_never_saves_is_not_requeued_for_ever(job, cluster):
         "failed: no newer checkpoint after several starts",
     ]
     assert not (job.run / "checkpoints").exists()
-
-
-def cluster_ranks(job):
-    from slurm.cluster import processes
-
-    return [
-        pid
-        for pid, environment in processes()
-        if environment.get("SLURM_JOB_ID") == job.id
-        and "TOKENFLEX_STATUS_DIR" in environment
-        and "SLURM_PROCID" in environment
-    ]
 
 
 def test_an_array_is_a_chain(job, cluster):

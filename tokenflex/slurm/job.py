@@ -100,6 +100,10 @@ class JobRun:
         """What launch/KIND.py says of the run it was asked for, by its --check: folders, or its own one-line error."""
         command = [*self._step(1, 1, "none"), *self._python(self.script), "--check", *self.arguments]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=self._environment())
+        if outcome(done.returncode, None) == REQUEUE:  # a stop came already now
+            if self.job.num_restarts < self.site.max_starts_without_progress and job_state(self.job.id) == "RUNNING":
+                self._requeue()
+            raise SystemExit(REQUEUE)
         if done.returncode:
             raise SystemExit(done.returncode if done.returncode == USER_ERROR else 1)
         return json.loads(done.stdout.splitlines()[-1])

@@ -30,6 +30,7 @@ class Job:
     id: str
     key: str
     array_task: str
+    num_restarts: int
     nodes: tuple[str, ...]
     cpus_per_node: int
     folder: str
@@ -80,6 +81,7 @@ def read_job(environment):
         id=environment["SLURM_JOB_ID"],
         key=environment.get("SLURM_ARRAY_JOB_ID") or environment["SLURM_JOB_ID"],
         array_task=environment.get("SLURM_ARRAY_TASK_ID", ""),
+        num_restarts=_number(environment, "SLURM_RESTART_COUNT", 0, least=0),
         nodes=tuple(names),
         cpus_per_node=_cpus(environment),
         folder=os.getcwd(),
