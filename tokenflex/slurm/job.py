@@ -139,11 +139,12 @@ class JobRun:
             return "done"
         if status != REQUEUE:
             self._show_culprit(first, folder)
-            silent = self._silent_nodes(folder)
-            return self._wait_for_slurm(silent) if silent else "failed: not requeued"
         state = job_state(self.job.id)
         if state != "RUNNING":  # cancelled, or being requeued by SLURM itself: not ours to decide
             return f"stopped: SLURM says {state or 'nothing'} of the job"
+        if status != REQUEUE:
+            silent = self._silent_nodes(folder)
+            return self._wait_for_slurm(silent) if silent else "failed: not requeued"
         if self.job.is_array:
             return "stopped: the next task of the array goes on"
         if starts.num_without_progress(newest_step(self.checkpoints)[0]) >= self.site.max_starts_without_progress:
