@@ -23,6 +23,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "triton", "numpy", "safetensor
 MAX_CLOCK_OFFSET_S = 2.0
 MIN_FREE_BYTES = 1 << 30
 NUM_NEIGHBOURS = 2
+LINGER_S = 5.0
 PORTS = range(15000, 30000)
 """Below the range that Linux hands out by itself, so that a free port stays free until rank 0 takes it."""
 
@@ -48,10 +49,10 @@ def main(argv):
     folder, deadline = Path(arguments.folder), time.monotonic() + arguments.timeout_s
     with Doorbell(report["address"], arguments.node) as doorbell:
         write_json(folder / f"hello-{arguments.node}.json", {"address": report["address"], "port": doorbell.port})
-        for peer in peers_of(arguments.node, arguments.nodes):
-            report["peers"][peer] = ring(folder / f"hello-{peer}.json", peer, deadline)
+        report["peers"] = ring_all(folder, peers_of(arguments.node, arguments.nodes), deadline)
         write_json(folder / f"report-{arguments.node}.json", report)
-        while time.monotonic() < deadline and missing(folder, "report", arguments.nodes):
+        # one that waited for a node that never came rings the others at its deadline: they must still be there
+        while time.monotonic() < deadline + LINGER_S and missing(folder, "report", arguments.nodes):
             time.sleep(0.1)
     return 0
 
@@ -162,13 +163,21 @@ class Doorbell:
                     return
 
 
-def ring(hello, peer, deadline):
-    """Call a peer whose address is in its hello file: {"error": text or "", "offset_s": this clock minus the peer's}."""
-    while not hello.is_file():
-        if time.monotonic() > deadline:
-            return {"error": f"no sign of it in {hello.parent}", "offset_s": 0.0}
+def ring_all(folder, peers, deadline):
+    """{peer: what `ring` says}, each called as soon as it is there; one that never comes holds up no other."""
+    answers = {}
+    while len(answers) < len(peers) and time.monotonic() < deadline:
+        for peer in peers:
+            hello = folder / f"hello-{peer}.json"
+            if peer not in answers and hello.is_file():
+                answers[peer] = ring(json.loads(hello.read_text()), peer)
         time.sleep(0.05)
-    place = json.loads(hello.read_text())
+    silent = {"error": f"no sign of it in {folder}", "offset_s": 0.0}
+    return {peer: answers.get(peer, silent) for peer in peers}
+
+
+def ring(place, peer):
+    """Call a peer at {"address", "port"}: {"error": text or "", "offset_s": this clock minus the peer's}."""
     try:
         before = time.time()
         with socket.create_connection((place["address"], place["port"]), timeout=10) as call:
