@@ -139,14 +139,14 @@ def test_a_job_that_never_saves_is_not_requeued_for_ever(job, cluster):
 
 def test_an_array_is_a_chain(job, cluster):
     """Each task goes on from the last; when the run is done the others have nothing to do."""
-    job.submit("train.num_steps=6", options=["--array=1-4%1"])
+    job.submit("train.num_steps=30", options=["--array=1-4%1"])
     array, chain = job.id, job.run / "slurm" / job.id
     cluster.wait(lambda: job.metrics() and job.metrics()[-1]["step"] >= 2, timeout_s=300)
     cluster.run("scancel", "--signal=USR1", f"{array}_1")
     cluster.wait(lambda: not cluster.run("squeue", "-h"), timeout_s=300)
     starts = json.loads((chain / "starts.json").read_text())
     assert [start["decision"] for start in starts] == ["stopped: the next task of the array goes on", "done"]
-    assert len(job.metrics()) == 6
+    assert len(job.metrics()) == 30
     outputs = "".join(path.read_text() for path in job.folder.glob("*.out"))
     assert outputs.count("nothing to do, start 1 was the last (done)") == 2
 
@@ -162,14 +162,14 @@ def test_fresh_begins_anew_once(job, cluster):
     job.submit(*SHORT)
     assert ended(job) == ("COMPLETED", 0), job.output()
     before = os.stat(job.run / "config.yaml").st_mtime_ns
-    job.submit("--fresh", "train.num_steps=9")
+    job.submit("--fresh", "train.num_steps=20")
     cluster.wait(lambda: os.stat(job.run / "config.yaml").st_mtime_ns > before)
     job.wait_for_step(4)
     cluster.run("scancel", "--signal=USR1", job.id)
     assert ended(job) == ("COMPLETED", 0), job.output()
     assert "--fresh was done by start 0: going on from step" in job.output()
-    assert [line["step"] for line in job.metrics()] == list(range(1, 10))
-    assert job.output().count("step 1/9") == 1
+    assert [line["step"] for line in job.metrics()] == list(range(1, 21))
+    assert job.output().count("step 1/20") == 1
 
 
 def test_index_train_evaluate_finetune(job, cluster, site, cache_dir, tmp_path):
