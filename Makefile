@@ -9,13 +9,18 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: train test test-quickstart test-reliability bench-decode gpu bench lint clean
+.PHONY: train test test-slurm test-quickstart test-reliability bench-decode gpu bench lint clean
 
 train: $(VENV)/installed
 	deepspeed launch/train.py --ds_config configs/zero3.json $(ARGS)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not gpu and not multi_gpu and not slurm and not slow" $(ARGS)
+
+# a real SLURM of four nodes on this machine: installs Debian's packages where they are missing (needs root)
+test-slurm: $(VENV)/installed
+	tests/slurm/install.sh
+	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 test-quickstart: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow tests/test_quickstart.py $(ARGS)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from tokenflex.config import load_config
-from tokenflex.launching import entry_point
+from tokenflex.launching import add_check, entry_point, print_check
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
@@ -23,11 +23,15 @@ def parse(argv):
     )
     parser.add_argument("--config", default=str(QUICKSTART), help="recipe in YAML (default: the quick start)")
     parser.add_argument("--rebuild", action="store_true", help="build again even if an index is there")
+    add_check(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_intermixed_args(argv)
 
 
 def main(arguments, say):
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.check:
+        return print_check(config)
     from mpi4py import MPI
 
     from tokenflex.data import (
@@ -42,7 +46,6 @@ def main(arguments, say):
 
     mpi = MPI.COMM_WORLD
     say.is_main = mpi.rank == 0
-    config = load_config(arguments.config, arguments.overrides)
     if mpi.rank == 0:
         with_embedded_encoder(config, say)
     mpi.Barrier()
@@ -70,4 +73,4 @@ def main(arguments, say):
 
 
 if __name__ == "__main__":
-    sys.exit(entry_point(main, parse(sys.argv[1:])))
+    sys.exit(entry_point(main, parse(sys.argv[1:]), is_job=True))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenflex.config import describe, load_config
 from tokenflex.exit_codes import DONE, REQUEUE
-from tokenflex.launching import entry_point
+from tokenflex.launching import add_check, entry_point, print_check
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
@@ -36,6 +36,7 @@ def parse(argv):
         "--fresh", action="store_true", help="begin anew, removing the run's checkpoints; default is to resume"
     )
     parser.add_argument("--local_rank", type=int, help="set by launchers; the environment is what counts")
+    add_check(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_intermixed_args(argv)
 
@@ -43,12 +44,14 @@ def parse(argv):
 def main(arguments, say):
     from tokenflex import parallel
 
+    config = load_config(arguments.config, arguments.overrides)
+    ds_config = parallel.load_ds_config(arguments.ds_config)
+    if arguments.check:
+        return print_check(config)
     parallel.quiet_libraries()
     from tokenflex.evaluate import evaluate_run
     from tokenflex.train.run import run_folder, run_training
 
-    config = load_config(arguments.config, arguments.overrides)
-    ds_config = parallel.load_ds_config(arguments.ds_config)
     launch = parallel.join()
     say.is_main = launch.rank == 0
     if not run_training(config, ds_config, launch, arguments.fresh, say):
@@ -60,4 +63,4 @@ def main(arguments, say):
 
 
 if __name__ == "__main__":
-    sys.exit(entry_point(main, parse(sys.argv[1:])))
+    sys.exit(entry_point(main, parse(sys.argv[1:]), is_job=True))

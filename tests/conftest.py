@@ -17,6 +17,8 @@ from tokenflex.config import load_config
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.yaml"
 
+pytest_plugins = ["slurm.jobs"]  # fixtures of tests/slurm; a second file named conftest would hide this one
+
 torch.set_num_threads(1)  # the suite shares two cores with the ranks that it starts
 
 

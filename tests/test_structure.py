@@ -12,7 +12,7 @@ LEVELS = [
     {"budget", "config"},
     {"data", "model", "parallel", "checkpoint"},
     {"train", "evaluate", "infer", "export"},
-    {"cli", "cli_data", "launching"},
+    {"cli", "cli_data", "launching", "slurm"},
 ]
 SIDEWAYS = {
     ("train", "export"),

@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import ROOT, TINY, run_ranks, train_ranks
 
-from tokenflex import exit_codes
+from tokenflex.exit_codes import REQUEUE
 
 
 def metrics(output_dir, name="tiny"):
@@ -75,7 +75,7 @@ def test_interrupt_saves_and_the_same_command_continues_the_curve(one_rank, tmp_
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == exit_codes.REQUEUE, output
+    assert process.returncode == REQUEUE, output
     assert "the same command goes on from there" in output
     num_before = len(metrics(tmp_path))
     assert 2 <= num_before < 6

@@ -166,8 +166,10 @@ def batch_loader(dataset, plans, num_workers, pin_memory):
 
 
 def _quiet_worker(worker_id):
-    """Ctrl-C and a job's warning are for the trainer, which saves and then ends its workers by SIGTERM; one thread each."""
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    """Stop signals are for the trainer, which saves and then ends its workers; one thread each.
+
+    SLURM sends them to every process of a rank, and torch takes a worker's death for an error.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)

@@ -12,12 +12,14 @@ from .engine import (
 from .environment import Launch, join
 from .heart import Heart
 from .ranks import Ranks
+from .world import check_world
 
 __all__ = [
     "Engine",
     "Heart",
     "Launch",
     "Ranks",
+    "check_world",
     "join",
     "load_ds_config",
     "quiet_libraries",

@@ -58,8 +58,7 @@ def discover(environment):
     elif get("PMI_SIZE") is not None and get("SLURM_PROCID") is None:
         launcher, names = "mpi", ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
     elif get("SLURM_PROCID") is not None and int(get("SLURM_NTASKS", "1")) > 1:
-        launcher, names = "slurm", ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
-        address = address or first_host(get("SLURM_STEP_NODELIST") or get("SLURM_NODELIST") or "")
+        return _discover_slurm(get, address or first_host(get("SLURM_STEP_NODELIST") or get("SLURM_NODELIST") or ""))
     else:
         return Launch(
             rank=0,
@@ -85,6 +84,40 @@ def discover(environment):
         rank=rank, num_ranks=num_ranks, local_rank=local_rank, local_num_ranks=local_num_ranks,
         master_addr=address or "127.0.0.1", master_port=port, launcher=launcher,
     )  # fmt: skip
+
+
+def _discover_slurm(get, address):
+    """A task of `srun` is a rank; the step's own variables count, the job's may speak of other steps."""
+    rank, num_ranks = int(get("SLURM_PROCID")), int(get("SLURM_STEP_NUM_TASKS") or get("SLURM_NTASKS"))
+    tasks = get("SLURM_STEP_TASKS_PER_NODE") or get("SLURM_TASKS_PER_NODE") or get("SLURM_NTASKS_PER_NODE") or ""
+    per_node = tasks_per_node(tasks or str(num_ranks))
+    node = int(get("SLURM_NODEID") or 0)
+    job, step = int(get("SLURM_JOB_ID") or 0), int(get("SLURM_STEP_ID") or 0)
+    return Launch(
+        rank=rank,
+        num_ranks=num_ranks,
+        local_rank=int(get("SLURM_LOCALID") or 0),
+        local_num_ranks=per_node[node if node < len(per_node) else 0],
+        master_addr=address,
+        # jobs that share a node must not meet on one port; below the range that Linux hands out by itself
+        master_port=int(get("MASTER_PORT") or 15000 + (job * 7 + step) % 15000),
+        launcher="slurm",
+    )
+
+
+def tasks_per_node(text):
+    """SLURM's short form of tasks per node as a list: `4(x2),1` -> [4, 4, 1].
+
+    Raises:
+        UserError: it is no such form.
+    """
+    counts = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if not match:
+            raise UserError(f"SLURM tasks per node {text!r}: wanted numbers such as 8(x4),2; start ranks with srun")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
 
 
 def first_host(node_list):

@@ -16,7 +16,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Set by SIGINT, SIGTERM and SIGUSR1; looked at once per step, so a stop always falls between two steps."""
+    """Set by SIGINT, SIGTERM and SIGUSR1 (SLURM's warning before the time limit); looked at once per step, so a stop always
+    falls between two steps."""
 
     def __init__(self):
         self.is_set = False

@@ -79,6 +79,7 @@ def run_training(config, ds_config, launch, fresh=False, say=print):
     num_accumulated = num_micro_steps(config.data.packs_per_step, launch.num_ranks, config.data.packs_per_micro_batch)
     device = parallel.start_process_group(launch)
     ranks = parallel.Ranks(launch)
+    say(f"world     {parallel.check_world(launch, device)}")
     faults.enter(launch.rank)
     with StopRequest() as stop, _locked(folder, ranks), _watched(folder, config, launch, ranks) as heart:
         return _train_and_export(

@@ -1,0 +1,53 @@
+"""All ranks say where they are: what the job should be, and what it is, before anything costs time."""
+
+import os
+import socket
+
+import torch
+
+from ..errors import UserError
+
+NAME_BYTES = 256
+
+
+def check_world(launch, device, environment=os.environ):
+    """One line on the ranks of this job and their nodes, after every rank has checked it. Every rank must call it.
+
+    Under slurm/job.py the number of ranks and the nodes must be those of the job's allocation.
+
+    Raises:
+        UserError: the ranks are others than they should be.
+    """
+    own = environment.get("SLURMD_NODENAME") or socket.gethostname()
+    names = _gather_names(own, launch.num_ranks, device)
+    nodes = list(dict.fromkeys(names))
+    layout = ", ".join(f"{node}: {_ranks(names, node)}" for node in nodes)
+    text = f"{launch.num_ranks} ranks on {len(nodes)} nodes ({layout}), started by {launch.launcher}"
+    expected_ranks = int(environment.get("TOKENFLEX_EXPECTED_NUM_RANKS", launch.num_ranks))
+    expected_nodes = environment.get("TOKENFLEX_EXPECTED_NODES", "").split(",")
+    if len(names) != expected_ranks:
+        raise UserError(
+            f"this job is {text}; the allocation is for {expected_ranks} ranks: start it by slurm/pretrain.sh"
+        )
+    if expected_nodes != [""] and nodes != expected_nodes:
+        raise UserError(f"this job is {text}; the allocation's nodes are {', '.join(expected_nodes)}, in this order")
+    if names.count(own) != launch.local_num_ranks:
+        raise UserError(
+            f"this job is {text}; rank {launch.rank} on {own} was told that its node has {launch.local_num_ranks} ranks"
+        )
+    return text
+
+
+def _gather_names(own, num_ranks, device):
+    mine = torch.zeros(NAME_BYTES, dtype=torch.uint8)
+    data = own.encode()[:NAME_BYTES]
+    mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    gathered = [torch.empty(NAME_BYTES, dtype=torch.uint8, device=device) for _ in range(num_ranks)]
+    torch.distributed.all_gather(gathered, mine.to(device))
+    return [bytes(name.cpu().tolist()).rstrip(b"\0").decode() for name in gathered]
+
+
+def _ranks(names, node):
+    ranks = [rank for rank, name in enumerate(names) if name == node]
+    is_block = ranks == list(range(ranks[0], ranks[-1] + 1)) and len(ranks) > 1
+    return f"{ranks[0]}-{ranks[-1]}" if is_block else " ".join(map(str, ranks))
