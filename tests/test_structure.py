@@ -11,9 +11,16 @@ LEVELS = [
     {"budget", "config"},
     {"data", "model", "parallel", "checkpoint"},
     {"train", "evaluate", "infer", "export"},
-    {"cli", "launching"},
+    {"cli", "cli_plan", "launching"},
 ]
-SIDEWAYS = {("train", "export"), ("evaluate", "export"), ("infer", "export"), ("cli", "infer"), ("cli", "launching")}
+SIDEWAYS = {
+    ("train", "export"),
+    ("evaluate", "export"),
+    ("infer", "export"),
+    ("cli", "infer"),
+    ("cli", "launching"),
+    ("cli", "cli_plan"),
+}
 """Rooms that may look into a neighbour of the same level."""
 
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from .cli_plan import add_plan_command
 from .launching import entry_point
 
 
@@ -32,6 +33,7 @@ def parser():
     )
     generate.add_argument("--debug", action="store_true", help="show the traceback of an error")
     generate.set_defaults(run=_generate)
+    add_plan_command(commands)
     return top
 
 

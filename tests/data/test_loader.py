@@ -54,12 +54,13 @@ def test_order_and_content_do_not_depend_on_workers(dataset, index, tiny_config)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_error_in_a_worker_is_the_same_one_line(dataset, num_workers):
-    dataset.index.shards[0].rename(dataset.index.shards[0].with_suffix(".gone"))
+def test_an_error_in_a_worker_is_the_same_one_line(index, processor, num_workers):
+    shard = index.shards[0]
+    shard.rename(shard.with_suffix(".gone"))
     try:
         plans = [MicroBatchPlan(Position(), True, np.array([0]), np.array([4]), 1.0)]
         with pytest.raises(UserError, match="restore it or index again") as error:
-            list(batch_loader(PackDataset(dataset.index, dataset.processor, "sqrt", 4), plans, num_workers, False))
+            list(batch_loader(PackDataset(index, processor, "sqrt", 4), plans, num_workers, False))
         assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
     finally:
-        dataset.index.shards[0].with_suffix(".gone").rename(dataset.index.shards[0])
+        shard.with_suffix(".gone").rename(shard)

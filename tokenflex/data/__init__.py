@@ -1,26 +1,24 @@
-"""Shards, index, plan, packs: everything between files on disk and the tensors of a micro-step."""
+"""Shards, index, plan, packs: everything between files on disk and the tensors of a micro-step.
 
-from .embedded import embedded_corpus
-from .index import Index, build_index, index_folder, load_index, load_or_build_index
-from .loader import PackDataset, batch_loader
-from .plan import Planner, Position
-from .sample import Sample, decode_image, parse_sample
-from .shards import find_shards, walk_shard
+Names are looked up at first use: planning alone needs numpy and some 30 MB, and must not wait for torch.
+"""
 
-__all__ = [
-    "Index",
-    "PackDataset",
-    "Planner",
-    "Position",
-    "Sample",
-    "batch_loader",
-    "build_index",
-    "decode_image",
-    "embedded_corpus",
-    "find_shards",
-    "index_folder",
-    "load_index",
-    "load_or_build_index",
-    "parse_sample",
-    "walk_shard",
-]
+from importlib import import_module
+
+_HOMES = {
+    "embedded": ("embedded_corpus",),
+    "index": ("Index", "build_index", "index_folder", "load_index", "load_or_build_index"),
+    "loader": ("PackDataset", "batch_loader"),
+    "plan": ("Planner", "Position"),
+    "sample": ("Sample", "decode_image", "parse_sample"),
+    "shards": ("find_shards", "walk_shard"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name):
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME_OF[name]}", __name__), name)

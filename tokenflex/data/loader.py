@@ -9,20 +9,27 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
 from .collate import collate
-from .plan import Position
-from .sample import parse_sample
+from .plan import Mixture, Position, Source
+from .remote import local_file
+from .sample import first_messages, parse_sample
 from .shards import read_sample
 
 
 @dataclass(frozen=True)
 class MicroBatchPlan:
-    """What one rank does in one micro-step: sample ids, their visual-token counts, and where this stands in the run."""
+    """What one rank does in one micro-step: sample ids, their visual-token counts, and where this stands in the run.
+
+    position: of its step. next_position: where a run goes on after the step. num_messages [S]: how much of each conversation
+    is used; 0 is all of it.
+    """
 
     position: Position
     is_last: bool
     sample_ids: np.ndarray
     counts: np.ndarray
     total_weight: float
+    next_position: Position = Position()
+    num_messages: np.ndarray | None = None
 
 
 def micro_batches(steps, rank, num_ranks, packs_per_micro_batch):
@@ -43,6 +50,8 @@ def micro_batches(steps, rank, num_ranks, packs_per_micro_batch):
                 sample_ids=np.concatenate([pack.sample_ids for pack in packs]),
                 counts=np.concatenate([pack.counts for pack in packs]),
                 total_weight=step.total_weight,
+                next_position=step.next_position,
+                num_messages=np.concatenate([pack.num_messages for pack in packs]),
             )
 
 
@@ -77,17 +86,18 @@ class PackDataset(Dataset):
     MAX_OPEN_SHARDS = 16
 
     def __init__(self, index, processor, loss_weighting, blank_count):
-        self.index = index
+        self.mixture = index if isinstance(index, Mixture) else Mixture([Source(index=index)])
         self.processor = processor
         self.loss_weighting = loss_weighting
         self.blank_count = blank_count
         self._files = {}
 
-    def sample(self, sample_id):
-        """One parsed sample by id."""
-        shard = self.index.shard_of(sample_id)
-        place = int(self.index.offset[sample_id]), int(self.index.num_bytes[sample_id])
-        return parse_sample(read_sample(self._open(shard), *place, where=shard), where=shard)
+    def sample(self, sample_id, num_messages=0):
+        """One parsed sample by id; with `num_messages` the conversation ends after so many."""
+        source, own = self.mixture.locate(sample_id)
+        shard, offset, num_bytes = source.index.place(own)
+        sample = parse_sample(read_sample(self._open(shard), offset, num_bytes, where=shard), where=shard)
+        return first_messages(sample, int(num_messages)) if num_messages else sample
 
     def __getitem__(self, plan):
         try:
@@ -102,27 +112,36 @@ class PackDataset(Dataset):
             UserError: a sample that cannot be read, or whose length is not the one in the index.
         """
         ids = plan.sample_ids
-        samples = [self.sample(sample_id) for sample_id in ids]
+        num_messages = np.zeros(len(ids), np.int64) if plan.num_messages is None else plan.num_messages
+        samples = [self.sample(*item) for item in zip(ids, num_messages)]
         batch = collate(
             samples, plan.counts, ids, self.processor, self.loss_weighting, plan.total_weight, self.blank_count
         )
         if len(ids):
-            planned = self.index.text_tokens[ids] + self.index.num_images[ids].astype(np.int64) * plan.counts
+            planned = self._planned_tokens(ids, plan.counts, num_messages)
             wrong = np.flatnonzero(planned != batch.cu_seq_lens.diff().numpy())
             if len(wrong):
                 first = samples[wrong[0]]
                 raise UserError(
-                    f"{self.index.shard_of(ids[wrong[0]])}, sample {first.key}: has {int(batch.cu_seq_lens.diff()[wrong[0]])} tokens, "
+                    f"{self.mixture.shard_of(ids[wrong[0]])}, sample {first.key}: has {int(batch.cu_seq_lens.diff()[wrong[0]])} tokens, "
                     f"the index says {int(planned[wrong[0]])}; the shard has changed: index it again"
                 )
         return batch
+
+    def _planned_tokens(self, ids, counts, num_messages):
+        """Tokens of each sample by the index: [S] int64."""
+        text, _, tiles = self.mixture.columns(np.asarray(ids))
+        for place in np.flatnonzero(num_messages):
+            source, own = self.mixture.locate(ids[place])
+            text[place], tiles[place] = source.index.text_of_cut(own, num_messages[place])
+        return text + tiles * counts
 
     def _open(self, shard):
         if shard not in self._files:
             if len(self._files) >= self.MAX_OPEN_SHARDS:
                 self._files.pop(next(iter(self._files))).close()
             try:
-                self._files[shard] = open(shard, "rb")  # noqa: SIM115  kept open on purpose
+                self._files[shard] = open(local_file(shard), "rb")  # noqa: SIM115  kept open on purpose
             except OSError as error:
                 raise UserError(
                     f"{shard}: {error.strerror}; the shard was there when it was indexed: restore it or index again"

@@ -48,7 +48,7 @@ def train(engine, batches, normalise, peak_rates, config, progress, checkpoints,
             rates = [peak * rate_factor(progress["step"], settings.num_steps, config.optimizer) for peak in peak_rates]
             position = run_step(engine, batches, normalise, rates, interval)
             progress["step"] += 1
-            progress["position"] = {"epoch": position.epoch, "step": position.step + 1}
+            progress["position"] = position.as_dict()
             is_done = progress["step"] == settings.num_steps
             if progress["step"] % settings.log_every == 0 or is_done:
                 meter.log({"step": progress["step"], **interval.read(engine), "learning_rates": rates})
@@ -63,7 +63,7 @@ def train(engine, batches, normalise, peak_rates, config, progress, checkpoints,
 
 
 def run_step(engine, batches, normalise, rates, interval):
-    """All micro-steps of one optimizer step; returns its position in the data."""
+    """All micro-steps of one optimizer step; returns the position in the data after it."""
     while True:
         plan, batch = next(batches)
         batch = batch.to(engine.device)
@@ -73,7 +73,7 @@ def run_step(engine, batches, normalise, rates, interval):
         interval.add(loss.detach(), batch)
         if plan.is_last:
             interval.num_steps += 1
-            return plan.position
+            return plan.next_position
 
 
 class Interval:

@@ -18,11 +18,9 @@ from ..data import (
     Position,
     batch_loader,
     embedded_corpus,
-    find_shards,
-    index_folder,
-    load_or_build_index,
 )
 from ..data.loader import micro_batches, num_micro_steps
+from ..data.sources import locate_sources, open_mixture, uses_corpus
 from ..errors import UserError
 from ..export import export_model
 from ..model import build_model, build_processor
@@ -73,7 +71,7 @@ def run_training(config, ds_config, launch, fresh=False, say=print):
     ds_config = parallel.resolve_ds_config(ds_config, precision, num_accumulated, config.optimizer.max_grad_norm)
     _prepare_folder(folder, config, launch, fresh)
     planner, dataset, processor = prepare_data(config, launch, say)
-    say(f"data      {len(planner.usable)} samples, {len(planner.epoch(0))} steps per epoch" + _left_out(planner))
+    say(f"data      {planner.epoch_size} samples per epoch of {len(planner.mixture.sources)} sources")
 
     torch.manual_seed(config.train.seed)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -125,31 +123,25 @@ def run_training(config, ds_config, launch, fresh=False, say=print):
 
 def prepare_data(config, launch, say):
     """Corpus (built at first run), processor, index and planner; rank 0 builds what is missing, the others wait."""
-    uses_corpus = "embedded" in (*config.data.train, *config.data.evaluation)
-    if launch.rank == 0 and uses_corpus:
+    needs_corpus = uses_corpus(config.data) or "embedded" in config.data.evaluation
+    if launch.rank == 0 and needs_corpus:
         embedded_corpus(config.data, say)
     torch.distributed.barrier()
-    corpus = embedded_corpus(config.data, say) if uses_corpus else None
+    corpus = embedded_corpus(config.data, say) if needs_corpus else None
     processor = build_processor(config.model, config.budget, str(corpus / "tokenizer") if corpus else "")
-    shards = find_shards([str(corpus / "train") if source == "embedded" else source for source in config.data.train])
-    place = index_folder(shards, config.data.cache_dir)
+    located = locate_sources(config.data, corpus)
     if launch.rank == 0:
-        load_or_build_index(shards, processor, place, max(1, config.data.num_workers))
+        open_mixture(located, processor, max(1, config.data.num_workers))
     torch.distributed.barrier()
-    index = load_or_build_index(shards, processor, place)
+    mixture = open_mixture(located, processor)
     budget = VisualTokenBudget(
         counts=config.budget.num_visual_tokens,
         probabilities=config.budget.probabilities,
         schedule=config.budget.schedule,
     )
-    planner = Planner(index, budget, config.data, config.train.seed, config.train.loss_weighting)
-    dataset = PackDataset(index, processor, config.train.loss_weighting, blank_count=min(budget.counts))
+    planner = Planner(mixture, budget, config.data, config.train.seed, config.train.loss_weighting)
+    dataset = PackDataset(mixture, processor, config.train.loss_weighting, blank_count=min(budget.counts))
     return planner, dataset, processor
-
-
-def _left_out(planner):
-    parts = [(planner.num_over_long, "longer than a pack"), (planner.num_without_answer, "without an answer")]
-    return "".join(f", {number} left out ({why})" for number, why in parts if number)
 
 
 def _prepare_folder(folder, config, launch, fresh):
@@ -178,7 +170,7 @@ def _prepare_folder(folder, config, launch, fresh):
 
 def _plan_settings(config):
     """Everything that decides the plan: a position in the data means nothing under other settings."""
-    apart = {"num_workers", "cache_dir", "evaluation", "packs_per_micro_batch"}
+    apart = {"num_workers", "cache_dir", "shard_cache_gb", "evaluation", "packs_per_micro_batch"}
     data = {f"data.{key}": value for key, value in config.data.model_dump(mode="json").items() if key not in apart}
     budget = {f"budget.{key}": value for key, value in config.budget.model_dump(mode="json").items()}
     return {**data, **budget, "train.seed": config.train.seed}
