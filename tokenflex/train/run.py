@@ -71,7 +71,7 @@ def run_training(config, ds_config, launch, fresh=False, say=print):
     ds_config = parallel.resolve_ds_config(ds_config, precision, num_accumulated, config.optimizer.max_grad_norm)
     _prepare_folder(folder, config, launch, fresh)
     planner, dataset, processor = prepare_data(config, launch, say)
-    say(f"data      {planner.epoch_size} samples per epoch of {len(planner.mixture.sources)} sources")
+    say(f"data      {planner.epoch_size} samples per epoch from {len(planner.mixture.sources)} sources")
 
     torch.manual_seed(config.train.seed)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -89,7 +89,9 @@ def run_training(config, ds_config, launch, fresh=False, say=print):
     if progress["step"]:
         say(f"resumed   from {folder.checkpoints} at step {progress['step']}")
     _set_random_state(config.train.seed, progress["step"], launch.rank)
-    steps = planner.steps_from(Position(**progress["position"]))
+    position = Position(**progress["position"])
+    _check_same_plan(planner, position)
+    steps = planner.steps_from(position)
     plans = micro_batches(steps, launch.rank, launch.num_ranks, config.data.packs_per_micro_batch)
     batches = batch_loader(
         dataset,
@@ -112,6 +114,9 @@ def run_training(config, ds_config, launch, fresh=False, say=print):
     finally:
         meter.close()
         batches.close()
+    for reason, number in planner.left_out.numbers.items():
+        some = ", ".join(str(sample) for sample in planner.left_out.ids[reason][:10])
+        say(f"data      {number} samples {reason} so far: {some}")
     if is_complete:
         state = engine.full_state()
         if launch.rank == 0:
@@ -142,6 +147,21 @@ def prepare_data(config, launch, say):
     planner = Planner(mixture, budget, config.data, config.train.seed, config.train.loss_weighting)
     dataset = PackDataset(mixture, processor, config.train.loss_weighting, blank_count=min(budget.counts))
     return planner, dataset, processor
+
+
+def _check_same_plan(planner, position):
+    """Ranks that plan different packs would wait for each other in the first step: find out before it.
+
+    Raises:
+        UserError: on every rank, naming the first that differs.
+    """
+    digests = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(digests, next(planner.steps_from(position)).digest())
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise UserError(
+                f"data: rank {rank} plans {digest}, rank 0 plans {digests[0]}; do all nodes see the same index and package versions?"
+            )
 
 
 def _prepare_folder(folder, config, launch, fresh):

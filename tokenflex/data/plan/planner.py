@@ -89,7 +89,7 @@ class StepPlan:
 
 @dataclass
 class LeftOut:
-    """Samples of the epoch that no pack gets: how many for which reason, and some of their ids."""
+    """Samples that no pack gets, or not whole: how many for which reason, and the first of their ids."""
 
     numbers: Counter = field(default_factory=Counter)
     ids: dict = field(default_factory=dict)
@@ -132,6 +132,8 @@ class Planner:
             pair_cost=data.cost.per_token_pair,
         )
         self.order = self.mixture.order(seed, data.shuffle_shards, data.shuffle_window)
+        self.left_out = LeftOut()
+        """What the epochs planned so far have left out."""
         self.window_packs = max(data.window_rows * data.lockstep_packs, MIN_WINDOW_PACKS)
         self.block = 1 << (self.window_packs.bit_length() - 1)
         self._queue_of = {count: number for number, count in enumerate(budget.counts)}
@@ -228,7 +230,7 @@ class Planner:
     def _rows(self, epoch, position):
         """Yield (packs of a row, their weight, position after it)."""
         skip = position.row
-        for state, window, after in self.windows(epoch, self.state_at(position)):
+        for state, window, after in self.windows(epoch, self.state_at(position), self.left_out):
             bounds = np.searchsorted(window.pack, np.arange(window.num_packs + 1))
             samples, size = window.samples, window.row_packs
             weights = samples.learned * self.weight_of(samples.learned)
