@@ -7,6 +7,8 @@ together. After a few rounds all packs hold the same to within some tokens, and 
 they are. Everything is whole numbers and stable sorts, so each machine gets the same plan.
 """
 
+import bisect
+
 import numpy as np
 
 CANDIDATES = 12
@@ -214,6 +216,28 @@ def _take_out(pack, tokens, tiles, num_packs, max_tokens, max_tiles, is_kept):
             pack[place] = number
             load[number] += tokens[place]
             tile_load[number] += tiles[place]
+
+
+def best_fit(tokens, tiles, num_packs, max_tokens, max_tiles):
+    """Longest first, each into the pack with the least room that holds it: [S] packs, -1 for what fits nowhere.
+
+    Less even than `balance`, denser where samples are so large that few combinations fill a pack.
+    """
+    pack = np.full(len(tokens), -1, np.int64)
+    tile_room = [max_tiles] * num_packs
+    rooms = [(max_tokens, number) for number in range(num_packs)]
+    for place in np.argsort(-tokens, kind="stable").tolist():
+        length, number_of_tiles = int(tokens[place]), int(tiles[place])
+        at = bisect.bisect_left(rooms, (length, -1))
+        while at < len(rooms) and tile_room[rooms[at][1]] < number_of_tiles:
+            at += 1
+        if at == len(rooms):
+            continue
+        room, number = rooms.pop(at)
+        bisect.insort(rooms, (room - length, number))
+        tile_room[number] -= number_of_tiles
+        pack[place] = number
+    return pack
 
 
 def first_fit(tokens, tiles, num_packs, max_tokens, max_tiles):

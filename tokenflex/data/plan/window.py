@@ -11,10 +11,12 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from ...budget import keyed_uniform
-from .balance import balance, first_fit
+from .balance import balance, best_fit, first_fit
 
 FULLEST = 9975
 """Share of a pack's tokens that windows aim at, in 1/10,000; packs are level to within the rest."""
+COARSE = 9900
+"""Below this fill samples are too large to be levelled into full packs, and best fit is tried besides."""
 LOWEST = 5000
 TILE_FILL = 0.985
 MAX_LEFT_OVER = 40
@@ -224,6 +226,9 @@ def _fill_packs(waiting, own, text, num_packs, fill, spread, kept, limits):
         is_kept = np.isin(waiting.position[places], np.asarray(kept, np.int64))
         tokens, tiles = waiting.tokens[places], waiting.tiles[places]
         pack = balance(tokens, tiles, num_packs, limits.max_tokens, limits.max_tiles, is_kept)
+        if (pack < 0).sum() > share and fill < COARSE:
+            dense = best_fit(tokens, tiles, num_packs, limits.max_tokens, limits.max_tiles)
+            pack = dense if (dense < 0).sum() < (pack < 0).sum() else pack
         lost = pack < 0
         if lost.sum() <= share and not (lost & is_kept).any():
             return places, pack, fill, num_text
