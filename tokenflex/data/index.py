@@ -161,15 +161,26 @@ def load_or_build_index(shards, processor, folder, num_workers=1):
     manifest = _read_manifest(folder)
     if manifest is not None:
         _check_fingerprint(folder, manifest, processor)
-        _, _, changed = _compare(manifest, shards)
+        known, _, changed = _compare(manifest, shards)
         for shard, before, now in changed:
             raise UserError(
                 f"index {folder}: {shard} has changed since: sha256 {before[:16]} was indexed, it is {now[:16]} now "
                 f"({len(changed)} such shards); restore it, or run: {INDEX_COMMAND}"
             )
-    if manifest is None or not _is_current(manifest, shards):
+    if manifest is None or not _says_all(manifest, shards, known):
         build_index(shards, processor, folder, num_workers)
+    elif os.access(folder, os.W_OK):
+        _stamp_again(Path(folder), manifest, shards)
     return load_index(folder, shards, processor)
+
+
+def _stamp_again(folder, manifest, shards):
+    """Remember the times of shards that were touched or copied, so that their bytes are not compared at every start."""
+    entries = [{**entry, **_stamp(shard)} for entry, shard in zip(manifest["shards"], shards)]
+    if entries != manifest["shards"]:
+        temporary = folder / "manifest.json.tmp"
+        temporary.write_text(json.dumps({**manifest, "shards": entries}, indent=1))
+        os.replace(temporary, folder / "manifest.json")
 
 
 def load_index(folder, shards, processor):
@@ -433,6 +444,6 @@ def _stamp_key(entry):
     )
 
 
-def _is_current(manifest, shards):
-    wanted = [_stamp_key({"name": _name(shard), **_stamp(shard)}) for shard in shards]
-    return [_stamp_key(entry) for entry in manifest["shards"]] == wanted
+def _says_all(manifest, shards, known):
+    """Whether the index has these shards, in this order, and no others."""
+    return [known.get(shard) for shard in shards] == list(range(len(manifest["shards"])))

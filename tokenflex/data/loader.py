@@ -83,7 +83,7 @@ class PackDataset(Dataset):
     would arrive wrapped in the worker's traceback.
     """
 
-    MAX_OPEN_SHARDS = 16
+    MAX_OPEN_SHARDS = 96  # a block of data.shuffle_shards and the next
 
     def __init__(self, index, processor, loss_weighting, blank_count):
         self.mixture = index if isinstance(index, Mixture) else Mixture([Source(index=index)])

@@ -1,7 +1,7 @@
 """From the configuration's paths to the sources of a plan: shards located, each source's index opened."""
 
 from ..config import SourceConfig
-from .index import index_folder, load_or_build_index
+from .index import index_folder, load_index, load_or_build_index
 from .plan import Mixture, Source
 from .remote import locate_shards
 
@@ -31,15 +31,25 @@ def locate_sources(data, corpus):
     return located
 
 
-def open_mixture(located, processor, num_workers=1):
-    """The `Mixture` of located sources, indexes built first where they are missing.
+def build_indexes(located, processor, num_workers=1):
+    """Check the indexes of located sources against their shards, and build what is missing; one process does it.
 
     Raises:
         UserError: see `load_or_build_index`.
     """
+    for _, shards, folder in located:
+        load_or_build_index(shards, processor, folder, num_workers)
+
+
+def open_mixture(located, processor):
+    """The `Mixture` of located sources whose indexes `build_indexes` has checked.
+
+    Raises:
+        UserError: an index of another tokenizer, or weights for some sources only.
+    """
     sources = []
     for source, shards, folder in located:
-        index = load_or_build_index(shards, processor, folder, num_workers)
+        index = load_index(folder, shards, processor)
         sources.append(
             Source(
                 index=index,

@@ -20,7 +20,7 @@ from ..data import (
     embedded_corpus,
 )
 from ..data.loader import micro_batches, num_micro_steps
-from ..data.sources import locate_sources, open_mixture, uses_corpus
+from ..data.sources import build_indexes, locate_sources, open_mixture, uses_corpus
 from ..errors import UserError
 from ..export import export_model
 from ..model import build_model, build_processor
@@ -136,7 +136,7 @@ def prepare_data(config, launch, say):
     processor = build_processor(config.model, config.budget, str(corpus / "tokenizer") if corpus else "")
     located = locate_sources(config.data, corpus)
     if launch.rank == 0:
-        open_mixture(located, processor, max(1, config.data.num_workers))
+        build_indexes(located, processor, max(1, config.data.num_workers))
     torch.distributed.barrier()
     mixture = open_mixture(located, processor)
     budget = VisualTokenBudget(
