@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: train test test-slurm test-quickstart test-reliability bench-decode gpu bench lint clean
+.PHONY: train test test-slurm test-quickstart test-reliability bench-decode bench-packing gpu bench lint clean
 
 train: $(VENV)/installed
 	deepspeed launch/train.py --ds_config configs/zero3.json $(ARGS)
@@ -49,3 +49,13 @@ clean:
 # GPU tests and kernel microbenchmarks; writes docs/results/kernels-<device>.json and .svg
 gpu bench:
 	PYTHONPATH=kernels:. python3 -m pytest -s -m "gpu and not slow" tests/kernels tests/benchmarks/kernels $(ARGS)
+
+# Packing beside other packers; writes docs/results/packing.json and .svg. ARGS="--lengths FILE.npz" takes your lengths
+bench-packing: $(VENV)/installed build/peers/installed
+	$(BIN)/python tests/benchmarks/packing/bench.py $(ARGS)
+
+build/peers/installed: tests/benchmarks/packing/peers.txt
+	rm -rf build/peers
+	$(BIN)/python -m pip install --quiet --target build/peers cached-path==1.8.10
+	$(BIN)/python -m pip install --quiet --target build/peers --no-deps --upgrade --requirement $<
+	@touch $@

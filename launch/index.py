@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
-"""Build the sidecar index of training shards, in parallel under MPI or alone.
+"""Build the sidecar index of training shards, in parallel under MPI or alone; shards that it knows are not read again.
 
 mpirun -n 8 python launch/index.py --config recipe.yaml
 python launch/index.py 'data.train=[/data/shards]' --rebuild
 """
 
 import argparse
+import os
 import shutil
 import sys
 from pathlib import Path
 
 from tokenflex.config import load_config
+from tokenflex.errors import UserError
 from tokenflex.launching import add_check, entry_point, print_check
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -22,7 +24,9 @@ def parse(argv):
         "overrides", nargs="*", metavar="section.key=value", help="override any value of the configuration"
     )
     parser.add_argument("--config", default=str(QUICKSTART), help="recipe in YAML (default: the quick start)")
-    parser.add_argument("--rebuild", action="store_true", help="build again even if an index is there")
+    parser.add_argument(
+        "--rebuild", action="store_true", help="read every shard again, for another tokenizer, template or tiling"
+    )
     add_check(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_intermixed_args(argv)
@@ -32,44 +36,87 @@ def main(arguments, say):
     config = load_config(arguments.config, arguments.overrides)
     if arguments.check:
         return print_check(config)
-    from mpi4py import MPI
-
-    from tokenflex.data import (
-        embedded_corpus,
-        find_shards,
-        index_folder,
-        load_or_build_index,
-        with_embedded_encoder,
-    )
-    from tokenflex.data.index import ShardScanner, build_index
+    from tokenflex.data import Limits, embedded_corpus, with_embedded_encoder
+    from tokenflex.data.index import ShardScanner, assemble_index, open_index, parts_folder, shards_to_scan
+    from tokenflex.data.sources import locate_sources, uses_corpus
     from tokenflex.model import build_processor
 
-    mpi = MPI.COMM_WORLD
+    mpi = communicator()
     say.is_main = mpi.rank == 0
     if mpi.rank == 0:
         with_embedded_encoder(config, say)
     mpi.Barrier()
     config = with_embedded_encoder(config)
     corpus = None
-    if "embedded" in config.data.train:
+    if uses_corpus(config.data):
         if mpi.rank == 0:
             embedded_corpus(config.data, say)
         mpi.Barrier()
         corpus = embedded_corpus(config.data, say)
     processor = build_processor(config.model, config.budget, str(corpus / "tokenizer") if corpus else "")
-    shards = find_shards([str(corpus / "train") if source == "embedded" else source for source in config.data.train])
-    folder = index_folder(shards, config.data.cache_dir)
-    if mpi.rank == 0 and arguments.rebuild:
-        shutil.rmtree(folder, ignore_errors=True)
-    mine = {shard: ShardScanner(processor)(shard) for shard in shards[mpi.rank :: mpi.size]}
-    tables = mpi.gather(mine)
-    if mpi.rank == 0:
-        columns = {shard: arrays for table in tables for shard, arrays in table.items()}
-        build_index(shards, processor, folder, map_shards=lambda scan, items: (columns[shard] for shard in items))
-        index = load_or_build_index(shards, processor, folder)
-        say(f"index     {folder}: {len(index)} samples of {len(shards)} shards, by {mpi.size} processes")
-    mpi.Barrier()
+    for _, shards, folder in locate_sources(config.data, corpus):
+        if mpi.rank == 0 and arguments.rebuild:
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(parts_folder(folder), ignore_errors=True)
+        missing = mpi.bcast(shards_to_scan(shards, processor, folder) if mpi.rank == 0 else None)
+        limits = Limits(max_member_bytes=config.data.max_member_bytes, max_image_pixels=config.data.max_image_pixels)
+        scanner = ShardScanner(processor, parts_folder(folder), limits)
+        parts, problem = scan_share(scanner, missing[mpi.rank :: mpi.size])
+        problems = [text for text in mpi.allgather(problem) if text]
+        if problems:  # every process learns of it, so that none waits for the others
+            raise UserError(problems[0])
+        tables = mpi.gather(parts)
+        if mpi.rank == 0:
+            parts = {shard: path for table in tables for shard, path in table.items()}
+            assemble_index(shards, processor, folder, parts)
+            index = open_index(folder, shards)
+            say(
+                f"index     {folder}: {len(index)} samples of {len(shards)} shards, {len(missing)} of them scanned, "
+                f"by {mpi.size} processes"
+            )
+        mpi.Barrier()
     return 0
+
+
+def scan_share(scanner, shards):
+    """({shard: part file}, what went wrong or None)."""
+    try:
+        return {shard: scanner(shard) for shard in shards}, None
+    except UserError as error:
+        return {}, str(error)
+
+
+class Alone:
+    """The part of an MPI communicator that is used here, of one process."""
+
+    rank, size = 0, 1
+
+    def Barrier(self):  # noqa: N802  MPI's name
+        """Nobody to wait for."""
+
+    def bcast(self, value):
+        return value
+
+    def gather(self, value):
+        return [value]
+
+    allgather = gather
+
+
+def communicator():
+    """All processes of `mpirun`, or this one alone where mpi4py is not installed.
+
+    Raises:
+        UserError: started by mpirun without mpi4py: every process would do all the work.
+    """
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        sizes = (os.environ.get(name, "1") for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+        if any(size != "1" for size in sizes):
+            raise UserError("mpirun: needs the package mpi4py; run: pip install 'tokenflex[mpi]'") from None
+        return Alone()
+    return MPI.COMM_WORLD
 
 
 if __name__ == "__main__":

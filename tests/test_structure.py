@@ -12,7 +12,7 @@ LEVELS = [
     {"budget", "config"},
     {"data", "model", "parallel", "checkpoint"},
     {"train", "evaluate", "infer", "export"},
-    {"cli", "cli_data", "launching", "slurm"},
+    {"cli", "cli_data", "cli_plan", "launching", "slurm"},
 ]
 SIDEWAYS = {
     ("train", "export"),
@@ -21,6 +21,7 @@ SIDEWAYS = {
     ("cli", "infer"),
     ("cli", "launching"),
     ("cli", "cli_data"),
+    ("cli", "cli_plan"),
 }
 """Rooms that may look into a neighbour of the same level."""
 

@@ -14,12 +14,13 @@ def keyed_uniform(seed, epoch, sample_ids):
 
     A counter-based generator (two rounds of the SplitMix64 finaliser), vectorised; no state is carried.
     """
-    key = _mix(_mix(np.array([seed], dtype=np.uint64)) ^ np.uint64(epoch))
-    bits = _mix(_mix(np.asarray(sample_ids).astype(np.uint64) ^ key) + key)
+    key = mix64(mix64(np.array([seed], dtype=np.uint64)) ^ np.uint64(epoch))
+    bits = mix64(mix64(np.asarray(sample_ids).astype(np.uint64) ^ key) + key)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _mix(x):
+def mix64(x):
+    """SplitMix64: [N] uint64 -> [N] uint64, a bijection whose outputs look independent (Steele et al., 2014)."""
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from .cli_data import add_data_commands
+from .cli_plan import add_plan_command
 from .launching import entry_point
 
 
@@ -35,6 +36,7 @@ def parser():
     generate.set_defaults(run=_generate)
     add_data_commands(commands)
     _add_checkpoint(commands)
+    add_plan_command(commands)
     return top
 
 

@@ -38,6 +38,24 @@ def test_a_batch_says_what_its_samples_say(dataset, index, processor):
         torch.testing.assert_close(weights, torch.full_like(weights, len(weights) ** -0.5))
 
 
+@pytest.mark.parametrize("num_workers", [0, 1, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+def test_every_world_reads_one_order(num_ranks, num_workers, index, processor, tiny_config):
+    """The global order of samples, read back from the batches themselves, for any ranks and workers."""
+    data = tiny_config.data.model_copy(update={"packs_per_step": 8, "lockstep_packs": 8})
+    planner = Planner(index, VisualTokenBudget(counts=(4, 12), probabilities=(0.5, 0.5)), data, 0, "sqrt")
+    steps = [step for _, step in zip(range(2), planner.steps_from(Position()))]
+    expected = np.concatenate([pack.sample_ids for step in steps for pack in step.packs])
+    share = 8 // num_ranks
+    by_place = {}
+    for rank in range(num_ranks):
+        dataset = PackDataset(index, processor, "sqrt", blank_count=4)
+        plans = micro_batches(steps, rank, num_ranks, 1)
+        for number, (_, batch) in enumerate(batch_loader(dataset, plans, num_workers, pin_memory=False)):
+            by_place[number // share, number % share, rank] = batch.sample_ids.numpy()
+    np.testing.assert_array_equal(np.concatenate([by_place[place] for place in sorted(by_place)]), expected)
+
+
 def test_order_and_content_do_not_depend_on_workers(dataset, index, tiny_config):
     budget = VisualTokenBudget(counts=(4, 12), probabilities=(0.5, 0.5))
     planner = Planner(index, budget, tiny_config.data, 0, "sqrt")
@@ -54,12 +72,13 @@ def test_order_and_content_do_not_depend_on_workers(dataset, index, tiny_config)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_error_in_a_worker_is_the_same_one_line(dataset, num_workers):
-    dataset.index.shards[0].rename(dataset.index.shards[0].with_suffix(".gone"))
+def test_an_error_in_a_worker_is_the_same_one_line(index, processor, num_workers):
+    shard = index.shards[0]
+    shard.rename(shard.with_suffix(".gone"))
     try:
         plans = [MicroBatchPlan(Position(), True, np.array([0]), np.array([4]), 1.0)]
         with pytest.raises(UserError, match="restore it or index again") as error:
-            list(batch_loader(PackDataset(dataset.index, dataset.processor, "sqrt", 4), plans, num_workers, False))
+            list(batch_loader(PackDataset(index, processor, "sqrt", 4), plans, num_workers, False))
         assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
     finally:
-        dataset.index.shards[0].with_suffix(".gone").rename(dataset.index.shards[0])
+        shard.with_suffix(".gone").rename(shard)

@@ -1,7 +1,6 @@
 """Shards and index: real webdataset files in, every sample at its place, every bad one named."""
 
 import io
-import json
 import os
 import tarfile
 
@@ -136,23 +135,6 @@ def test_index_is_the_same_for_any_number_of_processes(corpus, processor, tmp_pa
     one, two = (load_index(tmp_path / str(workers), shards, processor) for workers in (1, 2))
     for column in ("text_tokens", "learned_tokens", "num_images", "offset", "num_bytes"):
         np.testing.assert_array_equal(getattr(one, column), getattr(two, column))
-
-
-def test_index_is_built_again_when_a_shard_changed_and_refused_for_another_tokenizer(tmp_path, processor, corpus):
-    shard = write_shard(tmp_path / "s.tar", [good("a"), good("b", images=2)])
-    folder = tmp_path / "index"
-    assert len(load_or_build_index([shard], processor, folder)) == 2
-    before = (folder / "manifest.json").stat().st_mtime_ns
-    load_or_build_index([shard], processor, folder)
-    assert (folder / "manifest.json").stat().st_mtime_ns == before
-    write_shard(shard, [good("a")])
-    assert len(load_or_build_index([shard], processor, folder)) == 1
-
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["fingerprint"] = "0123456789abcdef"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="0123456789abcdef.*--rebuild"):
-        load_or_build_index([shard], processor, folder)
 
 
 def test_a_shard_that_changes_under_the_index_is_noticed(tmp_path, processor):

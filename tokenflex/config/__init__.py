@@ -3,6 +3,7 @@
 from .load import apply_overrides, describe, load_config, save_config
 from .schema import (
     BudgetConfig,
+    CostConfig,
     DataConfig,
     EmbeddedCorpusConfig,
     EvaluateConfig,
@@ -10,11 +11,13 @@ from .schema import (
     OptimizerConfig,
     PartConfig,
     RunConfig,
+    SourceConfig,
     TrainConfig,
 )
 
 __all__ = [
     "BudgetConfig",
+    "CostConfig",
     "DataConfig",
     "EmbeddedCorpusConfig",
     "EvaluateConfig",
@@ -22,6 +25,7 @@ __all__ = [
     "OptimizerConfig",
     "PartConfig",
     "RunConfig",
+    "SourceConfig",
     "TrainConfig",
     "apply_overrides",
     "describe",

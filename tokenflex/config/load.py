@@ -109,6 +109,8 @@ def _explain(problem, schema):
 
 def _section(schema, path):
     for part in path:
+        if part not in schema.model_fields:  # a place in a list of sections
+            continue
         schema = _section_type(schema.model_fields[part].annotation) or schema
     return schema
 

@@ -109,15 +109,43 @@ class EmbeddedCorpusConfig(Section):
     """Seed of every draw."""
 
 
+class SourceConfig(Section):
+    """One source of a mixture."""
+
+    paths: Paths
+    """Shards: tar files, folders of them, glob patterns, or URLs; `embedded` is the quick-start corpus."""
+    weight: NonNegativeFloat = 0.0
+    """Share of an epoch's samples relative to the other sources' weights; 0 for all sources takes each whole."""
+    epochs: PositiveFloat = 1.0
+    """Times the source comes per epoch (2 is twice, 0.5 every other sample); with weights the most it may come."""
+    over_long: Literal["error", "drop", "truncate"] = "error"
+    """A sample longer than a pack: stop and name it, leave it out, or end the conversation at the last answer that fits."""
+
+
+class CostConfig(Section):
+    """What things cost, in FLOPs of forward and backward pass; only their ratios matter. Defaults: a 7B model, SigLIP-so400m."""
+
+    per_token: NonNegativeInt = 42_420_000_000
+    """Language model, each token (6 x parameters)."""
+    per_token_pair: NonNegativeInt = 602_112
+    """Language model, times the square of a sample's tokens (attention; 6 x layers x width)."""
+    per_tile: NonNegativeInt = 1_991_699_290_368
+    """Vision encoder, each image or tile."""
+
+
 class DataConfig(Section):
     """Where samples come from and how they are packed."""
 
     train: Paths = ("embedded",)
     """Training shards: tar files, folders of them, or glob patterns; `embedded` builds the quick-start corpus."""
+    sources: tuple[SourceConfig, ...] = ()
+    """A mixture of several sources, each with its paths, weight, epochs and policy; takes the place of `train`."""
     evaluation: Paths = ("embedded",)
     """Evaluation shards, likewise; empty for none."""
     cache_dir: str = "~/.cache/tokenflex"
     """Where the embedded corpus and indexes of read-only shards are kept."""
+    shard_cache_gb: PositiveFloat = 100.0
+    """Gigabytes of fetched shards that are kept in `cache_dir`; those used longest ago go first."""
     embedded: EmbeddedCorpusConfig = EmbeddedCorpusConfig()
     """The embedded corpus."""
     pack_length: PositiveInt = 8192
@@ -127,13 +155,21 @@ class DataConfig(Section):
     packs_per_step: PositiveInt = 64
     """Packs per optimizer step over all ranks; the number of ranks must divide it."""
     lockstep_packs: PositiveInt = 8
-    """Packs in a row that share one visual-token count, so that ranks run the same shapes; must divide packs_per_step."""
+    """Packs that are planned to run side by side, equal in tiles and cost: the most ranks that run in step; divides packs_per_step."""
+    mixing: Literal["lockstep", "free"] = "lockstep"
+    """`lockstep`: packs that run side by side share one visual-token count; `free`: a pack holds images of any count."""
+    cost: CostConfig = CostConfig()
+    """What balances packs that run side by side."""
+    window_rows: PositiveInt = 16
+    """Rows of `lockstep_packs` packs that are planned together: more makes packs more equal and looks further ahead."""
     packs_per_micro_batch: PositiveInt = 1
     """Packs that one rank runs through the model at once, at most; the rest of its share is accumulated."""
     shuffle_window: NonNegativeInt = 0
     """Samples are shuffled within windows of this many, which keep their order (a curriculum); 0 shuffles the whole epoch."""
-    over_long: Literal["error", "drop"] = "error"
-    """What to do with a sample longer than a pack: stop and name it, or leave it out and count it."""
+    shuffle_shards: PositiveInt = 64
+    """Shards that samples are shuffled across at a time, in an order that changes every epoch; bounds the files open at once."""
+    over_long: Literal["error", "drop", "truncate"] = "error"
+    """A sample longer than a pack: stop and name it, leave it out, or end the conversation at the last answer that fits."""
     num_workers: NonNegativeInt = 4
     """Processes per rank that read and decode; 0 reads in the training process."""
     max_member_bytes: PositiveInt = 64 * 2**20

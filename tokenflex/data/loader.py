@@ -10,21 +10,28 @@ from torch.utils.data import DataLoader, Dataset
 from .. import faults
 from ..errors import UserError
 from .collate import collate, prepare, substitute
-from .plan import Position
+from .plan import Mixture, Position, Source
 from .problems import BadSample, Limits
-from .sample import parse_sample
+from .remote import local_file
+from .sample import first_messages, parse_sample
 from .shards import read_sample
 
 
 @dataclass(frozen=True)
 class MicroBatchPlan:
-    """What one rank does in one micro-step: sample ids, their visual-token counts, and where this stands in the run."""
+    """What one rank does in one micro-step: sample ids, their visual-token counts, and where this stands in the run.
+
+    position: of its step. next_position: where a run goes on after the step. num_messages [S]: how much of each conversation
+    is used; 0 is all of it.
+    """
 
     position: Position
     is_last: bool
     sample_ids: np.ndarray
     counts: np.ndarray
     total_weight: float
+    next_position: Position = Position()
+    num_messages: np.ndarray | None = None
 
 
 def micro_batches(steps, rank, num_ranks, packs_per_micro_batch):
@@ -45,6 +52,8 @@ def micro_batches(steps, rank, num_ranks, packs_per_micro_batch):
                 sample_ids=np.concatenate([pack.sample_ids for pack in packs]),
                 counts=np.concatenate([pack.counts for pack in packs]),
                 total_weight=step.total_weight,
+                next_position=step.next_position,
+                num_messages=np.concatenate([pack.num_messages for pack in packs]),
             )
 
 
@@ -76,21 +85,22 @@ class PackDataset(Dataset):
     would arrive wrapped in the worker's traceback.
     """
 
-    MAX_OPEN_SHARDS = 16
+    MAX_OPEN_SHARDS = 96  # a block of data.shuffle_shards and the next
 
     def __init__(self, index, processor, loss_weighting, blank_count, limits=Limits()):  # noqa: B008  frozen
-        self.index = index
+        self.mixture = index if isinstance(index, Mixture) else Mixture([Source(index=index)])
         self.processor = processor
         self.loss_weighting = loss_weighting
         self.blank_count = blank_count
         self.limits = limits
         self._files = {}
 
-    def sample(self, sample_id):
-        """One parsed sample by id."""
-        shard = self.index.shard_of(sample_id)
-        place = int(self.index.offset[sample_id]), int(self.index.num_bytes[sample_id])
-        return parse_sample(read_sample(self._open(shard), *place, shard, self.limits), where=shard)
+    def sample(self, sample_id, num_messages=0):
+        """One parsed sample by id; with `num_messages` the conversation ends after so many."""
+        source, own = self.mixture.locate(sample_id)
+        shard, offset, num_bytes = source.index.place(own)
+        sample = parse_sample(read_sample(self._open(shard), offset, num_bytes, shard, self.limits), where=shard)
+        return first_messages(sample, int(num_messages)) if num_messages else sample
 
     def __getitem__(self, plan):
         faults.reach("worker")
@@ -105,17 +115,18 @@ class PackDataset(Dataset):
         Raises:
             UserError: a shard that cannot be opened.
         """
-        samples = [self.prepared(sample_id, int(count)) for sample_id, count in zip(plan.sample_ids, plan.counts)]
+        num_messages = np.zeros(len(plan.sample_ids), np.int64) if plan.num_messages is None else plan.num_messages
+        samples = [self.prepared(*map(int, item)) for item in zip(plan.sample_ids, plan.counts, num_messages)]
         return collate(
             samples, plan.sample_ids, self.processor, self.loss_weighting, plan.total_weight, self.blank_count
         )
 
-    def prepared(self, sample_id, count):
+    def prepared(self, sample_id, count, num_messages=0):
         """One sample as tokens and tiles, or the substitute in its place: a `PreparedSample`."""
-        num_text, num_tiles = int(self.index.text_tokens[sample_id]), int(self.index.num_tiles[sample_id])
+        num_text, num_tiles = self._planned(sample_id, num_messages)
         key = ""
         try:
-            sample = self.sample(sample_id)
+            sample = self.sample(sample_id, num_messages)
             key = sample.key
             prepared = prepare(sample, count, self.processor, self.limits)
             came = len(prepared.input_ids) - len(prepared.visual), len(prepared.tiles)
@@ -127,15 +138,27 @@ class PackDataset(Dataset):
                 )
             return prepared
         except BadSample as problem:
-            problem = problem.located(self.index.shard_of(sample_id), key, int(self.index.offset[sample_id]))
+            problem = problem.located(*self._place(sample_id, key))
             return substitute(num_text, num_tiles, count, self.processor, problem)
+
+    def _place(self, sample_id, key):
+        source, own = self.mixture.locate(sample_id)
+        shard, offset, _ = source.index.place(own)
+        return shard, key, offset
+
+    def _planned(self, sample_id, num_messages):
+        """(text tokens, tiles) of a sample, or of its first messages, by the index."""
+        source, own = self.mixture.locate(sample_id)
+        if num_messages:
+            return source.index.text_of_cut(own, num_messages)
+        return int(source.index.text_tokens[own]), int(source.index.num_tiles[own])
 
     def _open(self, shard):
         if shard not in self._files:
             if len(self._files) >= self.MAX_OPEN_SHARDS:
                 self._files.pop(next(iter(self._files))).close()
             try:
-                self._files[shard] = open(shard, "rb")  # noqa: SIM115  kept open on purpose
+                self._files[shard] = open(local_file(shard), "rb")  # noqa: SIM115  kept open on purpose
             except OSError as error:
                 raise UserError(
                     f"{shard}: {error.strerror}; the shard was there when it was indexed: restore it or index again"

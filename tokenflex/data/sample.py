@@ -6,7 +6,7 @@ content; content a string or a list of `{"type": "text", "text": ...}` and `{"ty
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .problems import BadSample
 
@@ -36,6 +36,13 @@ class Sample:
             }
             for message in self.messages
         ]
+
+
+def first_messages(sample, number):
+    """The sample with its first `number` messages and their images."""
+    messages = sample.messages[:number]
+    images = sum(item["type"] == "image" for message in messages for item in message["content"])
+    return replace(sample, messages=messages, images=sample.images[:images])
 
 
 def parse_sample(members, where):

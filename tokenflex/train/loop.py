@@ -58,7 +58,7 @@ def train(state, open_batches, normalise, peak_rates, config, meter, stop, bad_s
                 done.position, done.problem, meter.names(done.sample_ids, state.ranks)
             )
             progress["step"] += 1
-            progress["position"] = {"epoch": done.position.epoch, "step": done.position.step + 1}
+            progress["position"] = done.next_position.as_dict()
             if not done.problem:
                 state.accept()
             is_done = progress["step"] == settings.num_steps
@@ -102,6 +102,7 @@ class StepDone:
     """One optimizer step on this rank: where it stands in the data, its samples here, and why it was skipped, if it was."""
 
     position: object
+    next_position: object
     sample_ids: list
     problem: str
 
@@ -140,7 +141,7 @@ def run_step(state, batches, normalise, rates, interval, bad_samples):
             engine.step(rates, judge)
             faults.reach("after-step")
             interval.add_step(loss_value, bool(problem))
-            return StepDone(plan.position, ids, problem)
+            return StepDone(plan.position, plan.next_position, ids, problem)
         engine.step(rates)
         micro += 1
 

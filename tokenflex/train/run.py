@@ -22,12 +22,10 @@ from ..data import (
     Position,
     batch_loader,
     embedded_corpus,
-    find_shards,
-    index_folder,
-    load_or_build_index,
     with_embedded_encoder,
 )
 from ..data.loader import micro_batches, num_micro_steps
+from ..data.sources import build_indexes, locate_sources, open_mixture, uses_corpus
 from ..errors import OtherRankFailed, UserError
 from ..export import export_model
 from ..model import build_model, build_processor
@@ -136,7 +134,7 @@ def _train_and_export(config, ds_config, launch, ranks, device, num_accumulated,
     ranks.on_main(lambda: with_embedded_encoder(config, say))
     config = with_embedded_encoder(config)
     planner, dataset, processor = prepare_data(config, launch, say)
-    say(f"data      {len(planner.usable)} samples, {len(planner.epoch(0))} steps per epoch" + _left_out(planner))
+    say(f"data      {planner.epoch_size} samples per epoch from {len(planner.mixture.sources)} sources")
 
     torch.manual_seed(config.train.seed)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -156,6 +154,8 @@ def _train_and_export(config, ds_config, launch, ranks, device, num_accumulated,
     if not state.resume(check) and not fresh:
         say(f"new run   {folder.root}: there is no checkpoint")
 
+    _check_same_plan(planner, Position(**state.progress["position"]))
+
     def open_batches(progress):
         passed_over = {tuple(position) for position in progress["passed_over"]}
         steps = planner.steps_from(Position(**progress["position"]))
@@ -165,7 +165,7 @@ def _train_and_export(config, ds_config, launch, ranks, device, num_accumulated,
         return batch_loader(dataset, _first(plans, num_left), config.data.num_workers, device.type == "cuda")
 
     def name_of(sample_id):
-        return f"{dataset.index.shard_of(sample_id)}:{dataset.sample(sample_id).key}"
+        return f"{dataset.mixture.shard_of(sample_id)}:{dataset.sample(sample_id).key}"
 
     meter = Meter(folder.root, config, state.progress["step"], launch, name_of)
     state.log = meter.event
@@ -182,6 +182,9 @@ def _train_and_export(config, ds_config, launch, ranks, device, num_accumulated,
         )
     finally:
         meter.close()
+    for reason, number in planner.left_out.numbers.items():
+        some = ", ".join(str(sample) for sample in planner.left_out.ids[reason][:10])
+        say(f"data      {number} samples {reason} so far: {some}")
     heart.phase("export", config.train.startup_timeout_s)
     if is_complete:
         full = engine.full_state()
@@ -192,34 +195,44 @@ def _train_and_export(config, ds_config, launch, ranks, device, num_accumulated,
 
 def prepare_data(config, launch, say):
     """Corpus (built at first run), processor, index and planner; rank 0 builds what is missing, the others wait."""
-    uses_corpus = "embedded" in (*config.data.train, *config.data.evaluation)
-    if launch.rank == 0 and uses_corpus:
+    needs_corpus = uses_corpus(config.data) or "embedded" in config.data.evaluation
+    if launch.rank == 0 and needs_corpus:
         embedded_corpus(config.data, say)
     torch.distributed.barrier()
-    corpus = embedded_corpus(config.data, say) if uses_corpus else None
+    corpus = embedded_corpus(config.data, say) if needs_corpus else None
     processor = build_processor(config.model, config.budget, str(corpus / "tokenizer") if corpus else "")
-    shards = find_shards([str(corpus / "train") if source == "embedded" else source for source in config.data.train])
+    located = locate_sources(config.data, corpus)
     limits = Limits(max_member_bytes=config.data.max_member_bytes, max_image_pixels=config.data.max_image_pixels)
-    place = index_folder(shards, config.data.cache_dir)
     if launch.rank == 0:
-        load_or_build_index(shards, processor, place, max(1, config.data.num_workers), limits)
+        build_indexes(located, processor, max(1, config.data.num_workers), limits)
     torch.distributed.barrier()
-    index = load_or_build_index(shards, processor, place)
-    if index.num_skipped:
-        say(f"index     {index.num_skipped} bad samples left out; {place / 'manifest.json'} names them")
+    mixture = open_mixture(located, processor)
+    for source, (_, _, folder) in zip(mixture.sources, located):
+        if source.index.num_skipped():
+            say(f"index     {source.index.num_skipped()} bad samples left out; {folder / 'manifest.json'} names them")
     budget = VisualTokenBudget(
         counts=config.budget.num_visual_tokens,
         probabilities=config.budget.probabilities,
         schedule=config.budget.schedule,
     )
-    planner = Planner(index, budget, config.data, config.train.seed, config.train.loss_weighting)
-    dataset = PackDataset(index, processor, config.train.loss_weighting, min(budget.counts), limits)
+    planner = Planner(mixture, budget, config.data, config.train.seed, config.train.loss_weighting)
+    dataset = PackDataset(mixture, processor, config.train.loss_weighting, min(budget.counts), limits)
     return planner, dataset, processor
 
 
-def _left_out(planner):
-    parts = [(planner.num_over_long, "longer than a pack"), (planner.num_without_answer, "without an answer")]
-    return "".join(f", {number} left out ({why})" for number, why in parts if number)
+def _check_same_plan(planner, position):
+    """Ranks that plan different packs would wait for each other in the first step: find out before it.
+
+    Raises:
+        UserError: on every rank, naming the first that differs.
+    """
+    digests = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(digests, next(planner.steps_from(position)).digest())
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise UserError(
+                f"data: rank {rank} plans {digest}, rank 0 plans {digests[0]}; do all nodes see the same index and package versions?"
+            )
 
 
 def _prepare_folder(folder, config, fresh):
@@ -247,7 +260,7 @@ def _prepare_folder(folder, config, fresh):
 
 def _plan_settings(config):
     """Everything that decides the plan: a position in the data means nothing under other settings."""
-    apart = {"num_workers", "cache_dir", "evaluation", "packs_per_micro_batch"}
+    apart = {"num_workers", "cache_dir", "shard_cache_gb", "evaluation", "packs_per_micro_batch"}
     data = {f"data.{key}": value for key, value in config.data.model_dump(mode="json").items() if key not in apart}
     budget = {f"budget.{key}": value for key, value in config.budget.model_dump(mode="json").items()}
     return {**data, **budget, "train.seed": config.train.seed}
