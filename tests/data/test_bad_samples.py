@@ -195,9 +195,9 @@ def test_index_and_decoding_together_skip_exactly_what_was_injected(bad_shard, b
     blank = [name for name, case in SKIPPED.items() if case.skip == "no-answer"]
     assert unlearned <= len(blank)
     in_shard = Tally()
-    in_shard.num_samples = len(bad_index) + bad_index.num_skipped
+    in_shard.num_samples = len(bad_index) + bad_index.num_skipped()
     assert in_shard.num_samples == 2 * len(CASES) + 1
-    assert bad_index.num_skipped == len(SKIPPED) - len(FOUND_WHEN_DECODED) - len(blank)
+    assert bad_index.num_skipped() == len(SKIPPED) - len(FOUND_WHEN_DECODED) - len(blank)
     assert all(record["shard"] == str(bad_shard) and record["offset"] >= 0 for record in batch.skipped)
 
 

@@ -60,8 +60,10 @@ def test_image_sizes_come_from_the_headers(tmp_path, processor):
 def test_an_image_that_cannot_be_read_does_not_end_the_index(tmp_path, processor):
     key, members = good("a")
     members["0.png"] = b"no image"
-    index = load_or_build_index([write_shard(tmp_path / "s.tar", [(key, members)])], processor, tmp_path / "index")
-    np.testing.assert_array_equal(index.image_sizes, [[0, 0]])
+    shard = write_shard(tmp_path / "s.tar", [(key, members), good("b")])
+    index = load_or_build_index([shard], processor, tmp_path / "index")
+    assert len(index) == len(index.image_sizes) == 1 and index.num_skipped() == 1
+    assert index.entries[0]["skipped"][0]["key"] == "a"
 
 
 def test_added_shards_are_the_only_ones_read(shards, tmp_path, processor, monkeypatch):
@@ -93,14 +95,14 @@ def test_cuts_follow_their_samples_when_an_index_grows(tmp_path, processor):
 def test_a_stopped_build_goes_on_where_it_was(shards, tmp_path, processor, monkeypatch):
     folder, read = tmp_path / "index", []
 
-    def walk(path):
+    def scan(path, limits):
         read.append(path.name)
         if read == ["0.tar", "1.tar"]:
             raise KeyboardInterrupt
-        return walk_shard(path)
+        return scan_shard(path, limits)
 
-    walk_shard = index_module.walk_shard
-    monkeypatch.setattr(index_module, "walk_shard", walk)
+    scan_shard = index_module.scan_shard
+    monkeypatch.setattr(index_module, "scan_shard", scan)
     with pytest.raises(KeyboardInterrupt):
         build_index(shards, processor, folder)
     assert not folder.exists()

@@ -129,18 +129,19 @@ def dataset(tmp_path_factory, tiled_processor):
 
 
 def pack(dataset, count):
-    ids = np.arange(len(dataset.index))
-    counts = np.where(dataset.index.num_tiles > 0, count, 0)
+    ids = np.arange(len(dataset.mixture))
+    counts = np.where(dataset.mixture.columns(ids)[2] > 0, count, 0)
     return dataset.batch(MicroBatchPlan(Position(), True, ids, counts, 1.0))
 
 
 def test_the_index_knows_every_tile_before_an_image_is_decoded(dataset, tiled_processor):
     tiles = [sum(len(tiled_processor.image_processor.tiled(data)) for data in images) for images in [*photos(), []]]
-    assert dataset.index.num_tiles.tolist() == tiles and max(tiles) > 7 and tiles[-1] == 0
+    text_tokens, _, num_tiles = dataset.mixture.columns(np.arange(len(dataset.mixture)))
+    assert num_tiles.tolist() == tiles and max(tiles) > 7 and tiles[-1] == 0
     for count in (4, 12):
         batch = pack(dataset, count)
         assert not batch.skipped
-        expected = dataset.index.text_tokens + count * dataset.index.num_tiles.astype(np.int64)
+        expected = text_tokens + count * num_tiles
         np.testing.assert_array_equal(batch.cu_seq_lens.diff().numpy(), expected)
         assert len(batch.images) == len(batch.counts) == sum(tiles)
 

@@ -2,6 +2,7 @@
 
 import glob
 import io
+import os
 import re
 from pathlib import Path
 
@@ -63,8 +64,8 @@ def read_sample(file, offset, num_bytes, where, limits=Limits()):  # noqa: B008 
         BadSample: there is no sample of this size, or a member of it may not be read.
     """
     try:
-        file.seek(offset)
-        data = file.read(num_bytes)
+        # Without a file position: loader processes that were forked off share it with their parent and each other.
+        data = os.pread(file.fileno(), num_bytes, offset)
     except OSError as error:
         raise BadSample("tar-damaged", f"cannot be read ({error.strerror})", where, "", offset) from None
     if len(data) != num_bytes:

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from PIL import Image
 from transformers import BitConfig, BitModel
 
-from ...model.image_processing_tokenflex import TokenFlexImageProcessor
-from ...model.vision import patch_grid
 from .glyphs import NUM_CLASSES, Sources, load_sources
 from .scenes import IMAGE_SIDE, INKS, Box, draw_grid, render
 
@@ -29,6 +28,8 @@ ARCHITECTURE = {
     "layer_type": "preactivation", "num_groups": 8, "embedding_size": 64, "hidden_sizes": [128], "depths": [3],
 }  # fmt: skip
 INPUT_SIDE = 64
+# The stem halves the image twice, and one stage halves nothing: a patch per 4 pixels.
+GRID_SIDE = INPUT_SIDE // 4
 NUM_SCENES = 6144
 CELLS = (1, 2, 3, 4, 5, 6, 7)
 NUM_STEPS = 500
@@ -64,7 +65,7 @@ def build_encoder(directory: Path, *, seed: int, num_scenes=NUM_SCENES, num_step
 
 
 def _labelled_patches(seed: int, num_scenes: int, num_workers: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Images [N, 64, 64, 3] of uint8, the digit at each patch [N, rows, columns], the colour of the ink [N]."""
+    """Images [N, 64, 64, 3] of uint8, the digit at each patch [N, 16, 16], the colour of the ink [N]."""
     sources = load_sources("train")
     shares = [range(start, num_scenes, num_workers) for start in range(num_workers)]
     if num_workers <= 1:
@@ -77,17 +78,15 @@ def _labelled_patches(seed: int, num_scenes: int, num_workers: int) -> tuple[tor
 
 
 def _render_share(seed: int, indices: range, sources: Sources) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    processor = TokenFlexImageProcessor(height=INPUT_SIDE, width=INPUT_SIDE)
-    rows, columns = patch_grid(BitConfig(**ARCHITECTURE), INPUT_SIDE, INPUT_SIDE)
     pixels = np.zeros((len(indices), INPUT_SIDE, INPUT_SIDE, 3), np.uint8)
-    digits = np.zeros((len(indices), rows, columns), np.int64)
+    digits = np.zeros((len(indices), GRID_SIDE, GRID_SIDE), np.int64)
     inks = np.zeros(len(indices), np.int64)
     for slot, index in enumerate(indices):
         rng = np.random.Generator(np.random.Philox(key=[seed, (1 << 52) | index]))
         scene = draw_grid(rng, sources, num_cells=int(rng.choice(CELLS)))
         image, boxes = render(scene, rng, sources)
-        pixels[slot] = processor.tiled(image)[0]
-        digits[slot] = patch_labels(boxes, rows, columns)
+        pixels[slot] = np.asarray(image.resize((INPUT_SIDE, INPUT_SIDE), Image.Resampling.BICUBIC))
+        digits[slot] = patch_labels(boxes, GRID_SIDE, GRID_SIDE)
         inks[slot] = list(INKS).index(scene.ink)
     return pixels, digits, inks
 
@@ -104,7 +103,6 @@ def patch_labels(boxes: list[Box], rows: int, columns: int) -> np.ndarray:
 
 
 def _pretrain(pixels: torch.Tensor, digits: torch.Tensor, inks: torch.Tensor, seed: int, num_steps: int) -> BitModel:
-    processor = TokenFlexImageProcessor(height=INPUT_SIDE, width=INPUT_SIDE)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tower = BitModel(BitConfig(**ARCHITECTURE))
@@ -118,7 +116,8 @@ def _pretrain(pixels: torch.Tensor, digits: torch.Tensor, inks: torch.Tensor, se
     class_weights[BACKGROUND] = BACKGROUND_WEIGHT
     for step in range(num_steps):
         batch = order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
-        features = tower(processor.normalised(pixels[batch])).last_hidden_state.permute(0, 2, 3, 1)
+        pixel_values = pixels[batch].permute(0, 3, 1, 2) / 127.5 - 1
+        features = tower(pixel_values).last_hidden_state.permute(0, 2, 3, 1)
         of_digits = digits[batch] != BACKGROUND
         loss = F.cross_entropy(digit_head(features).flatten(0, 2), digits[batch].flatten(), weight=class_weights)
         ink = inks[batch, None, None].expand_as(of_digits)[of_digits]
