@@ -22,6 +22,7 @@ from tokenflex.checkpoint import (
     Retention,
     RunLock,
     check_files,
+    check_fits,
     checked_manifest,
     entries,
     latest_tag,
@@ -446,6 +447,9 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path):
     other = [Slice(name="text.weight", shape=(4, 3), start=0, is_shared=False, tensors={"weight": torch.zeros(12)})]
     with pytest.raises(UserError, match=r"text.weight has shape \[33, 3\], the model's is \[4, 3\]"):
         load_newest(tmp_path, Turns(), lambda manifest, place: read_slices(place, manifest, other, 0))
+    fewer = {name: (list(shape), name not in FROZEN) for name, shape in SHAPES.items() if name != "text.norm"}
+    with pytest.raises(UserError, match="has a parameter text.norm that the model lacks"):
+        check_fits("x", checked_manifest(tmp_path / tag_of(1)), fewer, is_whole=True)
     frozen = [Slice(name="text.norm", shape=(13,), start=0, is_shared=False, tensors={"weight": torch.zeros(13)})]
     with pytest.raises(UserError, match="text.norm was trained, now it is frozen"):
         load_newest(tmp_path, Turns(), lambda manifest, place: read_slices(place, manifest, frozen, 0))

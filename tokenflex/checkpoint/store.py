@@ -321,12 +321,18 @@ def read_slices(folder, manifest, slices, rank):
             piece.tensors[kind].copy_(target)
 
 
-def check_fits(folder, manifest, parameters):
-    """Compare {name: (shape, is_trained)} of this rank's parameters with a checkpoint's.
+def check_fits(folder, manifest, parameters, is_whole=False):
+    """Compare {name: (shape, is_trained)} of a model's parameters with a checkpoint's; `is_whole`: they are all it has.
 
     Raises:
-        UserError: a parameter is missing, or of another shape, or was frozen where it is trained now (or the reverse).
+        UserError: a parameter is missing on either side, or of another shape, or was frozen where it is trained now (or the
+            reverse).
     """
+    for name in sorted(manifest.parameters.keys() - parameters.keys()) if is_whole else ():
+        raise UserError(
+            f"checkpoint {folder}: has a parameter {name} that the model lacks; set the model back, choose another name=..., "
+            "or begin anew with --fresh"
+        )
     for name, (shape, is_trained) in parameters.items():
         found = manifest.parameters.get(name)
         if found is None:

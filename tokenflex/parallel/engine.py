@@ -118,8 +118,10 @@ class Engine:
         self.device = device
         self.ds_config = ds_config
         self._optimizer = optimizer
-        self._optimizer.should_skip = self._asked_to_skip
+        # At stage 0 in bf16 DeepSpeed runs the optimizer once to make it create its state: that would decay the weights.
+        optimizer.should_skip = lambda: True
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        optimizer.should_skip = self._asked_to_skip
         self._judge, self._is_skipped, self._norm = None, None, float("nan")
 
     @property

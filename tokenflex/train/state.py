@@ -15,6 +15,7 @@ from ..checkpoint import (
     Retention,
     ShardReader,
     begin_folder,
+    check_fits,
     load_newest,
     named_pieces,
     read_slices,
@@ -218,6 +219,8 @@ class RunState:
         }
 
     def _fill(self, manifest, folder):
+        ours = {name: (shape, is_trained) for name, (shape, _, is_trained) in self._constant["parameters"].items()}
+        check_fits(folder, manifest, ours, is_whole=True)
         with self.engine.loading(manifest.num_updates) as slices:
             read_slices(folder, manifest, slices, self.ranks.rank)
             self._fill_buffers(manifest, folder)
