@@ -127,11 +127,6 @@ def tiled_index(tmp_path_factory, tiled_processor):
     return load_or_build_index([folder / "s.tar"], tiled_processor, folder / "index")
 
 
-<<<<<<< HEAD
-def pack(dataset, count):
-    ids = np.arange(len(dataset.mixture))
-    counts = np.where(dataset.mixture.columns(ids)[2] > 0, count, 0)
-=======
 @pytest.fixture(scope="module")
 def dataset(tiled_index, tiled_processor):
     return PackDataset(tiled_index, tiled_processor, "sqrt", blank_count=4)
@@ -140,26 +135,16 @@ def dataset(tiled_index, tiled_processor):
 def pack(dataset, index, count):
     ids = np.arange(len(index))
     counts = np.where(index.num_tiles > 0, count, 0)
->>>>>>> 40c594512cfdbe1b8e4899e60e7bb8357457bb95
     return dataset.batch(MicroBatchPlan(Position(), True, ids, counts, 1.0))
 
 
 def test_the_index_knows_every_tile_before_an_image_is_decoded(dataset, tiled_index, tiled_processor):
     tiles = [sum(len(tiled_processor.image_processor.tiled(data)) for data in images) for images in [*photos(), []]]
-<<<<<<< HEAD
-    text_tokens, _, num_tiles = dataset.mixture.columns(np.arange(len(dataset.mixture)))
-    assert num_tiles.tolist() == tiles and max(tiles) > 7 and tiles[-1] == 0
-=======
     assert tiled_index.num_tiles.tolist() == tiles and max(tiles) > 7 and tiles[-1] == 0
->>>>>>> 40c594512cfdbe1b8e4899e60e7bb8357457bb95
     for count in (4, 12):
         batch = pack(dataset, tiled_index, count)
         assert not batch.skipped
-<<<<<<< HEAD
-        expected = text_tokens + count * num_tiles
-=======
         expected = tiled_index.text_tokens + count * tiled_index.num_tiles.astype(np.int64)
->>>>>>> 40c594512cfdbe1b8e4899e60e7bb8357457bb95
         np.testing.assert_array_equal(batch.cu_seq_lens.diff().numpy(), expected)
         assert len(batch.images) == len(batch.counts) == sum(tiles)
 
