@@ -141,7 +141,7 @@ def test_preemption_by_a_partition_of_higher_priority(job, cluster, uninterrupte
 def test_the_time_limit(job, cluster, uninterrupted):
     """SLURM's own signal ahead of the limit, which is brought near once the job runs.
 
-    SLURM looks at limits every half a minute; the ranks are held still until it has.
+    SLURM looks at limits every half a minute; the ranks are held still until then: it sends CONT with its signal.
     """
     job.submit(*RECIPE, options=["--time=60", "--signal=USR1@1800"])
     job.wait_for_start(0)
@@ -149,9 +149,6 @@ def test_the_time_limit(job, cluster, uninterrupted):
     for rank in (0, 1):
         job.signal_rank(rank, signal.SIGSTOP)
     cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=20")
-    cluster.wait(lambda: all(job.has_pending(rank, signal.SIGUSR1) for rank in (0, 1)), what="SLURM's signal")
-    for rank in (0, 1):
-        job.signal_rank(rank, signal.SIGCONT)
     cluster.wait(lambda: decisions(job)[0] == "requeue", what="the requeue")
 
     def is_far_again():
