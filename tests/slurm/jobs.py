@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY
@@ -121,12 +120,6 @@ class Submitted:
 
     def signal_rank(self, rank, number=signal.SIGUSR1):
         os.kill(self.rank_pid(rank), number)
-
-    def has_pending(self, rank, number):
-        """Whether a signal waits for a rank that is stopped."""
-        text = Path(f"/proc/{self.rank_pid(rank)}/status").read_text()
-        masks = [int(line.split()[1], 16) for line in text.splitlines() if line.startswith(("SigPnd", "ShdPnd"))]
-        return any(mask >> (number - 1) & 1 for mask in masks)
 
     def starts(self):
         """The job's own record of its starts."""

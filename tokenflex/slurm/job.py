@@ -67,6 +67,7 @@ class JobRun:
         self.ranks_per_node = site.index_ranks_per_node if kind == "index" else site.ranks_per_node
         self.num_ranks = len(job.nodes) * self.ranks_per_node
         self.srun = None
+        self.is_disturbed = False
 
     def run(self):
         """Run the job's steps; returns the exit status, having asked for a requeue if that is due."""
@@ -101,7 +102,7 @@ class JobRun:
         command = [*self._step(1, 1, "none"), *self._python(self.script), "--check", *self.arguments]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=self._environment())
         if outcome(done.returncode, None) == REQUEUE:  # a stop came already now
-            if self.job.num_restarts < self.site.max_starts_without_progress and job_state(self.job.id) == "RUNNING":
+            if self.job.num_restarts < self.site.max_starts_without_progress and self._state() == "RUNNING":
                 self._requeue()
             raise SystemExit(REQUEUE)
         if done.returncode:
@@ -139,7 +140,7 @@ class JobRun:
             return "done"
         if status != REQUEUE:
             self._show_culprit(first, folder)
-        state = job_state(self.job.id)
+        state = self._state()
         if state != "RUNNING":  # cancelled, or being requeued by SLURM itself: not ours to decide
             return f"stopped: SLURM says {state or 'nothing'} of the job"
         if status != REQUEUE:
@@ -187,7 +188,18 @@ class JobRun:
             time.sleep(2)
         return "requeue"
 
+    def _state(self):
+        """SLURM's word for the job, asked again if a signal came meanwhile: a requeue would undo a scancel."""
+        while True:
+            self.is_disturbed = False
+            state = job_state(self.job.id)
+            if not self.is_disturbed:
+                return state
+
     def _requeue(self):
+        if self.is_disturbed and self._state() != "RUNNING":
+            say("not requeued: SLURM has ended the job meanwhile")
+            return
         done = subprocess.run(["scontrol", "requeue", self.job.id], capture_output=True, text=True)
         if done.returncode:
             say(
@@ -284,6 +296,7 @@ class JobRun:
 
     def _forward(self, number, frame):
         """A signal that reached this process: the ranks have it from SLURM as well, except with --signal=B:..."""
+        self.is_disturbed = True
         say(f"got {signal.Signals(number).name}; the ranks save and end")
         if number == signal.SIGUSR1 and self.srun is not None and self.srun.poll() is None:
             self.srun.send_signal(number)  # srun hands USR1 on to its tasks; twice does no harm
