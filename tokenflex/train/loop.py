@@ -6,6 +6,7 @@ from collections import Counter
 import torch
 
 from ..checkpoint import save_checkpoint
+from .loss import fused_loss_head
 from .meter import count_images
 from .optimizer import rate_factor
 from .step import batch_loss
@@ -42,11 +43,12 @@ def train(engine, batches, normalise, peak_rates, config, progress, checkpoints,
     """
     settings = config.train
     engine.train()
+    fused_head = fused_loss_head(engine.model.language_model, settings.fused_loss, engine.device)
     interval = Interval(engine.device)
     with StopRequest() as stop:
         while progress["step"] < settings.num_steps:
             rates = [peak * rate_factor(progress["step"], settings.num_steps, config.optimizer) for peak in peak_rates]
-            position = run_step(engine, batches, normalise, rates, interval)
+            position = run_step(engine, batches, normalise, rates, interval, fused_head)
             progress["step"] += 1
             progress["position"] = {"epoch": position.epoch, "step": position.step + 1}
             is_done = progress["step"] == settings.num_steps
@@ -62,12 +64,12 @@ def train(engine, batches, normalise, peak_rates, config, progress, checkpoints,
     return True
 
 
-def run_step(engine, batches, normalise, rates, interval):
+def run_step(engine, batches, normalise, rates, interval, fused_head=None):
     """All micro-steps of one optimizer step; returns its position in the data."""
     while True:
         plan, batch = next(batches)
         batch = batch.to(engine.device)
-        loss = batch_loss(engine, batch, normalise)
+        loss = batch_loss(engine, batch, normalise, fused_head)
         engine.backward(loss)
         engine.step(rates)
         interval.add(loss.detach(), batch)
