@@ -45,8 +45,13 @@ def test_fused_equals_plain_over_ragged_sizes(num_tokens, width, vocabulary, has
     fused = weighted_sum(losses.squeeze(0), weights, 3.3)
     assert_close_relative(fused, plain)
     leaves = [hidden, *head.parameters()]
-    for got, wanted in zip(torch.autograd.grad(fused, leaves), torch.autograd.grad(plain, leaves), strict=True):
+    gradients = torch.autograd.grad(plain, leaves)
+    for got, wanted in zip(torch.autograd.grad(fused, leaves), gradients, strict=True):
         assert_close_relative(got, wanted)
+    head.requires_grad_(False)  # the language model is frozen
+    with answering_losses(head, targets):
+        (frozen,) = torch.autograd.grad(weighted_sum(head(hidden).squeeze(0), weights, 3.3), hidden)
+    assert_close_relative(frozen, gradients[0])
     assert head(hidden).shape == (1, num_tokens, vocabulary), "the layer answers with logits again"
 
 

@@ -19,10 +19,10 @@ from tokenflex.model.liger import KERNELS, apply_liger
 TYPES = ("qwen3", "qwen2", "llama", "mistral")
 
 
-def language_model(model_type):
+def language_model(model_type, **options):
     """A tiny language model whose norms do something."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = CONFIG_MAPPING[model_type](**sizes, intermediate_size=48, vocab_size=101, pad_token_id=0)
+    config = CONFIG_MAPPING[model_type](**sizes, intermediate_size=48, vocab_size=101, pad_token_id=0, **options)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -98,6 +98,9 @@ for name in TYPES:
     layer = model.model.layers[0]
     names[name] = [layer.input_layernorm._get_name(), model.model.norm._get_name(), layer.mlp._get_name(),
                    sys.modules[type(model).__module__].apply_rotary_pos_emb.__name__, model.forward.__func__.__module__]
+    assert type(language_model(name).model.layers[0].mlp).__module__ == type(model).__module__, "later models are plain"
+biased = language_model("llama", hidden_act="gelu", mlp_bias=True)
+assert apply_liger(biased, "on") and biased.model.layers[0].mlp._get_name() == "LlamaMLP", "Liger's is SiLU"
 print(json.dumps([errors, names]))
 """
 

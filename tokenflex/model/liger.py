@@ -1,6 +1,7 @@
 """Liger's Triton kernels in the language model: RMSNorm, RoPE and SwiGLU, where they are installed and a GPU runs them."""
 
 import importlib.util
+import sys
 
 import torch
 from transformers.integrations.liger import apply_liger_kernel
@@ -14,8 +15,8 @@ KERNELS = {"rms_norm": True, "rope": True, "swiglu": True, "cross_entropy": Fals
 def apply_liger(language_model, mode):
     """Patch `language_model` with Liger's kernels; returns whether that was done. `mode` is `auto`, `on` or `off`.
 
-    Liger patches the instance's modules and, for RoPE, the model type's own module in transformers: every language model
-    of that type in this process then computes its RoPE so. Weights and their names stay.
+    RoPE is a function of the model type's module in transformers: every language model of that type in this process then
+    computes it so. Everything else is patched in this instance alone. Weights and their names stay.
 
     Raises:
         UserError: `on`, and Liger is not installed, there is no GPU, or it has no kernels for this model type.
@@ -25,7 +26,14 @@ def apply_liger(language_model, mode):
         raise UserError(f"model.liger=on: {obstacle}; or set model.liger=auto, which does without")
     if mode == "off" or obstacle:
         return False
-    apply_liger_kernel(language_model, KERNELS)
+    modeling = sys.modules[type(language_model).__module__]
+    classes = {name: value for name, value in vars(modeling).items() if isinstance(value, type)}
+    # Liger's MLP is SiLU whatever the model's activation is.
+    is_silu = getattr(language_model.config, "hidden_act", "silu") in ("silu", "swish")
+    apply_liger_kernel(language_model, {**KERNELS, "swiglu": is_silu})
+    # Liger replaces the classes too, for models built later; its MLP has no biases, and an export would lose them.
+    for name, value in classes.items():
+        setattr(modeling, name, value)
     return True
 
 

@@ -120,17 +120,8 @@ sys.meta_path.insert(0, Wall())
 @pytest.mark.parametrize("has_transformers", [True, False])
 def test_make_gpu_needs_no_more_than_torch_triton_and_pytest(has_transformers, tmp_path):
     """What the target names is imported and collected where the trainer's other packages are missing."""
-    packages = {
-        "deepspeed",
-        "webdataset",
-        "pydantic",
-        "yaml",
-        "hypothesis",
-        "pytest_timeout",
-        "liger_kernel",
-        "mlxtend",
-    }
-    packages |= set() if has_transformers else {"transformers"}
+    packages = {"deepspeed", "webdataset", "pydantic", "hypothesis", "pytest_timeout", "liger_kernel"}
+    packages |= set() if has_transformers else {"transformers", "huggingface_hub", "yaml", "PIL"}
     (tmp_path / "sitecustomize.py").write_text(BARE.format(packages=packages))
     root = Path(__file__).parents[3]
     options = "ARGS=--collect-only -q -p no:timeout -p no:hypothesispytest -p no:cacheprovider"
