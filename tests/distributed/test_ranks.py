@@ -161,7 +161,7 @@ from tokenflex.train.loss import fused_loss_head
 from tokenflex.train.optimizer import build_optimizer
 from tokenflex.train.step import batch_loss
 
-recipe, corpus, fused = sys.argv[1:]
+recipe, corpus, fused_loss = sys.argv[1:]
 config = load_config(recipe)
 launch = parallel.join()
 parallel.quiet_libraries()
@@ -175,14 +175,14 @@ model = build_model(config.model, config.budget, processor, torch.float32)
 optimizer, rates = build_optimizer(model, config.optimizer)
 engine = parallel.Engine(model, optimizer, ds_config, launch, device)
 engine.train()
-head = fused_loss_head(engine.model.language_model, fused, device)
+fused_head = fused_loss_head(engine.model.language_model, fused_loss, device)
 dataset = PackDataset(index, processor, "sqrt", blank_count=4)
 text, images = np.flatnonzero(index.num_images == 0), np.flatnonzero(index.num_images > 0)
-for micro in range(4):
-    ids = text[: 2 * (micro < 2)] if launch.rank == micro % 2 else images[micro : micro + 2]  # text only, then nothing
+for micro in range(8):  # one rank without images, then without anything; with the plain loss, then with the fused one
+    ids = text[: 2 * (micro % 4 < 2)] if launch.rank == micro % 2 else images[micro : micro + 2]
     counts = np.where(index.num_images[ids] > 0, 12, 0)
     batch = dataset.batch(MicroBatchPlan(Position(), micro % 2 == 1, ids, counts, 4.0))
-    loss = batch_loss(engine, batch, processor.image_processor.normalised, head)
+    loss = batch_loss(engine, batch, processor.image_processor.normalised, fused_head if micro >= 4 else None)
     engine.backward(loss)
     engine.step(rates)
     assert torch.isfinite(loss)
@@ -191,9 +191,9 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("fused_loss", ["off", pytest.param("on", marks=FUSED_LOSS)])
-def test_a_text_only_or_empty_micro_batch_on_one_rank_does_not_hang_zero3(fused_loss, tmp_path, corpus):
+def test_a_text_only_or_empty_micro_batch_on_one_rank_does_not_hang_zero3(tmp_path, corpus):
     script = tmp_path / "text_only.py"
     script.write_text(TEXT_ONLY_ON_ONE_RANK)
+    fused_loss = "on" if hasattr(torch.nn, "LinearCrossEntropyOptions") else "off"
     for rank, end in enumerate(run_ranks(2, [script, TINY, corpus, fused_loss], timeout_s=120)):
         assert end.status == 0 and f"DONE {rank}" in end.output, end.output[-3000:]
