@@ -38,4 +38,4 @@ GPU_TESTS := tests/kernels/test_kernel_gpu.py tests/model/test_attention.py test
              tests/benchmarks/kernels/test_bench_kernels.py
 gpu bench: export BENCH_SECONDS ?= 300
 gpu bench:
-	PYTHONPATH=kernels:. timeout -s INT 570 python3 -m pytest -s --noconftest -m "gpu and not slow" $(GPU_TESTS) $(ARGS)
+	PYTHONPATH=kernels:. timeout --foreground -k 20 -s INT 570 python3 -m pytest -s --noconftest -m "gpu and not slow" $(GPU_TESTS) $(ARGS)
