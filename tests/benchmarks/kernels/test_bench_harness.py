@@ -108,12 +108,12 @@ def test_the_cases_are_the_promised_ones():
 
 
 BARE = """
-import sys
-class Wall:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {packages}:
-            raise ModuleNotFoundError(f"no module named {{name}} on a bare machine", name=name)
-sys.meta_path.insert(0, Wall())
+import importlib.machinery, sys
+class Wall(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {packages} else super().find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Wall
 """
 
 
