@@ -46,9 +46,13 @@ $(VENV)/installed: setup.py constraints.txt
 clean:
 	rm -rf $(VENV) runs build *.egg-info
 
-# GPU tests and kernel microbenchmarks; writes docs/results/kernels-<device>.json and .svg
+# GPU tests and kernel microbenchmarks on a machine with no more than torch, Triton and pytest, in under ten minutes;
+# writes docs/results/kernels-<device>.json and .svg. No conftest: it belongs to the trainer and its packages.
+GPU_TESTS := tests/kernels/test_kernel_gpu.py tests/model/test_attention.py tests/model/test_liger.py \
+             tests/benchmarks/kernels/test_bench_kernels.py
+gpu bench: export BENCH_SECONDS ?= 300
 gpu bench:
-	PYTHONPATH=kernels:. python3 -m pytest -s -m "gpu and not slow" tests/kernels tests/benchmarks/kernels $(ARGS)
+	PYTHONPATH=kernels:. timeout --foreground -k 20 -s INT 570 python3 -m pytest -s --noconftest -m "gpu and not slow" $(GPU_TESTS) $(ARGS)
 
 # Packing beside other packers; writes docs/results/packing.json and .svg. ARGS="--lengths FILE.npz" takes your lengths
 bench-packing: $(VENV)/installed build/peers/installed

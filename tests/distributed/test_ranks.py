@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT, TINY, run_ranks, train_ranks
 
 from tokenflex.exit_codes import REQUEUE
@@ -46,13 +47,59 @@ def test_every_zero_stage_trains_alike(stage, one_rank, tmp_path, cache_dir):
         assert abs(a["loss"] - b["loss"]) < 1e-5, (a, b)
 
 
-def test_trains_through_the_interpreted_kernels_as_through_plain_torch(one_rank, tmp_path, cache_dir):
-    """The Triton kernels themselves, run by Triton's interpreter, under ZeRO-3 in a real run."""
+@pytest.fixture
+def zero3_without_persistence(tmp_path):
+    """A DeepSpeed file under which every weight, also the smallest, is gathered for each use and freed after it."""
+    config = json.loads((ROOT / "configs" / "zero3.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    return tmp_path / "ds.json"
+
+
+def assert_same_training(one, other, loss_bound):
+    for a, b in zip(metrics(one), metrics(other), strict=True):
+        assert abs(a["loss"] - b["loss"]) < loss_bound, (a, b)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4), (a, b)
+
+
+def test_trains_through_the_interpreted_kernels_as_through_plain_torch(
+    one_rank, tmp_path, cache_dir, zero3_without_persistence
+):
+    """Pooling, projector and splice in the Triton kernels themselves, run by Triton's interpreter, on two ranks of ZeRO-3."""
     train_ranks(
-        1, tmp_path, cache_dir, "model.projector_backend=kernels", environment={"TRITON_INTERPRET": "1"}, timeout_s=280
+        2,
+        tmp_path,
+        cache_dir,
+        "model.projector_backend=kernels",
+        environment={"TRITON_INTERPRET": "1"},
+        timeout_s=280,
+        ds_config=zero3_without_persistence,
     )
-    for a, b in zip(metrics(one_rank), metrics(tmp_path), strict=True):
-        assert abs(a["loss"] - b["loss"]) < 1e-4, (a, b)
+    assert_same_training(one_rank, tmp_path, loss_bound=1e-5)
+
+
+FUSED_LOSS = pytest.mark.skipif(
+    not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="needs torch 2.13 or newer for the fused loss"
+)
+
+
+@FUSED_LOSS
+def test_the_fused_loss_trains_as_the_plain_one_with_a_sharded_tied_weight(
+    one_rank, tmp_path, cache_dir, zero3_without_persistence
+):
+    train_ranks(2, tmp_path, cache_dir, "train.fused_loss=on", ds_config=zero3_without_persistence)
+    assert_same_training(one_rank, tmp_path, loss_bound=1e-6)
+
+
+@FUSED_LOSS
+def test_the_fused_loss_trains_as_the_plain_one_with_a_sharded_output_layer(
+    tmp_path, cache_dir, corpus, tiny_config, zero3_without_persistence
+):
+    text = json.dumps({**tiny_config.model.text, "tie_word_embeddings": False})
+    untied = [f"model.text={text}", "train.num_steps=3"]
+    train_ranks(1, tmp_path / "plain", cache_dir, *untied, "train.fused_loss=off")
+    train_ranks(2, tmp_path / "fused", cache_dir, *untied, "train.fused_loss=on", ds_config=zero3_without_persistence)
+    assert_same_training(tmp_path / "plain", tmp_path / "fused", loss_bound=1e-6)
 
 
 def test_workers_change_nothing(one_rank, tmp_path, cache_dir):
@@ -112,10 +159,11 @@ from tokenflex.config import load_config
 from tokenflex.data import PackDataset, Position, find_shards, load_or_build_index
 from tokenflex.data.loader import MicroBatchPlan
 from tokenflex.model import build_model, build_processor
+from tokenflex.train.loss import fused_loss_head
 from tokenflex.train.optimizer import build_optimizer
 from tokenflex.train.step import batch_loss
 
-recipe, corpus = sys.argv[1:]
+recipe, corpus, fused_loss = sys.argv[1:]
 config = load_config(recipe)
 launch = parallel.join()
 parallel.quiet_libraries()
@@ -129,13 +177,14 @@ model = build_model(config.model, config.budget, processor, torch.float32)
 optimizer, rates = build_optimizer(model, config.optimizer)
 engine = parallel.Engine(model, optimizer, ds_config, launch, device)
 engine.train()
+fused_head = fused_loss_head(engine.model.language_model, fused_loss, device)
 dataset = PackDataset(index, processor, "sqrt", blank_count=4)
 text, images = np.flatnonzero(index.num_images == 0), np.flatnonzero(index.num_images > 0)
-for micro in range(4):
-    ids = text[:2] if launch.rank == micro % 2 else images[micro : micro + 2]
+for micro in range(8):  # one rank without images, then without anything; with the plain loss, then with the fused one
+    ids = text[: 2 * (micro % 4 < 2)] if launch.rank == micro % 2 else images[micro : micro + 2]
     counts = np.where(index.num_images[ids] > 0, 12, 0)
     batch = dataset.batch(MicroBatchPlan(Position(), micro % 2 == 1, ids, counts, 4.0))
-    loss = batch_loss(engine, batch, processor.image_processor.normalised)
+    loss = batch_loss(engine, batch, processor.image_processor.normalised, fused_head if micro >= 4 else None)
     engine.backward(loss)
     engine.step(rates)
     assert torch.isfinite(loss)
@@ -144,8 +193,9 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_a_text_only_micro_batch_on_one_rank_does_not_hang_zero3(tmp_path, corpus):
+def test_a_text_only_or_empty_micro_batch_on_one_rank_does_not_hang_zero3(tmp_path, corpus):
     script = tmp_path / "text_only.py"
     script.write_text(TEXT_ONLY_ON_ONE_RANK)
-    for rank, end in enumerate(run_ranks(2, [script, TINY, corpus], timeout_s=120)):
+    fused_loss = "on" if hasattr(torch.nn, "LinearCrossEntropyOptions") else "off"
+    for rank, end in enumerate(run_ranks(2, [script, TINY, corpus, fused_loss], timeout_s=120)):
         assert end.status == 0 and f"DONE {rank}" in end.output, end.output[-3000:]

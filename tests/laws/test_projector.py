@@ -1,10 +1,17 @@
 """Law: the projector is the released one: pool -> LayerNorm -> SwiGLU of inner width 3C -> text width."""
 
+import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tokenflex.data import PackDataset, Position
+from tokenflex.data.loader import MicroBatchPlan
+from tokenflex.model import projector as projector_module
 from tokenflex.model.projector import TokenAdaptiveProjector
+from tokenflex.train.step import batch_loss
 
 
 class ReleasedProjector(nn.Module):
@@ -67,3 +74,50 @@ def test_start_keeps_the_scale_of_its_input():
     projector.reset_parameters()
     output = projector(torch.randn(256, 64) * 5 + 1, [(16, 16)], [(16, 16)])
     assert 0.2 < output.std() < 1.0
+
+
+class Called(TorchDispatchMode):
+    """Which operators of the kernels' package run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "tokenflex_kernels":
+            self.names.add(function._schema.name.split("::")[1])
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_through_the_kernels_operators_is_the_plain_step(model, processor, index):
+    """Pooling, projector and splice: the same loss and gradients, and on no other backend are they used."""
+    pytest.importorskip("tokenflex_kernels")
+    ids = np.concatenate([np.flatnonzero(index.num_images == number)[:2] for number in (0, 1, 2)])
+    counts = np.where(index.num_images[ids] > 0, np.resize([4, 12, 7], len(ids)), 0)
+    batch = PackDataset(index, processor, "sqrt", blank_count=4).batch(
+        MicroBatchPlan(Position(), True, ids, counts, 5.0)
+    )
+    losses, gradients, called = {}, {}, {}
+    for backend in ("reference", "auto", "kernels"):
+        model.projector.backend = backend
+        model.zero_grad()
+        with Called() as seen:
+            losses[backend] = batch_loss(model, batch, processor.image_processor.normalised)
+            losses[backend].backward()
+        called[backend] = seen.names
+        gradients[backend] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert called["kernels"] == {"pool", "pool_backward", "swiglu", "swiglu_backward", "splice", "splice_backward"}
+    assert not called["reference"] and not called["auto"], "auto is plain torch on CPU"
+    torch.testing.assert_close(losses["kernels"], losses["reference"], rtol=1e-6, atol=0)
+    assert gradients["kernels"].keys() == gradients["reference"].keys()
+    scale = torch.cat([grad.flatten() for grad in gradients["reference"].values()]).norm()
+    for name, wanted in gradients["reference"].items():
+        assert (gradients["kernels"][name] - wanted).norm() <= 1e-6 * scale, name
+
+
+def test_without_the_kernels_auto_is_plain_and_kernels_says_so(monkeypatch):
+    monkeypatch.setattr(projector_module, "tokenflex_kernels", None)
+    features = torch.randn(6, 4)
+    assert TokenAdaptiveProjector(4, 8)(features, [(2, 3)], [(1, 2)]).shape == (2, 8)
+    with pytest.raises(ImportError, match="tokenflex_kernels is not installed; install it, or set 'auto'"):
+        TokenAdaptiveProjector(4, 8, backend="kernels")(features, [(2, 3)], [(1, 2)])

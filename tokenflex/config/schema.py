@@ -83,7 +83,10 @@ class ModelConfig(Section):
     projector_multiplier: PositiveInt = 3
     """Inner width of the SwiGLU projector in units of the vision width."""
     projector_backend: Literal["auto", "kernels", "reference"] = "auto"
-    """`auto`: fused kernels on GPU, plain torch on CPU; `kernels`: their operators everywhere; `reference`: plain torch."""
+    """Pooling, projector and splice. `auto`: fused kernels on GPU, plain torch on CPU; `kernels`: their operators everywhere;
+    `reference`: plain torch."""
+    liger: Literal["auto", "on", "off"] = "auto"
+    """Liger's kernels for the language model's RMSNorm, RoPE and SwiGLU; `auto`: on GPU where liger-kernel is installed."""
     vision_position_embedding: Literal["none", "sine2d"] = "none"
     """`sine2d` tells each patch feature its place in the image; for convolutional encoders, which do not know it."""
     vision_feature_layer: int = -1
@@ -230,6 +233,8 @@ class TrainConfig(Section):
     """Optimizer steps in all."""
     loss_weighting: Literal["token", "sample", "sqrt"] = "sqrt"
     """Weight of each learned token of a sample with n of them: 1, 1/n or 1/sqrt(n) (the authors' release)."""
+    fused_loss: Literal["auto", "on", "off"] = "auto"
+    """Cross-entropy without logits in memory, torch's own (2.13 and newer); `auto`: on GPU where torch and the model allow."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the forward and backward pass; `auto` is bf16 on GPU and fp32 on CPU, where it is the fast one."""
     seed: NonNegativeInt = 0

@@ -7,6 +7,7 @@ scaled-dot-product call per sample, which does no work across samples either.
 """
 
 import functools
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -64,10 +65,33 @@ def _torch_varlen(query, key, value, cu_seq_lens, max_length, scaling, dropout):
 
     if dropout:
         raise ValueError("torch's varlen attention has no dropout; set attention_dropout=0 or install flash-attn")
-    lengths = (cu_seq_lens, cu_seq_lens, max_length, max_length)
-    if query.shape[1] != key.shape[1]:  # torch 2.10's signature has no grouped heads: repeat them
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    return varlen_attn(query, key, value, *lengths, scale=scaling, window_size=(-1, 0))
+    return causal_varlen(varlen_attn, query, key, value, cu_seq_lens, max_length, scaling)
+
+
+def causal_varlen(varlen_attn, query, key, value, cu_seq_lens, max_length, scaling=None):
+    """Causal attention within each sample through any torch's `varlen_attn`: [T, H, K], twice [T, H_kv, K] -> [T, H, K].
+
+    What it takes grew: torch 2.10 has `is_causal` and a fixed scale; 2.11 says causal by `window_size` and takes `scale`;
+    2.12 adds `enable_gqa`. What a version lacks is done to its inputs.
+    """
+    known = _parameters(varlen_attn)
+    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if scaling is not None and "scale" in known:
+        options["scale"] = scaling
+    elif scaling is not None:
+        factor = scaling * query.shape[-1] ** 0.5  # exactly 1 for the usual scale, which must not cost a pass
+        query = query if abs(factor - 1) < 1e-6 else query * factor
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in known:
+            options["enable_gqa"] = True
+        else:
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    return varlen_attn(query, key, value, cu_seq_lens, cu_seq_lens, max_length, max_length, **options)
+
+
+@functools.lru_cache
+def _parameters(function):
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _sdpa_per_sample(query, key, value, cu_seq_lens, max_length, scaling, dropout):

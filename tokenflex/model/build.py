@@ -12,6 +12,7 @@ from ..errors import UserError
 from .attention import PACKED, register_packed_attention
 from .configuration_tokenflex import TokenFlexConfig
 from .image_processing_tokenflex import TokenFlexImageProcessor
+from .liger import apply_liger
 from .modeling_tokenflex import TokenFlexForConditionalGeneration
 from .processing_tokenflex import TokenFlexProcessor, missing_tokens
 from .vision import patch_grid
@@ -72,7 +73,7 @@ def build_model(model, budget, processor, dtype, loading=contextlib.nullcontext)
     checkpoint. Parts from scratch are built whole: their start must be the same on any number of ranks.
 
     Raises:
-        UserError: a part that cannot be loaded, or that lacks weights.
+        UserError: a part that cannot be loaded, or that lacks weights; `model.liger=on` where it cannot be.
     """
     register_packed_attention()
     if model.init_from:
@@ -87,6 +88,7 @@ def build_model(model, budget, processor, dtype, loading=contextlib.nullcontext)
     if len(processor.tokenizer) > built.get_input_embeddings().num_embeddings:
         built.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
     built.language_model.set_attn_implementation(PACKED)
+    apply_liger(built.language_model, model.liger)
     if model.gradient_checkpointing:
         built.gradient_checkpointing_enable({"use_reentrant": False})
     return built

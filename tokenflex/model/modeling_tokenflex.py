@@ -114,7 +114,8 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
             else:
                 if visual_positions is None:
                     visual_positions = (input_ids.flatten() == self.config.image_token_id).nonzero().squeeze(1)
-                inputs_embeds = splice(inputs_embeds, visual_VD, visual_positions)
+                kernels = self.projector.kernels_for(visual_VD)
+                inputs_embeds = splice(inputs_embeds, visual_VD, visual_positions, kernels)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -184,7 +185,7 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
         embeds = self.get_input_embeddings()(input_ids)
         visual_VD = self.get_image_features(pixel_values.to(embeds.dtype), sides).to(embeds.dtype)
         positions = (input_ids.flatten() == self.config.image_token_id).nonzero().squeeze(1)
-        embeds = splice(embeds, visual_VD, positions)
+        embeds = splice(embeds, visual_VD, positions, self.projector.kernels_for(visual_VD))
         output = super().generate(input_ids=input_ids, inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
         sequences = output if torch.is_tensor(output) else output.sequences
         copies = sequences.shape[0] // prompt_ids.shape[0]  # beams or samples returned per prompt
@@ -221,8 +222,10 @@ def _counts_of_runs(runs, tiles):
     return [length // number for length, number in zip(runs, tiles)] if len(runs) == len(tiles) else runs
 
 
-def splice(embeds_BTD, visual_VD, positions):
-    """Put visual rows at `positions` [V] of the flattened tokens, in one pass; text rows there get no gradient.
+def splice(embeds_BTD, visual_VD, positions, kernels=None):
+    """Put visual rows at `positions` [V] of the flattened tokens; text rows there get no gradient.
+
+    With `kernels` (the package `tokenflex_kernels`) in one pass, forward and backward.
 
     Raises:
         ValueError: not as many positions as rows; the message has both numbers.
@@ -232,7 +235,10 @@ def splice(embeds_BTD, visual_VD, positions):
             f"the prompt has {positions.shape[0]} image placeholders but the images gave {visual_VD.shape[0]} visual tokens; "
             "build the prompt with the same num_visual_tokens that the model is called with"
         )
-    return embeds_BTD.flatten(0, 1).index_copy(0, positions, visual_VD).view_as(embeds_BTD)
+    rows = embeds_BTD.flatten(0, 1)
+    if kernels is not None:
+        return kernels.splice_rows(rows, visual_VD, positions).view_as(embeds_BTD)
+    return rows.index_copy(0, positions, visual_VD).view_as(embeds_BTD)
 
 
 def image_runs(input_ids, image_token_id):

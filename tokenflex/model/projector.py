@@ -33,19 +33,29 @@ class TokenAdaptiveProjector(nn.Module):
         self.down = nn.Linear(inner, text_width)
 
     def forward(self, features_PC, grids, sides):
-        if self._uses_kernels(features_PC):
-            linear = tokenflex_kernels.Linear
-            norm = tokenflex_kernels.Norm(self.norm.weight, self.norm.bias, self.norm.eps)
-            gate_up, down = linear(self.gate_up.weight, self.gate_up.bias), linear(self.down.weight, self.down.bias)
-            return tokenflex_kernels.pooled_swiglu(features_PC, grids, sides, norm, gate_up, down, mode=self.mode)
+        kernels = self.kernels_for(features_PC)
+        if kernels is not None:
+            norm = kernels.Norm(self.norm.weight, self.norm.bias, self.norm.eps)
+            gate_up, down = (kernels.Linear(x.weight, x.bias) for x in (self.gate_up, self.down))
+            return kernels.pooled_swiglu(features_PC, grids, sides, norm, gate_up, down, mode=self.mode)
         pooled_NC = adaptive_pool(features_PC, grids, sides, self.mode)
         gate_NH, up_NH = self.gate_up(self.norm(pooled_NC)).chunk(2, dim=-1)
         return self.down(F.silu(gate_NH) * up_NH)
 
-    def _uses_kernels(self, features_PC):
+    def kernels_for(self, tensor):
+        """The kernels' package where `backend` says that `tensor` goes through it, else None.
+
+        Raises:
+            ImportError: the backend is `kernels`, and the package is not installed.
+        """
         if self.backend == "auto":
-            return features_PC.is_cuda and tokenflex_kernels is not None and tokenflex_kernels.is_available()
-        return self.backend == "kernels"
+            is_usable = tensor.is_cuda and tokenflex_kernels is not None and tokenflex_kernels.is_available()
+            return tokenflex_kernels if is_usable else None
+        if self.backend == "kernels" and tokenflex_kernels is None:
+            raise ImportError(
+                "the projector's backend is 'kernels', but tokenflex_kernels is not installed; install it, or set 'auto'"
+            )
+        return tokenflex_kernels if self.backend == "kernels" else None
 
     @torch.no_grad()
     def reset_parameters(self):

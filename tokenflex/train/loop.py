@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import faults
+from .loss import fused_loss_head
 from .meter import count_images
 from .optimizer import rate_factor
 from .step import batch_loss
@@ -47,12 +48,13 @@ def train(state, open_batches, normalise, peak_rates, config, meter, stop, bad_s
     """
     engine, progress, settings = state.engine, state.progress, config.train
     engine.train()
+    fused_head = fused_loss_head(engine.model.language_model, settings.fused_loss, engine.device)
     interval, batches = Interval(engine.device), open_batches(progress)
     try:
         while progress["step"] < settings.num_steps:
             rates = [peak * rate_factor(progress["step"], settings.num_steps, config.optimizer) for peak in peak_rates]
             state.heart.step(progress["step"])
-            done = run_step(state, batches, normalise, rates, interval, bad_samples)
+            done = run_step(state, batches, normalise, rates, interval, bad_samples, fused_head)
             meter.samples(progress["step"], done.position, done.sample_ids)
             is_bad = bool(done.problem) and state.skip(
                 done.position, done.problem, meter.names(done.sample_ids, state.ranks)
@@ -107,7 +109,7 @@ class StepDone:
     problem: str
 
 
-def run_step(state, batches, normalise, rates, interval, bad_samples):
+def run_step(state, batches, normalise, rates, interval, bad_samples, fused_head=None):
     """All micro-steps of one optimizer step; the weights move only if the guard finds nothing wrong with it."""
     engine, guard, enter, step = state.engine, state.guard, state.heart.phase, state.progress["step"]
     loss_sum, ids, micro = torch.zeros((), dtype=torch.float64, device=engine.device), [], 0
@@ -127,7 +129,7 @@ def run_step(state, batches, normalise, rates, interval, bad_samples):
         batch = batch.to(engine.device)
         enter("forward")
         faults.reach("forward")
-        loss = faults.spoil("loss", batch_loss(engine, batch, normalise))
+        loss = faults.spoil("loss", batch_loss(engine, batch, normalise, fused_head))
         enter("backward")
         engine.backward(loss)
         loss_sum += loss.detach()

@@ -439,11 +439,15 @@ def environment(device):
     return {"device": name, "versions": versions, "date": time.strftime("%Y-%m-%d", time.gmtime())}
 
 
-def write_report(folder, name, device, ceilings, rows):
-    """``folder/name.json`` with everything and ``folder/name.svg`` with the ratios; returns both paths."""
+def write_report(folder, name, device, ceilings, rows, left_out=()):
+    """``folder/name.json`` with everything and ``folder/name.svg`` with the ratios; returns both paths.
+
+    ``left_out`` names what there was no time for.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    report = environment(device) | {"ceilings": ceilings._asdict(), "choices": choose.choices(), "rows": rows}
+    measured = {"ceilings": ceilings._asdict(), "choices": choose.choices(), "rows": rows, "left_out": list(left_out)}
+    report = environment(device) | measured
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1))
     (folder / f"{name}.svg").write_text(plot(report))
     return folder / f"{name}.json", folder / f"{name}.svg"

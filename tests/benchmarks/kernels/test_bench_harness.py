@@ -1,7 +1,11 @@
 """The benchmark's harness at tiny size on the CPU: what it times is right, and what it reports is what it measured."""
 
 import json
+import os
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import kernel_bench
 import pytest
@@ -101,3 +105,33 @@ def test_the_cases_are_the_promised_ones():
     assert {case._replace(frozen=False) for case in kernel_bench.CORE_CASES} <= set(kernel_bench.ALL_CASES)
     ragged = Case(1152, 1536, 64, (8, 12, 16))
     assert ragged.num_tokens == 22 * 64 + 21 * 144 + 21 * 256 and ragged.name == "1152-1536-b64-ragged"
+
+
+BARE = """
+import importlib.machinery, sys
+class Wall(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {packages} else super().find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Wall
+"""
+
+
+@pytest.mark.parametrize("has_transformers", [True, False])
+def test_make_gpu_needs_no_more_than_torch_triton_and_pytest(has_transformers, tmp_path):
+    """What the target names is imported and collected where the trainer's other packages are missing."""
+    packages = {"deepspeed", "webdataset", "pydantic", "hypothesis", "pytest_timeout", "liger_kernel"}
+    packages |= set() if has_transformers else {"transformers", "huggingface_hub", "yaml", "PIL"}
+    (tmp_path / "sitecustomize.py").write_text(BARE.format(packages=packages))
+    root = Path(__file__).parents[3]
+    options = "ARGS=--collect-only -q -p no:timeout -p no:hypothesispytest -p no:cacheprovider"
+    recipe = subprocess.run(["make", "-n", "gpu", options], cwd=root, capture_output=True, text=True, check=True).stdout
+    recipe = recipe.replace("PYTHONPATH=", f"PYTHONPATH={tmp_path}:")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    end = subprocess.run(
+        ["bash", "-c", recipe], cwd=root, capture_output=True, text=True, timeout=120, env={**os.environ, "PATH": path}
+    )
+    assert end.returncode == 0, end.stdout[-3000:] + end.stderr[-3000:]
+    for name in ("test_projector[1152-1536-b64-n8]", "test_splice[16384", "test_pooling_rounds_once"):
+        assert name in end.stdout
+    assert ("test_torchs_own_on_a_gpu" in end.stdout) is has_transformers
