@@ -12,6 +12,7 @@ from tokenflex.config import DataConfig
 from tokenflex.data import Planner, Position
 from tokenflex.data.loader import micro_batches, num_micro_steps
 from tokenflex.data.plan import LeftOut, Mixture, Source
+from tokenflex.data.plan.balance import MAX_LEFT_OVER, balance
 from tokenflex.data.plan.order import MixtureOrder, SourceOrder, permute
 from tokenflex.data.plan.table import LengthTable
 from tokenflex.errors import UserError
@@ -71,6 +72,25 @@ def test_every_sample_once_every_pack_fits(number, seed, text_share, lockstep, m
         assert len(packs) % 8 == 0
         np.testing.assert_array_equal(np.sort(ids_of(packs)), np.arange(number))
         assert_packs_fit(planner, packs, index)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_packs=st.integers(1, 250),
+    size=st.sampled_from([60, 300, 1200, 3000]),
+    fill=st.floats(0.6, 1.05),
+    seed=st.integers(0, 2**31),
+)
+def test_balance_never_overfills_a_pack_unless_it_gives_up(num_packs, size, fill, seed):
+    rng = np.random.default_rng(seed)
+    number = max(1, int(num_packs * 4096 * fill / size))
+    tokens, tiles = rng.integers(size // 2, size * 3 // 2, number), rng.integers(0, 4, number)
+    pack = balance(tokens, tiles, num_packs, 4096, 40)
+    assert len(pack) == number and pack.min() >= -1 and pack.max() < num_packs
+    inside = pack >= 0
+    if (~inside).sum() <= MAX_LEFT_OVER:
+        assert np.bincount(pack[inside], weights=tokens[inside], minlength=num_packs).max() <= 4096
+        assert np.bincount(pack[inside], weights=tiles[inside], minlength=num_packs).max() <= 40
 
 
 HARD = {

@@ -14,8 +14,8 @@ import numpy as np
 CANDIDATES = 12
 """Samples per pack that are tried in an exchange; 12 x 12 pairs land within a few tokens of any difference."""
 ROUNDS = 20
-FEW_OVER = 16
-"""Packs that may hold too much after levelling and are worth repairing one by one."""
+MAX_LEFT_OVER = 40
+"""Samples that a caller may accept as left over. More packs than this that hold too much are not repaired but given up."""
 REPAIR_ROUNDS = 6
 """Tries of a pack that holds too much, each with another partner."""
 REPAIR_CANDIDATES = 40
@@ -32,14 +32,15 @@ def balance(tokens, tiles, num_packs, max_tokens, max_tiles, is_kept=None):
         is_kept: [S] samples that must not be left over where another can be.
 
     Returns:
-        [S] int64, the pack of each sample, or -1 for those that were left over so that no pack holds too much.
+        [S] int64, the pack of each sample, or -1 for those that were left over so that no pack holds too much. With more than
+        `MAX_LEFT_OVER` left over it is a failed try: packs may then hold too much.
     """
     tokens, tiles = np.asarray(tokens, np.int64), np.asarray(tiles, np.int64)
     pack = _deal(tokens, tiles, num_packs)
     if num_packs > 1 and len(tokens):
         _level(pack, tokens, tiles, num_packs)
         over = _is_over(pack, tokens, tiles, num_packs, max_tokens, max_tiles)
-        if over.sum() > max(FEW_OVER, num_packs // 10):  # too coarse for so few packs: the caller tries with less
+        if over.sum() > max(MAX_LEFT_OVER, num_packs // 10):  # too coarse for so few packs: the caller tries with less
             pack[_smallest_of_each(pack, tokens, over)] = -1
             return pack
         _repair(pack, tokens, tiles, num_packs, max_tokens, max_tiles)

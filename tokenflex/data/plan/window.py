@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from ...budget import keyed_uniform
-from .balance import balance, best_fit, first_fit
+from .balance import MAX_LEFT_OVER, balance, best_fit, first_fit
 
 FULLEST = 9975
 """Share of a pack's tokens that windows aim at, in 1/10,000; packs are level to within the rest."""
@@ -19,8 +19,6 @@ COARSE = 9900
 """Below this fill samples are too large to be levelled into full packs, and best fit is tried besides."""
 LOWEST = 5000
 TILE_FILL = 0.985
-MAX_LEFT_OVER = 40
-"""Samples a window may leave over within the stretch it took; they head their queues in the next one."""
 MAX_WINDOWS_WAITING = 8
 """A queue that filled no row in this many windows goes into rows of mixed counts, so no sample waits longer than that."""
 
@@ -295,6 +293,8 @@ def _by_cost(members, pack, number, limits):
     cost = np.bincount(
         pack, weights=limits.token_cost * members.tokens + limits.pair_cost * members.tokens**2, minlength=number
     )
+    used = np.bincount(pack, weights=members.tokens, minlength=number)
+    assert used.max() <= limits.max_tokens and tiles.max() <= limits.max_tiles, "a pack holds too much"
     place = np.empty(number, np.int64)
     place[np.lexsort((-cost, -tiles))] = np.arange(number)
     return place
