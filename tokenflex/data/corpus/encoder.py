@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from PIL import Image
+from torch import nn
 from transformers import BitConfig, BitModel
 
 from .glyphs import NUM_CLASSES, Sources, load_sources
