@@ -19,10 +19,7 @@ def test_the_readme_shows_the_table_that_was_measured():
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_quick_start_learns(tmp_path):
-    """`make train`: coarse is read at the largest count, dense gains by the count, the control does not, unseen counts hold.
-
-    Not met yet: see docs/log.md.
-    """
+    """`make train`: coarse is read at the largest count, dense gains by the count, the control does not, unseen counts hold."""
     arguments = f"output_dir={tmp_path} data.cache_dir={tmp_path}/cache train.wandb=off"
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     subprocess.run(["make", "train", f"ARGS={arguments}"], cwd=ROOT, env=environment, check=True, timeout=1400)
