@@ -17,6 +17,26 @@ from tokenflex.config import load_config
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.yaml"
 
+needs_fused_loss = pytest.mark.skipif(
+    not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="needs torch 2.13 or newer for the fused loss"
+)
+
+STRANGER = """
+import sys
+class Wall:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("tokenflex", "tokenflex_kernels"):
+            raise ModuleNotFoundError(f"{name} is not installed here", name=name)
+sys.meta_path.insert(0, Wall())
+import json
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+folder, *rest = sys.argv[1:]
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+"""
+"""Start of a program that has an exported model (its first argument) but cannot import this project's packages."""
+
 pytest_plugins = ["slurm.jobs"]  # fixtures of tests/slurm; a second file named conftest would hide this one
 
 torch.set_num_threads(1)  # the suite shares two cores with the ranks that it starts
@@ -102,14 +122,16 @@ def run_ranks(num_ranks, arguments, timeout_s=240, environment=None):
             )
         )
     deadline = time.monotonic() + timeout_s
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        if any(process.poll() for process in processes):
-            deadline = min(deadline, time.monotonic() + 10)
-        time.sleep(0.05)
-    is_hung = [process.poll() is None for process in processes]
-    for process in processes:
-        process.kill()
-        process.wait()
+    try:
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            if any(process.poll() for process in processes):
+                deadline = min(deadline, time.monotonic() + 10)
+            time.sleep(0.05)
+        is_hung = [process.poll() is None for process in processes]
+    finally:  # also when the test itself has run out of time
+        for process in processes:
+            process.kill()
+            process.wait()
     finished = []
     for process, log in zip(processes, logs):
         log.seek(0)

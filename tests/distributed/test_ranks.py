@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run_ranks, train_ranks
+from conftest import ROOT, TINY, needs_fused_loss, run_ranks, train_ranks
 
 from tokenflex.exit_codes import REQUEUE
 
@@ -78,12 +78,7 @@ def test_trains_through_the_interpreted_kernels_as_through_plain_torch(
     assert_same_training(one_rank, tmp_path, loss_bound=1e-5)
 
 
-FUSED_LOSS = pytest.mark.skipif(
-    not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="needs torch 2.13 or newer for the fused loss"
-)
-
-
-@FUSED_LOSS
+@needs_fused_loss
 def test_the_fused_loss_trains_as_the_plain_one_with_a_sharded_tied_weight(
     one_rank, tmp_path, cache_dir, zero3_without_persistence
 ):
@@ -91,7 +86,7 @@ def test_the_fused_loss_trains_as_the_plain_one_with_a_sharded_tied_weight(
     assert_same_training(one_rank, tmp_path, loss_bound=1e-6)
 
 
-@FUSED_LOSS
+@needs_fused_loss
 def test_the_fused_loss_trains_as_the_plain_one_with_a_sharded_output_layer(
     tmp_path, cache_dir, corpus, tiny_config, zero3_without_persistence
 ):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import needs_fused_loss
 
 from tokenflex.data import PackDataset, Position
 from tokenflex.data.loader import MicroBatchPlan
@@ -18,9 +19,6 @@ from tokenflex.train.loss import (
 from tokenflex.train.step import batch_loss
 
 CPU = torch.device("cpu")
-needs_torch = pytest.mark.skipif(
-    not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="needs torch 2.13 or newer for the fused loss"
-)
 
 
 def assert_close_relative(got, wanted, bound=1e-6):
@@ -29,7 +27,7 @@ def assert_close_relative(got, wanted, bound=1e-6):
     assert error <= bound * wanted.double().norm(), f"{error / wanted.double().norm():.2e} > {bound:g}"
 
 
-@needs_torch
+@needs_fused_loss
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("num_tokens, width, vocabulary", [(0, 16, 101), (1, 16, 101), (7, 5, 11), (65, 16, 333)])
 def test_fused_equals_plain_over_ragged_sizes(num_tokens, width, vocabulary, has_bias):
@@ -69,7 +67,7 @@ def gradients(model, batch, normalise, head):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@needs_torch
+@needs_fused_loss
 @pytest.mark.parametrize("is_tied", [True, False])
 @pytest.mark.parametrize("model_type", FUSED_MODEL_TYPES)
 def test_every_listed_model_has_the_plain_losss_gradients(model_type, is_tied, tiny_config, processor, index):
@@ -109,7 +107,7 @@ def test_what_cannot_be_fused_is_plain_or_refused(model, monkeypatch):
         fused_loss_head(model.language_model, "on", CPU)
 
 
-@needs_torch
+@needs_fused_loss
 def test_auto_fuses_on_a_gpu(model):
     head = fused_loss_head(model.language_model, "auto", torch.device("cuda"))
     assert head is model.language_model.get_output_embeddings()

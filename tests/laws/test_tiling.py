@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from conftest import train_ranks
+from conftest import STRANGER, train_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -247,19 +247,8 @@ def test_generation_with_tiles_at_any_count(tiled_config, tiled_processor):
         model(**{**ask(1), "num_tiles": torch.tensor([int(tiles.sum()) - 4, 4])})
 
 
-STRANGER = """
-import sys
-class Wall:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("tokenflex", "tokenflex_kernels"):
-            raise ModuleNotFoundError(f"{name} is not installed here", name=name)
-sys.meta_path.insert(0, Wall())
-import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
-folder, *images = sys.argv[1:]
-model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-content = [{"type": "image", "path": image} for image in images] + [{"type": "text", "text": "What is 1?"}]
+ANSWER = """
+content = [{"type": "image", "path": image} for image in rest] + [{"type": "text", "text": "What is 1?"}]
 messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "it"}]
 inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", num_visual_tokens=4)
 torch.save(model(**inputs).logits.detach(), folder + ".logits")
@@ -278,7 +267,7 @@ def test_an_export_without_this_package_gives_the_trainers_logits(tiled_config, 
     images = [tmp_path / f"{i}.jpg" for i in range(2)]
     for path, data in zip(images, photos()[1]):
         path.write_bytes(data)
-    (tmp_path / "stranger.py").write_text(STRANGER)
+    (tmp_path / "stranger.py").write_text(STRANGER + ANSWER)
     command = [sys.executable, tmp_path / "stranger.py", tmp_path / "model", *images]
     end = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, cwd=tmp_path)
     assert end.returncode == 0, end.stderr[-3000:]

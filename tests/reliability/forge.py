@@ -91,7 +91,7 @@ def be_rank(variables, arguments, rank, folder):
         status = 0
     except SystemExit as end:
         status = end.code or 0
-    except BaseException:
+    except BaseException:  # as the interpreter does at the top of a program: print it, status 1
         sys.excepthook(*sys.exc_info())
     finally:
         sys.stdout.flush()

@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..exit_codes import DONE, REQUEUE
 
 CHECKPOINT = re.compile(r"step-(\d{8,})")
-CHECKPOINT_MARKS = ("manifest.json", "complete.json")
+CHECKPOINT_MARK = "manifest.json"
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 NO_PROGRESS = 76
@@ -83,9 +83,9 @@ def newest_step(checkpoints):
     found = [(0, 0.0)]
     for folder in Path(checkpoints).glob("step-*"):
         match = CHECKPOINT.fullmatch(folder.name)
-        marks = [folder / mark for mark in CHECKPOINT_MARKS if (folder / mark).is_file()]
-        if match and marks:
-            found.append((int(match[1]), marks[0].stat().st_mtime))
+        mark = folder / CHECKPOINT_MARK
+        if match and mark.is_file():
+            found.append((int(match[1]), mark.stat().st_mtime))
     return max(found)
 
 

@@ -92,14 +92,10 @@ def _draw_scenes(rng: np.random.Generator, sources: Sources, task: str) -> tuple
 def _train_turns(task: str, scenes: tuple[Scene, ...], rng: np.random.Generator) -> list[Turn]:
     if task == "text":
         return [_text_turn(rng) for _ in range(4)]
-    if task == "word":
-        return [_word_turn(scenes[0])]
-    if task == "control":
-        return [_colour_turn(scenes[0])]
-    if task == "pair":
-        return _pair_turns(*scenes)
     if task == "count":
         return _shuffled(_count_turns(scenes[0], rng), rng)
+    if task != "grid":
+        return _eval_turns(task, scenes, rng)
     scene = scenes[0]
     turns = [_cell_turn(scene, cell) for cell in _shuffled(_cells(scene), rng)[:2]]
     turns.append(_grid_turn(scene))

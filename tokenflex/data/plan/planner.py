@@ -136,7 +136,6 @@ class Planner:
         """What the epochs planned so far have left out."""
         self.window_packs = max(data.window_rows * data.lockstep_packs, MIN_WINDOW_PACKS)
         self.block = 1 << (self.window_packs.bit_length() - 1)
-        self._queue_of = {count: number for number, count in enumerate(budget.counts)}
         self._check()
 
     @property
