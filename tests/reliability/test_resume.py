@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -158,16 +157,6 @@ def test_the_second_start_into_a_run_folder_is_refused(forge, tmp_path):
     assert job.statuses == [exit_codes.USER_ERROR] * 2
     assert "another job writes there" in job.output and f'"process": {os.getpid()}' in job.output
     assert not (tmp_path / "crash" / "plan.json").exists()
-
-
-def test_secrets_stay_out_of_checkpoints_and_logs(forge, tmp_path):
-    secret = "hunter2-" * 4
-    job = forge.done(tmp_path, 1, "train.num_steps=2", environment={"WANDB_API_KEY": secret, "HF_TOKEN": secret})
-    assert secret not in job.output
-    files = [path for path in Path(tmp_path).rglob("*") if path.is_file()]
-    assert len(files) > 5
-    for path in files:
-        assert secret.encode() not in path.read_bytes(), path
 
 
 def test_the_command_lists_verifies_and_exports(forge, tmp_path, capsys):
