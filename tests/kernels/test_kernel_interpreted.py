@@ -9,13 +9,25 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("cases, least", [("pool", 25), ("projector", 30), ("splice", 17)])
-def test_kernels_under_the_interpreter(cases, least):
-    process = kernel_process.python(
-        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--noconftest", "-c", "/dev/null", "--rootdir",
-        kernel_process.HERE, f"interpreted_{cases}.py", TRITON_INTERPRET="1",
-    )  # fmt: skip
-    output = kernel_process.finish(process, timeout_s=240)
+LEAST = {"projector": 30, "pool": 25, "splice": 17}
+"""Files interpreted_*.py, the longest first, and how many cases each must have."""
+
+
+@pytest.fixture(scope="module")
+def outputs():
+    """File -> what pytest will have printed."""
+    command = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--noconftest", "-c", "/dev/null")
+    jobs = {
+        name: ((*command, "--rootdir", kernel_process.HERE, f"interpreted_{name}.py"), {"TRITON_INTERPRET": "1"})
+        for name in LEAST
+    }
+    with kernel_process.side_by_side(jobs) as outputs:
+        yield outputs
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_kernels_under_the_interpreter(name, outputs):
+    output = outputs[name].result()
     summary = output.strip().splitlines()[-1]
     assert " passed" in summary and "failed" not in summary and "skipped" not in summary, output
-    assert int(summary.split(" passed")[0]) >= least, summary
+    assert int(summary.split(" passed")[0]) >= LEAST[name], summary
