@@ -151,8 +151,8 @@ def cases():
         "png bomb": image_case(png_with_size(60_000, 60_000), "image-pixels"),
         "jpeg bomb": image_case(jpeg_with_size(65_000, 65_000), "image-pixels"),
         "webp bomb": image_case(webp_canvas(2**24, 200), "image-pixels"),
-        "png of no width": image_case(png_with_size(0, 40), "image-format"),
-        "png header flipped": image_case(flipped(PNG, 20), "image-format"),
+        "png of no width": image_case(png_with_size(0, 40), "image-data"),
+        "png header flipped": image_case(flipped(PNG, 20), "image-data"),
         # images by their data
         "truncated jpeg": image_case(JPEG[: len(JPEG) // 2], "image-data", at="decode"),
         "jpeg cut by ten bytes": image_case(JPEG[:-40], "image-data", at="decode"),

@@ -157,5 +157,4 @@ def _write_shard(path: Path, seed: int, split: str, indices: range, sources: Sou
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
