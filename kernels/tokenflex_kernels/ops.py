@@ -119,8 +119,8 @@ def _flat(pairs: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def _is_autocast(tensor: Tensor) -> bool:
-    device_type = tensor.device.type
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # Not torch.amp.is_autocast_available: torch.compile of 2.10 cannot trace it.
+    return tensor.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(tensor.device.type)
 
 
 def _check_matrix(name: str, tensor: Tensor) -> None:
