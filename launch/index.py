@@ -9,6 +9,7 @@ import argparse
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from tokenflex.config import load_config
@@ -36,8 +37,8 @@ def main(arguments, say):
     config = load_config(arguments.config, arguments.overrides)
     if arguments.check:
         return print_check(config)
-    from tokenflex.data import Limits, embedded_corpus, with_embedded_encoder
-    from tokenflex.data.index import ShardScanner, assemble_index, open_index, parts_folder, shards_to_scan
+    from tokenflex.data import embedded_corpus, with_embedded_encoder
+    from tokenflex.data.index import sole_builder
     from tokenflex.data.sources import locate_sources, uses_corpus
     from tokenflex.model import build_processor
 
@@ -55,27 +56,40 @@ def main(arguments, say):
         corpus = embedded_corpus(config.data, say)
     processor = build_processor(config.model, config.budget, str(corpus / "tokenizer") if corpus else "")
     for _, shards, folder in locate_sources(config.data, corpus):
-        if mpi.rank == 0 and arguments.rebuild:
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.rmtree(parts_folder(folder), ignore_errors=True)
-        missing = mpi.bcast(shards_to_scan(shards, processor, folder) if mpi.rank == 0 else None)
-        limits = Limits(max_member_bytes=config.data.max_member_bytes, max_image_pixels=config.data.max_image_pixels)
-        scanner = ShardScanner(processor, parts_folder(folder), limits)
-        parts, problem = scan_share(scanner, missing[mpi.rank :: mpi.size])
-        problems = [text for text in mpi.allgather(problem) if text]
-        if problems:  # every process learns of it, so that none waits for the others
-            raise UserError(problems[0])
-        tables = mpi.gather(parts)
-        if mpi.rank == 0:
-            parts = {shard: path for table in tables for shard, path in table.items()}
-            assemble_index(shards, processor, folder, parts)
-            index = open_index(folder, shards)
-            say(
-                f"index     {folder}: {len(index)} samples of {len(shards)} shards, {len(missing)} of them scanned, "
-                f"by {mpi.size} processes"
-            )
-        mpi.Barrier()
+        with sole_builder(folder) if mpi.rank == 0 else nullcontext():
+            index_shards(mpi, shards, folder, processor, config.data, arguments.rebuild, say)
     return 0
+
+
+def index_shards(mpi, shards, folder, processor, data, rebuild, say):
+    """Index one source, all processes together; rank 0 writes.
+
+    Raises:
+        UserError: a shard that cannot be read, on every process.
+    """
+    from tokenflex.data import Limits
+    from tokenflex.data.index import ShardScanner, assemble_index, open_index, parts_folder, shards_to_scan
+
+    if mpi.rank == 0 and rebuild:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(parts_folder(folder), ignore_errors=True)
+    missing = mpi.bcast(shards_to_scan(shards, processor, folder) if mpi.rank == 0 else None)
+    limits = Limits(max_member_bytes=data.max_member_bytes, max_image_pixels=data.max_image_pixels)
+    scanner = ShardScanner(processor, parts_folder(folder), limits)
+    parts, problem = scan_share(scanner, missing[mpi.rank :: mpi.size])
+    problems = [text for text in mpi.allgather(problem) if text]
+    if problems:  # every process learns of it, so that none waits for the others
+        raise UserError(problems[0])
+    tables = mpi.gather(parts)
+    if mpi.rank == 0:
+        parts = {shard: path for table in tables for shard, path in table.items()}
+        assemble_index(shards, processor, folder, parts)
+        index = open_index(folder, shards)
+        say(
+            f"index     {folder}: {len(index)} samples of {len(shards)} shards, {len(missing)} of them scanned, "
+            f"by {mpi.size} processes"
+        )
+    mpi.Barrier()
 
 
 def scan_share(scanner, shards):

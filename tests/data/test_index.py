@@ -3,7 +3,10 @@
 import http.server
 import json
 import os
+import subprocess
+import sys
 import threading
+from concurrent import futures
 from functools import partial
 
 import numpy as np
@@ -12,7 +15,7 @@ from test_shards import good, png, write_shard
 
 from tokenflex.budget import VisualTokenBudget
 from tokenflex.config import DataConfig
-from tokenflex.data import PackDataset, Planner, Position, load_index, load_or_build_index
+from tokenflex.data import PackDataset, Planner, Position, find_shards, load_index, load_or_build_index
 from tokenflex.data import index as index_module
 from tokenflex.data.index import COLUMNS, RAGGED, ShardScanner, build_index, fingerprint, parts_folder
 from tokenflex.data.loader import micro_batches
@@ -264,3 +267,21 @@ def test_the_manifest_says_what_the_planner_asks_before_it_plans(tmp_path, proce
     ]
     np.testing.assert_array_equal(np.sort(np.concatenate(planner_ids)), [0, 1, 2])
     assert Position(**Position().as_dict()) == Position()
+
+
+def test_a_second_builder_waits_for_the_first(corpus, processor, tmp_path):
+    """Two jobs that start together on new shards: parts that one has made are not taken away by the other."""
+    folder = tmp_path / "index"
+    hold = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path / "index.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        with futures.ThreadPoolExecutor(1) as pool:
+            built = pool.submit(load_or_build_index, find_shards([str(corpus / "train")]), processor, folder)
+            with pytest.raises(futures.TimeoutError):
+                built.result(timeout=1)
+            assert not folder.exists()
+            other.communicate("done\n")
+            assert len(built.result(timeout=60)) == 60

@@ -8,12 +8,15 @@ Each shard is scanned into a part file of its own, so a build that was stopped g
 share the work without sending tables around, and added shards are the only ones that are read.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -158,20 +161,44 @@ def load_or_build_index(shards, processor, folder, num_workers=1, limits=Limits(
     Raises:
         UserError: a shard or sample that cannot be read, an index of another tokenizer, or of shards that have changed.
     """
-    manifest = _read_manifest(folder)
-    if manifest is not None:
-        _check_fingerprint(folder, manifest, processor)
-        known, _, changed = _compare(manifest, shards)
-        for shard, before, now in changed:
-            raise UserError(
-                f"index {folder}: {shard} has changed since: sha256 {before[:16]} was indexed, it is {now[:16]} now "
-                f"({len(changed)} such shards); restore it, or run: {INDEX_COMMAND}"
-            )
-    if manifest is None or not _says_all(manifest, shards, known):
-        build_index(shards, processor, folder, num_workers, limits=limits)
-    elif os.access(folder, os.W_OK):
-        _stamp_again(Path(folder), manifest, shards)
-    return load_index(folder, shards, processor)
+    with sole_builder(folder):
+        manifest = _read_manifest(folder)
+        if manifest is not None:
+            _check_fingerprint(folder, manifest, processor)
+            known, _, changed = _compare(manifest, shards)
+            for shard, before, now in changed:
+                raise UserError(
+                    f"index {folder}: {shard} has changed since: sha256 {before[:16]} was indexed, it is {now[:16]} now "
+                    f"({len(changed)} such shards); restore it, or run: {INDEX_COMMAND}"
+                )
+        if manifest is None or not _says_all(manifest, shards, known):
+            build_index(shards, processor, folder, num_workers, limits=limits)
+        elif os.access(folder, os.W_OK):
+            _stamp_again(Path(folder), manifest, shards)
+        return load_index(folder, shards, processor)
+
+
+@contextmanager
+def sole_builder(folder):
+    """No other process is inside for this index: jobs that start together on the same shards build it once.
+
+    A file lock (`index.lock`), which ends with its process. Where none can be had (a read-only folder, a file system
+    without locks), there is none.
+    """
+    path = Path(folder).with_name(Path(folder).name + ".lock")
+    descriptor = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _stamp_again(folder, manifest, shards):
