@@ -269,10 +269,11 @@ def test_a_curriculum_is_kept_but_for_one_window_of_the_plan(window):
     assert window == 1 or not np.array_equal(ids, np.sort(ids))
 
 
-def test_a_rare_count_waits_no_longer_than_the_bound():
+def test_a_rare_count_waits_no_longer_than_the_bound(monkeypatch):
     """One count in 500 never fills a row by itself; its samples come all the same, in rows of mixed counts."""
     from tokenflex.data.plan.window import MAX_WINDOWS_WAITING
 
+    monkeypatch.setattr("tokenflex.data.plan.planner.MIN_WINDOW_PACKS", 256)  # many windows per epoch
     number, counts = 60_000, (4, 16)
     index = make_index(np.random.default_rng(9), number)
     section = {"pack_length": 400, "max_images_per_pack": 8, "packs_per_step": 32, "lockstep_packs": 32}
