@@ -241,7 +241,10 @@ def test_a_shard_that_is_damaged_after_indexing_gives_substitutes_not_a_crash(pl
 def test_a_run_logs_and_counts_bad_samples_on_every_rank_and_stops_when_there_are_too_many(
     tmp_path, cache_dir, processor
 ):
-    """Two real ranks; every twelfth image does not decode, and ten bad samples are allowed (1 % of at least 1,000)."""
+    """Two real ranks; every twelfth image does not decode, and ten bad samples are allowed (1 % of at least 1,000).
+
+    The run ends once in between, with a few bad samples met, and its second part goes on counting from there.
+    """
     shard = tmp_path / "shards" / "s.tar"
     shard.parent.mkdir()
     broken = bad_samples.image_case(JPEG[: len(JPEG) // 2])
@@ -250,11 +253,18 @@ def test_a_run_logs_and_counts_bad_samples_on_every_rank_and_stops_when_there_ar
             file.write(good_bytes(f"k{i:02d}") if i % 12 else bad_samples.tar_bytes(f"k{i:02d}", broken))
         file.write(bytes(1024))
     arguments = ["launch/train.py", "--config", TINY, f"output_dir={tmp_path}", f"data.cache_dir={cache_dir}"]
-    ends = run_ranks(2, [*arguments, f"data.train={shard.parent}", "train.num_steps=60"])
+    arguments += [f"data.train={shard.parent}"]
+    ends = run_ranks(2, [*arguments, "train.num_steps=3"])
+    assert [end.status for end in ends] == [0, 0], ends[0].output[-2000:]
+    log = tmp_path / "tiny" / "metrics.jsonl"
+    assert 0 < sum(json.loads(line)["num_bad_samples"] for line in log.read_text().splitlines()) <= 10
+    ends = run_ranks(2, [*arguments, "train.num_steps=60"])
     assert [end.status for end in ends] == [2, 2], ends[0].output[-2000:]
     assert "samples are bad, more than data.max_bad_fraction=0.01 allows" in ends[0].output
     assert "Traceback" not in ends[0].output
-    metrics = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in log.read_text().splitlines()]
+    num_bad, num_samples = (sum(line[name] for line in metrics) for name in ("num_bad_samples", "num_samples"))
+    assert f"{num_bad} of {num_samples} samples are bad" in ends[0].output
     logs = sorted((tmp_path / "tiny" / "bad-samples").glob("rank-*.jsonl"))
     logged = [json.loads(line) for path in logs for line in path.read_text().splitlines()]
     assert len(logged) == sum(line["num_bad_samples"] for line in metrics) > 10

@@ -12,7 +12,7 @@ from tokenflex.config import DataConfig
 from tokenflex.data import Planner, Position
 from tokenflex.data.loader import micro_batches, num_micro_steps
 from tokenflex.data.plan import LeftOut, Mixture, Source
-from tokenflex.data.plan.balance import MAX_LEFT_OVER, balance
+from tokenflex.data.plan.balance import MAX_LEFT_OVER, balance, trim
 from tokenflex.data.plan.order import MixtureOrder, SourceOrder, permute
 from tokenflex.data.plan.table import LengthTable
 from tokenflex.errors import UserError
@@ -91,6 +91,42 @@ def test_balance_never_overfills_a_pack_unless_it_gives_up(num_packs, size, fill
     if (~inside).sum() <= MAX_LEFT_OVER:
         assert np.bincount(pack[inside], weights=tokens[inside], minlength=num_packs).max() <= 4096
         assert np.bincount(pack[inside], weights=tiles[inside], minlength=num_packs).max() <= 40
+
+
+def row_waits(pack, tiles, num_packs, row_packs):
+    """Tiles that the packs of each row wait for, rows cut in the order of tiles, summed."""
+    loads = np.sort(np.bincount(pack, weights=tiles, minlength=num_packs))[::-1].reshape(-1, row_packs)
+    return (loads[:, :1] - loads).sum()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    num_rows=st.integers(1, 6),
+    row_packs=st.sampled_from([1, 2, 7, 64]),
+    count=st.sampled_from([16, 64, 256]),
+    seed=st.integers(0, 2**31),
+)
+def test_trimming_moves_samples_only_and_never_lets_rows_wait_for_more(num_rows, row_packs, count, seed):
+    rng, num_packs = np.random.default_rng(seed), num_rows * row_packs
+    pack = np.repeat(np.arange(num_packs), rng.integers(1, 12, num_packs))
+    tiles = rng.choice([0, 1, 3, 4, 5], len(pack))
+    tokens = tiles * count + rng.integers(5, 400, len(pack))
+    load = np.bincount(pack, weights=tokens, minlength=num_packs)
+    most, before = int(load.max()), row_waits(pack, tiles, num_packs, row_packs)
+    after = pack.copy()
+    trim(after, tokens, tiles, num_packs, row_packs, most)
+    assert after.min() >= 0 and after.max() < num_packs
+    assert np.bincount(after, weights=tokens, minlength=num_packs).max() <= most
+    assert row_waits(after, tiles, num_packs, row_packs) <= before
+
+
+def test_one_outlier_does_not_hold_up_its_row():
+    """64 packs of 12 tiles, one of 16 and one of 8, all of equal tokens: one exchange levels them."""
+    tiles = np.array([3, 3, 3, 3] * 64 + [5, 5, 3, 3] + [1, 1, 3, 3])
+    pack, tokens = np.repeat(np.arange(66), 4), np.full(len(tiles), 1000)
+    tokens[-8:] += [30, 20, 0, 5, 28, 22, 3, 2]
+    trim(pack, tokens, tiles, 66, 33, 4060)
+    assert (np.bincount(pack, weights=tiles) == 12).all()
 
 
 HARD = {
@@ -233,10 +269,11 @@ def test_a_curriculum_is_kept_but_for_one_window_of_the_plan(window):
     assert window == 1 or not np.array_equal(ids, np.sort(ids))
 
 
-def test_a_rare_count_waits_no_longer_than_the_bound():
+def test_a_rare_count_waits_no_longer_than_the_bound(monkeypatch):
     """One count in 500 never fills a row by itself; its samples come all the same, in rows of mixed counts."""
     from tokenflex.data.plan.window import MAX_WINDOWS_WAITING
 
+    monkeypatch.setattr("tokenflex.data.plan.planner.MIN_WINDOW_PACKS", 256)  # many windows per epoch
     number, counts = 60_000, (4, 16)
     index = make_index(np.random.default_rng(9), number)
     section = {"pack_length": 400, "max_images_per_pack": 8, "packs_per_step": 32, "lockstep_packs": 32}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -194,3 +195,36 @@ def test_a_text_only_or_empty_micro_batch_on_one_rank_does_not_hang_zero3(tmp_pa
     fused_loss = "on" if hasattr(torch.nn, "LinearCrossEntropyOptions") else "off"
     for rank, end in enumerate(run_ranks(2, [script, TINY, corpus, fused_loss], timeout_s=120)):
         assert end.status == 0 and f"DONE {rank}" in end.output, end.output[-3000:]
+
+
+OTHER_PLAN_LATER_ON = """
+import os, runpy, sys
+from dataclasses import replace
+from tokenflex.data import Planner
+
+if os.environ["RANK"] == "1":
+    planned = Planner.steps_from
+
+    def steps_from(planner, position):
+        for number, step in enumerate(planned(planner, position)):
+            yield replace(step, packs=step.packs[::-1]) if number >= 3 else step
+
+    Planner.steps_from = steps_from
+sys.path.insert(0, "launch")
+sys.argv[0] = "launch/train.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_plan_that_comes_apart_later_on_ends_all_ranks_before_it_is_saved(tmp_path, cache_dir, corpus):
+    """The first steps are the same on both ranks; from the fourth on, rank 1 has the packs in another order."""
+    script = tmp_path / "other_plan.py"
+    script.write_text(OTHER_PLAN_LATER_ON)
+    arguments = ["--config", TINY, "--ds_config", "configs/zero3.json", f"data.cache_dir={cache_dir}"]
+    ends = run_ranks(2, [script, *arguments, f"output_dir={tmp_path}", "train.save_every=1"])
+    assert [end.status for end in ends] == [2, 2], ends[0].output[-3000:] + ends[1].output[-3000:]
+    for end in ends:
+        found = re.search("data, step 4: rank 1 plans ([0-9a-f]{16}), rank 0 plans ([0-9a-f]{16});", end.output)
+        assert found and found[1] != found[2], end.output[-3000:]
+    saved = sorted(path.name for path in (tmp_path / "tiny" / "checkpoints").glob("step-*"))
+    assert saved and int(saved[-1].removeprefix("step-")) <= 3

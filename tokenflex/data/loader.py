@@ -22,7 +22,7 @@ class MicroBatchPlan:
     """What one rank does in one micro-step: sample ids, their visual-token counts, and where this stands in the run.
 
     position: of its step. next_position: where a run goes on after the step. num_messages [S]: how much of each conversation
-    is used; 0 is all of it.
+    is used; 0 is all of it. digest: of the step's plan over all ranks, to be compared between them.
     """
 
     position: Position
@@ -32,6 +32,7 @@ class MicroBatchPlan:
     total_weight: float
     next_position: Position = Position()
     num_messages: np.ndarray | None = None
+    digest: str = "0"
 
 
 def micro_batches(steps, rank, num_ranks, packs_per_micro_batch):
@@ -41,7 +42,7 @@ def micro_batches(steps, rank, num_ranks, packs_per_micro_batch):
     the same packs on any number of ranks R.
     """
     for step in steps:
-        share = len(step.packs) // num_ranks
+        share, digest = len(step.packs) // num_ranks, step.digest()
         per_micro = min(packs_per_micro_batch, share)
         for first in range(0, share, per_micro):
             begin = first * num_ranks + rank * per_micro
@@ -54,6 +55,7 @@ def micro_batches(steps, rank, num_ranks, packs_per_micro_batch):
                 total_weight=step.total_weight,
                 next_position=step.next_position,
                 num_messages=np.concatenate([pack.num_messages for pack in packs]),
+                digest=digest,
             )
 
 

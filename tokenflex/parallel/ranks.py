@@ -28,6 +28,20 @@ class Ranks:
         torch.distributed.all_gather_object(values, value, group=self._group)
         return values
 
+    def check_same_plan(self, digest, where):
+        """Every rank's digest of the plan of `where` (words) must be the same.
+
+        Raises:
+            UserError: on every rank, naming the first that differs from rank 0 and both digests.
+        """
+        digests = self.gather(digest)
+        for rank, other in enumerate(digests):
+            if other != digests[0]:
+                raise UserError(
+                    f"data, {where}: rank {rank} plans {other}, rank 0 plans {digests[0]}; do all nodes see the same index and "
+                    "package versions?"
+                )
+
     def barrier(self):
         """Wait for all ranks."""
         torch.distributed.barrier(group=self._group)

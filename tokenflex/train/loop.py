@@ -75,20 +75,26 @@ def train(state, open_batches, normalise, peak_rates, config, meter, stop, bad_s
                         "learning_rates": rates,
                     }
                 )
-                bad_samples.check(record["num_samples"], record["num_bad_samples"])
+                bad_samples.count(engine.sum_over_ranks)
+                bad_samples.check()
                 interval = Interval(engine.device)
             meter.advance()
             state.heart.phase("agree to go on")
             if faults.skips("agree"):
                 continue
-            is_stopped, *flags = state.ranks.agree([float(stop.is_set), *state.flags()])
+            plan = int(done.digest[:13], 16)  # 52 bits: exact as a float, of which the agreement gives the highest
+            highest, lowest, is_stopped, *flags = state.ranks.agree([plan, -plan, float(stop.is_set), *state.flags()])
+            if highest != -lowest:
+                state.ranks.check_same_plan(done.digest, f"step {progress['step']}")
             state.advance(*flags)
             if is_bad:
                 state.roll_back()
                 meter.rewind(progress["step"])
+                bad_samples.forget()
                 batches.close()
                 interval, batches = Interval(engine.device), open_batches(progress)
             elif is_done or is_stopped or (settings.save_every and progress["step"] % settings.save_every == 0):
+                bad_samples.count(engine.sum_over_ranks)
                 state.save()
             if is_stopped and not is_done:
                 break
@@ -101,12 +107,14 @@ def train(state, open_batches, normalise, peak_rates, config, meter, stop, bad_s
 
 @dataclass(frozen=True)
 class StepDone:
-    """One optimizer step on this rank: where it stands in the data, its samples here, and why it was skipped, if it was."""
+    """One optimizer step on this rank: where it stands in the data, its samples here, why it was skipped, if it was, and the
+    digest of its plan."""
 
     position: object
     next_position: object
     sample_ids: list
     problem: str
+    digest: str
 
 
 def run_step(state, batches, normalise, rates, interval, bad_samples, fused_head=None):
@@ -143,7 +151,7 @@ def run_step(state, batches, normalise, rates, interval, bad_samples, fused_head
             engine.step(rates, judge)
             faults.reach("after-step")
             interval.add_step(loss_value, bool(problem))
-            return StepDone(plan.position, plan.next_position, ids, problem)
+            return StepDone(plan.position, plan.next_position, ids, problem, plan.digest)
         engine.step(rates)
         micro += 1
 

@@ -154,7 +154,8 @@ def _train_and_export(config, ds_config, launch, ranks, device, num_accumulated,
     if not state.resume(check) and not fresh:
         say(f"new run   {folder.root}: there is no checkpoint")
 
-    _check_same_plan(planner, Position(**state.progress["position"]))
+    first = next(planner.steps_from(Position(**state.progress["position"])))
+    ranks.check_same_plan(first.digest(), "the first step to run")  # different packs could hang it
 
     def open_batches(progress):
         passed_over = {tuple(position) for position in progress["passed_over"]}
@@ -178,7 +179,7 @@ def _train_and_export(config, ds_config, launch, ranks, device, num_accumulated,
             config,
             meter,
             stop,
-            BadSampleLog(folder.root, launch.rank, config.data.max_bad_fraction),
+            BadSampleLog(folder.root, launch.rank, config.data.max_bad_fraction, state.progress),
         )
     finally:
         meter.close()
@@ -218,21 +219,6 @@ def prepare_data(config, launch, say):
     planner = Planner(mixture, budget, config.data, config.train.seed, config.train.loss_weighting)
     dataset = PackDataset(mixture, processor, config.train.loss_weighting, min(budget.counts), limits)
     return planner, dataset, processor
-
-
-def _check_same_plan(planner, position):
-    """Ranks that plan different packs would wait for each other in the first step: find out before it.
-
-    Raises:
-        UserError: on every rank, naming the first that differs.
-    """
-    digests = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(digests, next(planner.steps_from(position)).digest())
-    for rank, digest in enumerate(digests):
-        if digest != digests[0]:
-            raise UserError(
-                f"data: rank {rank} plans {digest}, rank 0 plans {digests[0]}; do all nodes see the same index and package versions?"
-            )
 
 
 def _prepare_folder(folder, config, fresh):

@@ -32,7 +32,7 @@ def first_progress():
 
     step: optimizer steps done, skipped ones included. position: the next step in the data. bad: positions of the steps
     skipped in a row until now. passed_over: positions never to run again. num_rollbacks: since the run last got beyond
-    `furthest`, the step at which it went back. history: the guard's.
+    `furthest`, the step at which it went back. history: the guard's. num_samples, num_bad_samples: met over all ranks.
     """
     return {
         "step": 0,
@@ -43,6 +43,8 @@ def first_progress():
         "num_rollbacks": 0,
         "furthest": 0,
         "history": {},
+        "num_samples": 0,
+        "num_bad_samples": 0,
     }
 
 

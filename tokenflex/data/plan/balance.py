@@ -23,6 +23,15 @@ TOKENS_PER_TILE = 32
 """What a tile of difference counts against tokens of difference while packs are levelled."""
 
 
+TRIM_ROUNDS = 6
+TRIM_SHARE = 16
+"""One in this many packs of a row may be an outlier that is trimmed."""
+TRIM_FROM = 12
+"""Rows that wait for fewer tiles than this, in 1/1,000 of all, are left as they are."""
+TRIM_PAIRS = 512
+"""Pairs of packs that are tried in a round, whether few outliers try many partners each or many try one."""
+
+
 def balance(tokens, tiles, num_packs, max_tokens, max_tiles, is_kept=None):
     """Samples -> packs, level in tokens and tiles.
 
@@ -119,6 +128,70 @@ def _level(pack, tokens, tiles, num_packs):
         pack[ours[ours >= 0]] = high[ours >= 0]
         pack[theirs[theirs >= 0]] = low[theirs >= 0]
         slots[:, -1] = -1  # what was moved into the free place stays in its pack, out of the exchange
+
+
+def trim(pack, tokens, tiles, num_packs, row_packs, max_tokens):
+    """Lower the most tiles of rows by exchanges, in place: a row waits for its fullest pack, and levelling leaves outliers.
+
+    Rows are the packs in the order of their tiles, `row_packs` at a time. A pack above nearly all of its row gives tiles to a
+    pack of any row that has room below nearly all of its own, in exchange for a sample of as many tokens. Images mostly
+    have odd numbers of tiles, so exchanges move two or four: room for one is of no use, and few pairs have what fits.
+
+    Args:
+        pack, tokens, tiles: [S] per sample; every sample has a pack, and no pack holds too much before or after.
+        num_packs, row_packs, max_tokens: packs (whole rows), packs side by side, and what a pack may hold.
+    """
+    tokens_S, tiles_S = np.append(tokens, 0).astype(np.int32), np.append(tiles, 0).astype(np.int32)
+    load = np.bincount(pack, weights=tokens, minlength=num_packs).astype(np.int32)
+    tile_load = np.bincount(pack, weights=tiles, minlength=num_packs).astype(np.int32)
+    for number in range(TRIM_ROUNDS):
+        order = np.argsort(-tile_load, kind="stable")
+        by_row = tile_load[order].reshape(-1, row_packs)
+        if (by_row[:, :1] - by_row).sum() * 1000 <= TRIM_FROM * by_row.sum():
+            return
+        room = by_row[:, row_packs // TRIM_SHARE][:, None] - by_row
+        num_above = np.repeat((room < 0).sum(1), row_packs)
+        room = room.reshape(-1)
+        givers = np.flatnonzero(room < 0)
+        givers = givers[np.argsort(num_above[givers], kind="stable")][
+            :TRIM_PAIRS
+        ]  # a row counts only when all are done
+        takers = np.flatnonzero(room > 1)
+        if not len(givers) or not len(takers):
+            return
+        tries = min(TRIM_PAIRS // len(givers), len(takers))
+        partner = (
+            np.arange(tries * len(givers)) * len(takers) // (tries * len(givers)) + 7 * number
+        )  # others each round
+        takers, column = np.unique(takers[partner % len(takers)], return_inverse=True)
+        column = column.reshape(tries, len(givers)).T
+        excess, room = -room[givers], room[takers]
+        givers, takers = order[givers], order[takers]
+        slots = _members(pack, np.concatenate([givers, takers]), num_packs)
+        ours, theirs = slots[: len(givers), None, :, None], slots[len(givers) :][column][:, :, None, :]
+        more, more_tiles = (
+            tokens_S[ours] - tokens_S[theirs],
+            tiles_S[ours] - tiles_S[theirs],
+        )  # [givers, tries, ours, theirs]
+        fits = (more <= max_tokens - load[takers][column][:, :, None, None]) & (more_tiles > 0)
+        fits &= (more >= load[givers][:, None, None, None] - max_tokens) & (
+            more_tiles <= room[column][:, :, None, None]
+        )
+        gain = np.minimum(more_tiles, excess[:, None, None, None])
+        worth = np.where(fits, gain * 2**20 - np.abs(more), -1).reshape(len(givers), -1)
+        best = worth.argmax(1)
+        done = np.flatnonzero(worth[np.arange(len(givers)), best] >= 0)
+        tried, mine, other = np.unravel_index(best[done], (tries, slots.shape[1], slots.shape[1]))
+        taker = column[done, tried]
+        taker, first = np.unique(taker, return_index=True)  # a pack exchanges with one at a time
+        mine, other = slots[done[first], mine[first]], slots[len(givers) + taker, other[first]]
+        giver, taker = givers[done[first]], takers[taker]
+        for sizes, loads in ((tokens_S, load), (tiles_S, tile_load)):
+            change = sizes[mine] - sizes[other]
+            loads[giver] -= change
+            loads[taker] += change
+        pack[mine[mine >= 0]] = taker[mine >= 0]
+        pack[other[other >= 0]] = giver[other >= 0]
 
 
 def _repair(pack, tokens, tiles, num_packs, max_tokens, max_tiles):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from ...budget import keyed_uniform
-from .balance import MAX_LEFT_OVER, balance, best_fit, first_fit
+from .balance import MAX_LEFT_OVER, balance, best_fit, first_fit, trim
 
 FULLEST = 9975
 """Share of a pack's tokens that windows aim at, in 1/10,000; packs are level to within the rest."""
@@ -173,6 +173,7 @@ def _whole_rows(waiting, state, limits):
         text_done += num_text
         left_over += waiting.position[places[pack < 0]].tolist()
         places, pack = places[pack >= 0], pack[pack >= 0]
+        trim(pack, waiting.tokens[places], waiting.tiles[places], num_packs, limits.row_packs, limits.max_tokens)
         rows.append((waiting.take(places), pack, num_packs, queue))
     untouched = set(waiting.position.tolist()) & set(state.left_over)
     used = {int(p) for members, _, _, _ in rows for p in members.position[np.isin(members.position, state.left_over)]}
