@@ -1,5 +1,6 @@
 """Laws of the plan: nothing lost or doubled, every pack fits, equal counts in lockstep, a pure function of its arguments."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -14,6 +15,7 @@ from tokenflex.data.loader import micro_batches, num_micro_steps
 from tokenflex.data.plan import LeftOut, Mixture, Source
 from tokenflex.data.plan.balance import MAX_LEFT_OVER, balance, trim
 from tokenflex.data.plan.order import MixtureOrder, SourceOrder, permute
+from tokenflex.data.plan.planner import PLANNER_VERSION
 from tokenflex.data.plan.table import LengthTable
 from tokenflex.errors import UserError
 
@@ -459,3 +461,11 @@ def test_a_schedule_moves_the_counts_over_the_epoch():
     packs = packs_of(planner)
     counts = np.concatenate([pack.counts for pack in packs])
     assert (counts[:300] == 4).mean() > 0.6 and (counts[-300:] == 36).mean() > 0.8
+
+
+@pytest.mark.parametrize("mixing, digest", [("lockstep", "a303e69a3a4bb401"), ("free", "4c6ab51ed5933d55")])
+def test_the_version_stands_for_these_plans(mixing, digest):
+    """A change of the planner that moves a sample must raise PLANNER_VERSION, and then change this."""
+    planner = make_planner(make_index(np.random.default_rng(0), 3000), mixing=mixing)
+    whole = hashlib.sha256("".join(step.digest() for epoch in (0, 1) for step in planner.epoch_steps(epoch)).encode())
+    assert (PLANNER_VERSION, whole.hexdigest()[:16]) == (2, digest)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,6 +145,16 @@ def test_a_changed_plan_is_refused_on_resume(one_rank, cache_dir):
     )
     assert ends[0].status == 2
     assert "made with another data.pack_length" in ends[0].output and "--fresh" in ends[0].output
+
+
+def test_a_run_of_another_planner_is_refused_on_resume(one_rank, tmp_path, cache_dir):
+    shutil.copytree(one_rank, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tiny" / "plan.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "planner.version": 0}))
+    arguments = ["launch/train.py", "--config", TINY, f"output_dir={tmp_path}", f"data.cache_dir={cache_dir}"]
+    ends = run_ranks(1, arguments)
+    assert ends[0].status == 2
+    assert "made with another planner.version; take the release" in ends[0].output
 
 
 TEXT_ONLY_ON_ONE_RANK = """

@@ -25,6 +25,7 @@ from ..data import (
     with_embedded_encoder,
 )
 from ..data.loader import micro_batches, num_micro_steps
+from ..data.plan.planner import PLANNER_VERSION
 from ..data.sources import build_indexes, locate_sources, open_mixture, uses_corpus
 from ..errors import OtherRankFailed, UserError
 from ..export import export_model
@@ -234,8 +235,9 @@ def _prepare_folder(folder, config, fresh):
         before = json.loads(saved.read_text())
         changed = sorted(key for key in {*plan, *before} if plan.get(key) != before.get(key))
         if changed:
+            mend = "take the release of tokenflex that made them" if changed == ["planner.version"] else "set it back"
             raise UserError(
-                f"run {folder.root}: its checkpoints were made with another {', '.join(changed)}; set it back, choose another "
+                f"run {folder.root}: its checkpoints were made with another {', '.join(changed)}; {mend}, choose another "
                 "name=..., or begin anew with --fresh"
             )
     temporary = saved.with_suffix(".tmp")
@@ -249,7 +251,7 @@ def _plan_settings(config):
     apart = {"num_workers", "cache_dir", "shard_cache_gb", "evaluation", "packs_per_micro_batch"}
     data = {f"data.{key}": value for key, value in config.data.model_dump(mode="json").items() if key not in apart}
     budget = {f"budget.{key}": value for key, value in config.budget.model_dump(mode="json").items()}
-    return {**data, **budget, "train.seed": config.train.seed}
+    return {**data, **budget, "train.seed": config.train.seed, "planner.version": PLANNER_VERSION}
 
 
 def _first(items, number):

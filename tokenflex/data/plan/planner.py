@@ -22,6 +22,8 @@ LOSS_WEIGHTS = {
 }
 """Weight of each learned token of a sample with n of them (the authors' release has `sqrt`)."""
 
+PLANNER_VERSION = 2
+"""Raised with every change that gives some sample another pack or place: a run goes on under the version it began with."""
 MIN_WINDOW_PACKS = 512
 """Fewer packs than this in a window leave too little choice for equal packs, and cost more time per sample."""
 
