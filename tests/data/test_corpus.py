@@ -12,7 +12,7 @@ from tokenflex.data.corpus import build_corpus, build_tokenizer
 from tokenflex.data.corpus.build import draw_indexed_sample
 from tokenflex.data.corpus.encoder import BACKGROUND, build_encoder, patch_labels
 from tokenflex.data.corpus.glyphs import EVAL_FONTS, EVAL_PHOTOS, TRAIN_FONTS, TRAIN_PHOTOS, load_sources
-from tokenflex.data.corpus.questions import GRID_CELLS, TASKS
+from tokenflex.data.corpus.questions import ALL_CELLS, EASY_CELLS, TASKS
 from tokenflex.data.corpus.scenes import IMAGE_SIDE, draw_grid, render
 
 NUM_TRAIN = 40
@@ -150,21 +150,21 @@ def ink_box(pixels):
     return np.asarray(Image.fromarray(box).resize((20, 20)), np.float64).ravel()
 
 
-def test_training_reads_whole_grids_of_every_density(sources):
-    """What makes places learnable in minutes: every digit of an image answered, every density from the start."""
-    grids = set()
-    for index in range(120):
-        sample, _ = draw_indexed_sample(1, "train", index, sources["train"])
+def test_training_reads_whole_grids_small_ones_first(sources):
+    """What makes places learnable in minutes: every digit of an image answered, and a name bound to its place early."""
+    first, later = set(), set()
+    for index in range(240):
+        sample, _ = draw_indexed_sample(1, "train", index, sources["train"], num_easy=100)
         if sample.task == "grid":
-            grids.add(len(sample.scenes[0].rows))
+            (first if index < 100 else later).add(len(sample.scenes[0].rows))
             assert max(len(turn.answer.split()) // 2 for turn in sample.turns) == len(sample.scenes[0].rows) ** 2
-    assert grids == set(GRID_CELLS)
+    assert first == set(EASY_CELLS) and later == set(ALL_CELLS)
 
 
 def test_patches_are_labelled_with_the_digit_they_show(sources):
     """All ink lies in patches with a label, and every label is of a digit of the scene."""
     rng = np.random.default_rng(0)
-    for num_cells in GRID_CELLS:
+    for num_cells in ALL_CELLS:
         scene = draw_grid(rng, sources["eval"], num_cells=num_cells)
         image, boxes = render(scene, rng, sources["eval"])
         labels = patch_labels(boxes, IMAGE_SIDE, IMAGE_SIDE)

@@ -21,12 +21,14 @@ import numpy as np
 import webdataset
 
 from .glyphs import Sources, load_sources
-from .questions import TASKS, Sample, draw_eval_sample, draw_train_sample
+from .questions import EASY_CELLS, GRID_CELLS, TASKS, Sample, draw_eval_sample, draw_train_sample
 from .scenes import render
 from .tokenizer import build_tokenizer
 
-RECIPE_VERSION = 4
+RECIPE_VERSION = 5
 SAMPLES_PER_SHARD = 512
+EASY_SHARE = 0.2
+"""Of the training samples: so many, from the first, have small grids; `data.shuffle_window` keeps them first."""
 JPEG_QUALITY = 92
 SPLITS = ("train", "eval")
 
@@ -97,11 +99,13 @@ def sample_generator(seed: int, split: str, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, (SPLITS.index(split) << 48) | index]))
 
 
-def draw_indexed_sample(seed: int, split: str, index: int, sources: Sources) -> tuple[Sample, list[bytes]]:
-    """Returns sample `index` of `split`, and its images as JPEG bytes."""
+def draw_indexed_sample(
+    seed: int, split: str, index: int, sources: Sources, *, num_easy: int = 0
+) -> tuple[Sample, list[bytes]]:
+    """Returns sample `index` of `split`, of small grids among the first `num_easy`, and its images as JPEG bytes."""
     rng = sample_generator(seed, split, index)
     if split == "train":
-        sample = draw_train_sample(rng, sources)
+        sample = draw_train_sample(rng, sources, cells=EASY_CELLS if index < num_easy else GRID_CELLS)
     else:
         sample = draw_eval_sample(rng, sources, task=TASKS[index % len(TASKS)])
     images = []
@@ -114,6 +118,7 @@ def draw_indexed_sample(seed: int, split: str, index: int, sources: Sources) -> 
 
 
 def _write_corpus(root: Path, request: Request, num_workers: int) -> None:
+    num_easy = int(EASY_SHARE * request.num_train)
     num_samples = {"train": request.num_train, "eval": request.num_eval_per_task * len(TASKS)}
     jobs = []
     for split in SPLITS:
@@ -122,7 +127,7 @@ def _write_corpus(root: Path, request: Request, num_workers: int) -> None:
         for shard, start in enumerate(range(0, num_samples[split], SAMPLES_PER_SHARD)):
             stop = min(start + SAMPLES_PER_SHARD, num_samples[split])
             path = root / split / f"shard-{shard:05d}.tar"
-            jobs.append((path, request.seed, split, range(start, stop), sources))
+            jobs.append((path, request.seed, split, range(start, stop), sources, num_easy))
     if num_workers <= 1:
         counts = [_write_shard(*job) for job in jobs]
     else:
@@ -141,12 +146,12 @@ def _write_corpus(root: Path, request: Request, num_workers: int) -> None:
     (root / "corpus.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(path: Path, seed: int, split: str, indices: range, sources: Sources) -> Counter:
+def _write_shard(path: Path, seed: int, split: str, indices: range, sources: Sources, num_easy: int) -> Counter:
     """Writes one shard and returns how many samples of each task it holds."""
     counts = Counter()
     with open(path, "wb") as file, webdataset.TarWriter(file, mtime=0, encoder=False) as writer:
         for index in indices:
-            sample, images = draw_indexed_sample(seed, split, index, sources)
+            sample, images = draw_indexed_sample(seed, split, index, sources, num_easy=num_easy)
             counts[sample.task] += 1
             key = f"{split}-{index:07d}"
             # Two writes, because TarWriter sorts the members of one: the JSON comes first, so that a reader knows the

@@ -18,9 +18,12 @@ TASKS = ("control", "coarse", "dense", "row", "count", "word", "pair", "text")
 COARSE_CELLS = (2, 3)
 # Several densities, none alone: a grid of as many cells as there are visual tokens is read more easily than at other counts.
 DENSE_CELLS = (5, 6, 7)
-GRID_CELLS = (2, 3, 4, 5, 6, 7)
-# What the training set is made of. A grid sample asks for the whole of a grid of any density, for two of its cells
-# and sometimes for its colour and for a row.
+ALL_CELLS = (2, 3, 4, 5, 6, 7)
+# A training set begins with small grids: that a name stands for a place is learned from them in half the steps.
+EASY_CELLS = (2, 3, 4)
+GRID_CELLS = (2, 3, 4, 5, 5, 6, 6, 7, 7)
+# What the training set is made of. A grid sample asks for the whole of its grid, for two of its cells and sometimes for
+# its colour and for a row.
 TRAIN_SHARES = {"grid": 0.64, "control": 0.1, "count": 0.06, "word": 0.08, "pair": 0.06, "text": 0.06}
 
 
@@ -58,21 +61,21 @@ class Sample:
         return {"messages": messages, "task": self.task, "source": "embedded"}
 
 
-def draw_train_sample(rng: np.random.Generator, sources: Sources) -> Sample:
-    """Returns a training sample; most are several turns long."""
+def draw_train_sample(rng: np.random.Generator, sources: Sources, *, cells: tuple[int, ...] = GRID_CELLS) -> Sample:
+    """Returns a training sample, most are several turns long; a grid has one of `cells` a side."""
     task = str(rng.choice(list(TRAIN_SHARES), p=list(TRAIN_SHARES.values())))
-    scenes = _draw_scenes(rng, sources, task)
+    scenes = _draw_scenes(rng, sources, task, cells)
     return Sample(task=task, scenes=scenes, turns=tuple(_train_turns(task, scenes, rng)))
 
 
 def draw_eval_sample(rng: np.random.Generator, sources: Sources, *, task: str) -> Sample:
     """Returns a sample of `task` with one question."""
-    scenes = _draw_scenes(rng, sources, task)
+    scenes = _draw_scenes(rng, sources, task, {"coarse": COARSE_CELLS, "dense": DENSE_CELLS}.get(task, ALL_CELLS))
     candidates = _eval_turns(task, scenes, rng)
     return Sample(task=task, scenes=scenes, turns=(candidates[rng.integers(len(candidates))],))
 
 
-def _draw_scenes(rng: np.random.Generator, sources: Sources, task: str) -> tuple[Scene, ...]:
+def _draw_scenes(rng: np.random.Generator, sources: Sources, task: str, cells: tuple[int, ...]) -> tuple[Scene, ...]:
     if task == "text":
         return ()
     if task == "word":
@@ -85,7 +88,6 @@ def _draw_scenes(rng: np.random.Generator, sources: Sources, task: str) -> tuple
         return first, second
     if task == "count":
         return (draw_grid(rng, sources, num_cells=3, fill=rng.uniform(0.1, 1.0)),)
-    cells = {"coarse": COARSE_CELLS, "dense": DENSE_CELLS}.get(task, GRID_CELLS)
     return (draw_grid(rng, sources, num_cells=int(rng.choice(cells))),)
 
 
@@ -99,7 +101,7 @@ def _train_turns(task: str, scenes: tuple[Scene, ...], rng: np.random.Generator)
     scene = scenes[0]
     turns = [_cell_turn(scene, cell) for cell in _shuffled(_cells(scene), rng)[:2]]
     turns.append(_grid_turn(scene))
-    if rng.random() < 0.3:
+    if rng.random() < 0.5:
         turns.append(_colour_turn(scene))
     if rng.random() < 0.3:
         turns.append(_row_turn(scene, int(rng.integers(len(scene.rows)))))

@@ -8,10 +8,10 @@ the tokenizer is the same for every corpus.
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .questions import GRID_CELLS, cell_name
+from .questions import ALL_CELLS, cell_name
 from .scenes import INKS
 
-MAX_CELLS = max(GRID_CELLS)
+MAX_CELLS = max(ALL_CELLS)
 PAD_TOKEN = "<|endoftext|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
