@@ -26,7 +26,7 @@ LIMITS = Limits(max_member_bytes=2**20)
 CASES = cases()
 SKIPPED = {name: case for name, case in CASES.items() if case.skip}
 REPAIRED = {name: case for name, case in CASES.items() if case.repair}
-FOUND_WHEN_DECODED = {name for name, case in SKIPPED.items() if case.at == "decode"}
+FOUND_WHEN_DECODED = [name for name, case in SKIPPED.items() if case.at == "decode"]
 
 
 def expected_reasons(named):
