@@ -1,0 +1,74 @@
+"""Configuration of a TokenFLEX model: a vision encoder, a token-adaptive projector, a causal language model.
+
+Travels with every exported model, so it imports nothing but transformers.
+"""
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+
+class TokenFlexConfig(PreTrainedConfig):
+    """Composite configuration (paper section 3.1).
+
+    Args:
+        vision_config: any Hugging Face vision encoder's configuration (or its dict with `model_type`).
+        text_config: any Hugging Face causal language model's configuration (or its dict with `model_type`).
+        image_height, image_width: pixels of the one size that every image (or tile) is resized to.
+        pooling_mode: `adaptive` (the paper) or `resize` (the authors' release: bilinear to the next multiple, then average).
+        projector_multiplier: inner width of the SwiGLU in units of the vision width C; the release has 3.
+        vision_position_embedding: `none`, or `sine2d` for encoders that do not know where a feature lies (convolutional).
+        vision_feature_layer: which hidden state of the encoder to use; -1 is the last.
+        image_start_token_id, image_token_id, image_end_token_id: `<img>`, `<IMG_CONTEXT>`, `</img>`.
+        trained_num_visual_tokens: the counts seen in training; any other count works and is warned of once.
+        default_num_visual_tokens: the count used where the caller names none; 0 takes the largest trained count.
+    """
+
+    model_type = "tokenflex"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vision_config=None,
+        text_config=None,
+        image_height=378,
+        image_width=378,
+        pooling_mode="adaptive",
+        projector_multiplier=3,
+        vision_position_embedding="none",
+        vision_feature_layer=-1,
+        image_start_token_id=0,
+        image_token_id=1,
+        image_end_token_id=2,
+        trained_num_visual_tokens=(64, 144, 256),
+        default_num_visual_tokens=0,
+        **kwargs,
+    ):
+        self.vision_config = _sub_config(vision_config, "siglip_vision_model")
+        self.text_config = _sub_config(text_config, "qwen2")
+        self.image_height = image_height
+        self.image_width = image_width
+        if pooling_mode not in ("adaptive", "resize"):
+            raise ValueError(f"pooling_mode is {pooling_mode!r}; it must be 'adaptive' or 'resize'")
+        self.pooling_mode = pooling_mode
+        self.projector_multiplier = projector_multiplier
+        if vision_position_embedding not in ("none", "sine2d"):
+            raise ValueError(
+                f"vision_position_embedding is {vision_position_embedding!r}; it must be 'none' or 'sine2d'"
+            )
+        self.vision_position_embedding = vision_position_embedding
+        self.vision_feature_layer = vision_feature_layer
+        self.image_start_token_id = image_start_token_id
+        self.image_token_id = image_token_id
+        self.image_end_token_id = image_end_token_id
+        self.trained_num_visual_tokens = sorted(trained_num_visual_tokens)
+        self.default_num_visual_tokens = default_num_visual_tokens or max(self.trained_num_visual_tokens)
+        kwargs.setdefault("tie_word_embeddings", bool(getattr(self.text_config, "tie_word_embeddings", False)))
+        super().__init__(**kwargs)
+
+
+def _sub_config(value, default_model_type):
+    if isinstance(value, PreTrainedConfig):
+        return value
+    value = dict(value or {})
+    return CONFIG_MAPPING[value.pop("model_type", default_model_type)](**value)

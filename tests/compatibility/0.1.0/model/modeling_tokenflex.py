@@ -1,0 +1,283 @@
+"""The TokenFLEX model: vision encoder -> pool to N tokens -> SwiGLU projector -> splice -> causal language model.
+
+Travels with every exported model, so it imports nothing but torch, transformers and its siblings. Shape suffixes: B batch
+rows, T tokens, V visual tokens, P patches, C vision width, D text width.
+"""
+
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
+
+from .configuration_tokenflex import TokenFlexConfig
+from .pooling import sides_of
+from .projector import TokenAdaptiveProjector
+from .vision import patch_features, patch_grid, patch_width
+
+logger = logging.get_logger(__name__)
+
+
+class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Any Hugging Face vision encoder and causal language model, joined by the token-adaptive projector."""
+
+    config_class = TokenFlexConfig
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config, vision_tower=None, language_model=None):
+        """`vision_tower` and `language_model` may be given ready made (pretrained); else they are built from `config`."""
+        super().__init__(config)
+        self.vision_tower = vision_tower or AutoModel.from_config(config.vision_config)
+        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        self.projector = TokenAdaptiveProjector(
+            patch_width(config.vision_config),
+            config.text_config.hidden_size,
+            multiplier=config.projector_multiplier,
+            mode=config.pooling_mode,
+        )
+        self.post_init()
+
+    def _init_weights(self, module):
+        if isinstance(module, TokenAdaptiveProjector):
+            module.reset_parameters()
+
+    @property
+    def patch_grid(self):
+        """(rows, columns) of patches per image."""
+        return patch_grid(self.config.vision_config, self.config.image_height, self.config.image_width)
+
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings):
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_image_features(self, pixel_values, sides):
+        """Visual tokens [V, D] of images [B, 3, H, W], image b pooled to `sides[b]` = (rows, columns), one after another."""
+        config = self.config
+        features_PC = patch_features(
+            self.vision_tower, pixel_values, config.vision_feature_layer, config.vision_position_embedding
+        )
+        grid = patch_grid(config.vision_config, *pixel_values.shape[-2:])
+        return self.projector(features_PC, [grid] * len(pixel_values), sides)
+
+    def forward(
+        self,
+        input_ids=None,
+        pixel_values=None,
+        num_visual_tokens=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        visual_positions=None,
+        is_dummy_image=False,
+        num_tiles=None,
+        **kwargs,
+    ):
+        """Logits of text with images spliced in where `input_ids` holds `image_token_id`.
+
+        Args:
+            input_ids: [B, T]; each image is one run of its visual tokens' placeholders, tile after tile.
+            pixel_values: [tiles, 3, H, W], in the order of the runs, row by row.
+            num_tiles: [images] tiles of each image; by default every image is one tile.
+            num_visual_tokens: an int, or one int or (rows, columns) per image (with `num_tiles`) or tile (without); by default
+                what the runs' lengths say.
+            visual_positions: [V] places of the placeholders in the flattened `input_ids`; found from it by default.
+            is_dummy_image: the images belong to no token; they only keep every rank of a ZeRO-3 job in step.
+            labels: [B, T] with -100 where nothing is learned; the mean loss of the rest is returned.
+
+        Raises:
+            ValueError: placeholders and visual tokens do not match; the message has both numbers.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None:
+            sides = self._sides(num_visual_tokens, _tiles(num_tiles, pixel_values), input_ids)
+            visual_VD = self.get_image_features(pixel_values.to(inputs_embeds.dtype), sides).to(inputs_embeds.dtype)
+            if is_dummy_image:
+                inputs_embeds = inputs_embeds + 0.0 * visual_VD.sum()
+            else:
+                if visual_positions is None:
+                    visual_positions = (input_ids.flatten() == self.config.image_token_id).nonzero().squeeze(1)
+                kernels = self.projector.kernels_for(visual_VD)
+                inputs_embeds = splice(inputs_embeds, visual_VD, visual_positions, kernels)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(outputs.logits, labels, vocab_size=outputs.logits.shape[-1])
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _sides(self, num_visual_tokens, tiles, input_ids):
+        """(rows, columns) per tile from whatever the caller gave; `tiles` has the number of them for each image."""
+        if num_visual_tokens is None:
+            if input_ids is None:
+                raise ValueError("pixel_values came without input_ids; give num_visual_tokens, one count per image")
+            runs = [length for _, _, length in image_runs(input_ids, self.config.image_token_id)]
+            num_visual_tokens = _counts_of_runs(runs, tiles)
+        elif isinstance(num_visual_tokens, (int, tuple)):
+            num_visual_tokens = [num_visual_tokens] * len(tiles)
+        if len(num_visual_tokens) != len(tiles):
+            raise ValueError(
+                f"{len(tiles)} images came with {len(num_visual_tokens)} runs of visual tokens; every image needs one run of "
+                "its own between <img> and </img>"
+            )
+        sides = [sides_of(count, self.patch_grid) for count in num_visual_tokens]
+        for rows, columns in sides:
+            if rows * columns not in self.config.trained_num_visual_tokens:
+                logger.warning_once(
+                    f"num_visual_tokens={rows * columns} was not trained (trained: "
+                    f"{self.config.trained_num_visual_tokens}); it works, but measure it on your task"
+                )
+        return [side for side, number in zip(sides, tiles) for _ in range(number)]
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids=None, pixel_values=None, num_visual_tokens=None, attention_mask=None, num_tiles=None, **kwargs
+    ):
+        """`transformers` generation with any number of visual tokens.
+
+        `num_visual_tokens` (an int, a pair (rows, columns), or a list of them, one per image) overrides the counts that
+        the prompt was built with. The answer starts with `input_ids` as given, so `output[:, input_ids.shape[1]:]` is
+        always the new text.
+        """
+        if pixel_values is None or kwargs.get("inputs_embeds") is not None:
+            return super().generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        prompt_ids, tiles = input_ids, _tiles(num_tiles, pixel_values)
+        sides = self._sides(num_visual_tokens, tiles, input_ids)
+        if num_visual_tokens is not None:
+            per_tile = iter(rows * columns for rows, columns in sides)
+            counts = [sum(next(per_tile) for _ in range(number)) for number in tiles]
+            pad = self.generation_config.pad_token_id or 0
+            input_ids, attention_mask = resize_image_runs(
+                input_ids, attention_mask, counts, self.config.image_token_id, pad
+            )
+        embeds = self.get_input_embeddings()(input_ids)
+        visual_VD = self.get_image_features(pixel_values.to(embeds.dtype), sides).to(embeds.dtype)
+        positions = (input_ids.flatten() == self.config.image_token_id).nonzero().squeeze(1)
+        embeds = splice(embeds, visual_VD, positions, self.projector.kernels_for(visual_VD))
+        output = super().generate(input_ids=input_ids, inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+        sequences = output if torch.is_tensor(output) else output.sequences
+        copies = sequences.shape[0] // prompt_ids.shape[0]  # beams or samples returned per prompt
+        sequences = torch.cat([prompt_ids.repeat_interleave(copies, 0), sequences[:, input_ids.shape[1] :]], dim=1)
+        if torch.is_tensor(output):
+            return sequences
+        output.sequences = sequences
+        return output
+
+
+def _tiles(num_tiles, pixel_values):
+    """Tiles of each image as a list.
+
+    Raises:
+        ValueError: they do not add up to the tiles that came.
+    """
+    tiles = [1] * len(pixel_values) if num_tiles is None else [int(number) for number in num_tiles]
+    if sum(tiles) != len(pixel_values):
+        raise ValueError(
+            f"num_tiles {tiles} adds up to {sum(tiles)} but {len(pixel_values)} tiles came; give the num_tiles that the "
+            "image processor returned with them"
+        )
+    return tiles
+
+
+def _counts_of_runs(runs, tiles):
+    """Visual tokens per tile of each image from the lengths of the runs."""
+    for length, number in zip(runs, tiles):
+        if length % number:
+            raise ValueError(
+                f"a run of {length} visual tokens cannot be shared by the {number} tiles of its image; give the model the "
+                "num_tiles and input_ids that the processor returned together"
+            )
+    return [length // number for length, number in zip(runs, tiles)] if len(runs) == len(tiles) else runs
+
+
+def splice(embeds_BTD, visual_VD, positions, kernels=None):
+    """Put visual rows at `positions` [V] of the flattened tokens; text rows there get no gradient.
+
+    With `kernels` (the package `tokenflex_kernels`) in one pass, forward and backward.
+
+    Raises:
+        ValueError: not as many positions as rows; the message has both numbers.
+    """
+    if positions.shape[0] != visual_VD.shape[0]:
+        raise ValueError(
+            f"the prompt has {positions.shape[0]} image placeholders but the images gave {visual_VD.shape[0]} visual tokens; "
+            "build the prompt with the same num_visual_tokens that the model is called with"
+        )
+    rows = embeds_BTD.flatten(0, 1)
+    if kernels is not None:
+        return kernels.splice_rows(rows, visual_VD, positions).view_as(embeds_BTD)
+    return rows.index_copy(0, positions, visual_VD).view_as(embeds_BTD)
+
+
+def image_runs(input_ids, image_token_id):
+    """The runs of placeholders as (row, start, length), in order; one run per image."""
+    runs = []
+    for row, ids in enumerate(input_ids.tolist()):
+        start = None
+        for place, token in enumerate([*ids, None]):
+            if token == image_token_id and start is None:
+                start = place
+            elif token != image_token_id and start is not None:
+                runs.append((row, start, place - start))
+                start = None
+    return runs
+
+
+def resize_image_runs(input_ids, attention_mask, counts, image_token_id, pad_token_id):
+    """Give the i-th run of placeholders `counts[i]` of them; rows are padded on the left to one length.
+
+    Returns input_ids and attention_mask [B, T'].
+    """
+    runs = image_runs(input_ids, image_token_id)
+    rows = []
+    for row in range(input_ids.shape[0]):
+        pieces, done = [], 0
+        for (run_row, start, length), count in zip(runs, counts):
+            if run_row == row:
+                image = input_ids.new_full((count,), image_token_id)
+                pieces += [input_ids[row, done:start][attention_mask[row, done:start].bool()], image]
+                done = start + length
+        pieces.append(input_ids[row, done:][attention_mask[row, done:].bool()])
+        rows.append(torch.cat(pieces))
+    length = max(len(row) for row in rows)
+    resized = input_ids.new_full((len(rows), length), pad_token_id)
+    mask = attention_mask.new_zeros(len(rows), length)
+    for index, row in enumerate(rows):
+        resized[index, length - len(row) :] = row
+        mask[index, length - len(row) :] = 1
+    return resized, mask
+
+
+__all__ = ["TokenFlexForConditionalGeneration"]

@@ -1,0 +1,66 @@
+"""The token-adaptive projector: pool -> LayerNorm -> SwiGLU of inner width 3C -> language model width (paper section 3.1)."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .pooling import adaptive_pool
+
+try:  # the fused kernels are optional: without them, and on CPU, the plain torch statement below runs
+    import tokenflex_kernels
+except ImportError:
+    tokenflex_kernels = None
+
+
+class TokenAdaptiveProjector(nn.Module):
+    """Patch features of any grid -> any number of visual tokens in the language model's width.
+
+    `forward(features_PC, grids, sides)`: features [sum(H_i W_i), C] of images laid one after another, `grids` a list of
+    (H, W), `sides` a list of (n_h, n_w) -> [sum(n_h n_w), D]. Gate and up projection share one weight [2 * 3C, C] (gate
+    rows first), so they run as one GEMM and shard as one parameter.
+
+    `backend` is `auto` (fused kernels on GPU where installed), `kernels` (their operators on any device; on CPU these run
+    plain torch) or `reference` (the statement below, everywhere).
+    """
+
+    def __init__(self, vision_width, text_width, multiplier=3, mode="adaptive", backend="auto"):
+        super().__init__()
+        inner = multiplier * vision_width
+        self.mode = mode
+        self.backend = backend
+        self.norm = nn.LayerNorm(vision_width)
+        self.gate_up = nn.Linear(vision_width, 2 * inner)
+        self.down = nn.Linear(inner, text_width)
+
+    def forward(self, features_PC, grids, sides):
+        kernels = self.kernels_for(features_PC)
+        if kernels is not None:
+            norm = kernels.Norm(self.norm.weight, self.norm.bias, self.norm.eps)
+            gate_up, down = (kernels.Linear(x.weight, x.bias) for x in (self.gate_up, self.down))
+            return kernels.pooled_swiglu(features_PC, grids, sides, norm, gate_up, down, mode=self.mode)
+        pooled_NC = adaptive_pool(features_PC, grids, sides, self.mode)
+        gate_NH, up_NH = self.gate_up(self.norm(pooled_NC)).chunk(2, dim=-1)
+        return self.down(F.silu(gate_NH) * up_NH)
+
+    def kernels_for(self, tensor):
+        """The kernels' package where `backend` says that `tensor` goes through it, else None.
+
+        Raises:
+            ImportError: the backend is `kernels`, and the package is not installed.
+        """
+        if self.backend == "auto":
+            is_usable = tensor.is_cuda and tokenflex_kernels is not None and tokenflex_kernels.is_available()
+            return tokenflex_kernels if is_usable else None
+        if self.backend == "kernels" and tokenflex_kernels is None:
+            raise ImportError(
+                "the projector's backend is 'kernels', but tokenflex_kernels is not installed; install it, or set 'auto'"
+            )
+        return tokenflex_kernels if self.backend == "kernels" else None
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Unit-variance start: weights normal with std 1 / sqrt(fan in), biases zero, LayerNorm the identity."""
+        self.norm.reset_parameters()
+        for linear in (self.gate_up, self.down):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            nn.init.zeros_(linear.bias)
