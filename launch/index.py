@@ -5,31 +5,23 @@ mpirun -n 8 python launch/index.py --config recipe.yaml
 python launch/index.py 'data.train=[/data/shards]' --rebuild
 """
 
-import argparse
 import os
 import shutil
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
+from tokenflex.cli.launching import entry_point, print_check
+from tokenflex.cli.options import launch_parser
 from tokenflex.config import load_config
+from tokenflex.corpus import resolve_embedded
 from tokenflex.errors import UserError
-from tokenflex.launching import add_check, entry_point, print_check
-
-QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="override any value of the configuration"
-    )
-    parser.add_argument("--config", default=str(QUICKSTART), help="recipe in YAML (default: the quick start)")
+    parser = launch_parser(__doc__)
     parser.add_argument(
         "--rebuild", action="store_true", help="read every shard again, for another tokenizer, template or tiling"
     )
-    add_check(parser)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_intermixed_args(argv)
 
 
@@ -37,25 +29,15 @@ def main(arguments, say):
     config = load_config(arguments.config, arguments.overrides)
     if arguments.check:
         return print_check(config)
-    from tokenflex.data import embedded_corpus, with_embedded_encoder
     from tokenflex.data.index import sole_builder
-    from tokenflex.data.sources import locate_sources, uses_corpus
+    from tokenflex.data.sources import locate_sources
     from tokenflex.model import build_processor
 
     mpi = communicator()
     say.is_main = mpi.rank == 0
-    if mpi.rank == 0:
-        with_embedded_encoder(config, say)
-    mpi.Barrier()
-    config = with_embedded_encoder(config)
-    corpus = None
-    if uses_corpus(config.data):
-        if mpi.rank == 0:
-            embedded_corpus(config.data, say)
-        mpi.Barrier()
-        corpus = embedded_corpus(config.data, say)
-    processor = build_processor(config.model, config.budget, str(corpus / "tokenizer") if corpus else "")
-    for _, shards, folder in locate_sources(config.data, corpus):
+    config = resolve_embedded(config, say)
+    processor = build_processor(config.model, config.budget)
+    for _, shards, folder in locate_sources(config.data):
         with sole_builder(folder) if mpi.rank == 0 else nullcontext():
             index_shards(mpi, shards, folder, processor, config.data, arguments.rebuild, say)
     return 0
@@ -74,7 +56,7 @@ def index_shards(mpi, shards, folder, processor, data, rebuild, say):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(parts_folder(folder), ignore_errors=True)
     missing = mpi.bcast(shards_to_scan(shards, processor, folder) if mpi.rank == 0 else None)
-    limits = Limits(max_member_bytes=data.max_member_bytes, max_image_pixels=data.max_image_pixels)
+    limits = Limits.of(data)
     scanner = ShardScanner(processor, parts_folder(folder), limits)
     parts, problem = scan_share(scanner, missing[mpi.rank :: mpi.size])
     problems = [text for text in mpi.allgather(problem) if text]

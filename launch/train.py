@@ -5,39 +5,25 @@ deepspeed launch/train.py --ds_config configs/zero3.json
 deepspeed launch/train.py --ds_config configs/zero3.json --config recipe.yaml train.num_steps=200
 """
 
-import argparse
 import sys
-from pathlib import Path
 
+from tokenflex.cli.launching import entry_point, print_check
+from tokenflex.cli.options import QUICKSTART, launch_parser
 from tokenflex.config import describe, load_config
-from tokenflex.exit_codes import DONE, REQUEUE
-from tokenflex.launching import add_check, entry_point, print_check
-
-QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+from tokenflex.layout import DONE, REQUEUE, RunLayout
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="configuration keys, with the defaults that a recipe overrides:\n\n" + describe(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="override any value of the configuration"
-    )
+    parser = launch_parser(__doc__, "configuration keys, with the defaults that a recipe overrides:\n\n" + describe())
     parser.add_argument(
         "--ds_config",
         "--deepspeed_config",
         default=str(QUICKSTART.parent / "zero3.json"),
         help="DeepSpeed JSON (ZeRO stage, offload, communication)",
     )
-    parser.add_argument("--config", default=str(QUICKSTART), help="recipe in YAML (default: the quick start)")
     parser.add_argument(
         "--fresh", action="store_true", help="begin anew, removing the run's checkpoints; default is to resume"
     )
-    parser.add_argument("--local_rank", type=int, help="set by launchers; the environment is what counts")
-    add_check(parser)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_intermixed_args(argv)
 
 
@@ -49,16 +35,18 @@ def main(arguments, say):
     if arguments.check:
         return print_check(config)
     parallel.quiet_libraries()
+    from tokenflex.corpus import resolve_embedded
     from tokenflex.evaluate import evaluate_run
-    from tokenflex.train.run import run_folder, run_training
+    from tokenflex.train.run import run_training
 
     launch = parallel.join()
     say.is_main = launch.rank == 0
+    resolved = resolve_embedded(config, say)
     if not run_training(config, ds_config, launch, arguments.fresh, say):
-        say(f"stopped   and saved in {run_folder(config).checkpoints}; the same command goes on from there")
+        say(f"stopped   and saved in {RunLayout.of(config).checkpoints}; the same command goes on from there")
         return REQUEUE
-    if config.evaluate.at_end and config.data.evaluation:
-        evaluate_run(config, launch, say)
+    if resolved.evaluate.at_end and resolved.data.evaluation:
+        evaluate_run(resolved, launch, say)
     return DONE
 
 

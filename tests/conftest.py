@@ -50,21 +50,22 @@ def cache_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_config(cache_dir):
-    return load_config(TINY, [f"data.cache_dir={cache_dir}"])
+    from tokenflex.corpus import resolve_embedded
+
+    return resolve_embedded(load_config(TINY, [f"data.cache_dir={cache_dir}"]), say=lambda text: None)
 
 
 @pytest.fixture(scope="session")
 def corpus(tiny_config):
-    from tokenflex.data import embedded_corpus
-
-    return embedded_corpus(tiny_config.data, say=lambda text: None)
+    """Folder of the embedded corpus."""
+    return Path(tiny_config.data.train[0]).parent
 
 
 @pytest.fixture(scope="session")
-def processor(tiny_config, corpus):
+def processor(tiny_config):
     from tokenflex.model import build_processor
 
-    return build_processor(tiny_config.model, tiny_config.budget, str(corpus / "tokenizer"))
+    return build_processor(tiny_config.model, tiny_config.budget)
 
 
 @pytest.fixture(scope="session")

@@ -7,22 +7,16 @@ from pathlib import Path
 from conftest import ROOT
 
 LEVELS = [
-    {"exit_codes"},
-    {"errors", "faults", "__init__"},
+    {"layout"},
+    {"errors", "failpoints", "files", "__init__"},
     {"budget", "config"},
+    {"plan"},
     {"data", "model", "parallel", "checkpoint"},
+    {"prepare", "corpus"},
     {"train", "evaluate", "infer", "export"},
-    {"cli", "cli_data", "cli_plan", "launching", "slurm"},
+    {"cli", "slurm"},
 ]
-SIDEWAYS = {
-    ("train", "export"),
-    ("evaluate", "export"),
-    ("infer", "export"),
-    ("cli", "infer"),
-    ("cli", "launching"),
-    ("cli", "cli_data"),
-    ("cli", "cli_plan"),
-}
+SIDEWAYS = {("train", "export"), ("evaluate", "export"), ("infer", "export")}
 """Rooms that may look into a neighbour of the same level."""
 
 

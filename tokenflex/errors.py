@@ -1,6 +1,6 @@
 """The exceptions that a user is meant to read: a single line, no traceback unless `--debug`."""
 
-from .exit_codes import DIVERGED, FAILED, SAVE_FAILED, USER_ERROR
+from .layout import DIVERGED, FAILED, SAVE_FAILED, USER_ERROR
 
 
 class UserError(Exception):

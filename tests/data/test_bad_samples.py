@@ -12,11 +12,12 @@ import torch
 from conftest import TINY, run_ranks
 from PIL import ImageFile
 
-from tokenflex.data import Limits, PackDataset, Position, Tally, find_shards, load_or_build_index, scan_shard
+from tokenflex.data import Limits, PackDataset, Tally, find_shards, load_or_build_index, scan_shard
 from tokenflex.data.images import verify_image
 from tokenflex.data.loader import MicroBatchPlan
-from tokenflex.data.validate import validate, validate_shard
 from tokenflex.errors import UserError
+from tokenflex.plan import Position
+from tokenflex.prepare.validate import validate, validate_shard
 
 sys.path.insert(0, str(Path(__file__).parent))
 import bad_samples

@@ -15,13 +15,13 @@ from test_shards import good, png, write_shard
 
 from tokenflex.budget import VisualTokenBudget
 from tokenflex.config import DataConfig
-from tokenflex.data import PackDataset, Planner, Position, find_shards, load_index, load_or_build_index
+from tokenflex.data import PackDataset, find_shards, load_index, load_or_build_index
 from tokenflex.data import index as index_module
 from tokenflex.data.index import COLUMNS, RAGGED, ShardScanner, build_index, fingerprint, parts_folder
 from tokenflex.data.loader import micro_batches
-from tokenflex.data.plan import Mixture, Source
 from tokenflex.data.remote import RemoteShard, locate_shards
 from tokenflex.errors import UserError
+from tokenflex.plan import Mixture, Planner, Position, Source
 
 EVERY_COLUMN = (*COLUMNS, *RAGGED)
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from tokenflex.budget import VisualTokenBudget
-from tokenflex.data import PackDataset, Planner, Position, batch_loader
+from tokenflex.data import PackDataset, batch_loader
 from tokenflex.data.loader import MicroBatchPlan, micro_batches
 from tokenflex.errors import UserError
+from tokenflex.plan import Planner, Position
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from PIL import Image
 from tokenflex.data import Limits, find_shards, load_index, load_or_build_index, parse_sample, walk_shard
 from tokenflex.data.index import build_index
 from tokenflex.data.shards import read_sample
-from tokenflex.data.validate import check_sample
 from tokenflex.errors import UserError
+from tokenflex.prepare.validate import check_sample
 
 TURN = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
@@ -138,8 +138,9 @@ def test_index_is_the_same_for_any_number_of_processes(corpus, processor, tmp_pa
 
 
 def test_a_shard_that_changes_under_the_index_is_noticed(tmp_path, processor):
-    from tokenflex.data import PackDataset, Position
+    from tokenflex.data import PackDataset
     from tokenflex.data.loader import MicroBatchPlan
+    from tokenflex.plan import Position
 
     shard = write_shard(tmp_path / "s.tar", [good("a"), good("b")])
     index = load_or_build_index([shard], processor, tmp_path / "index")

@@ -4,7 +4,7 @@ import pytest
 from test_shards import good, write_shard
 
 from tokenflex.config import load_config
-from tokenflex.data.sources import build_indexes, locate_sources, open_mixture, uses_corpus
+from tokenflex.data.sources import build_indexes, locate_sources, open_mixture
 from tokenflex.errors import UserError
 
 
@@ -24,8 +24,7 @@ def recipe(tmp_path):
 
 def test_a_recipe_mixes_sources(recipe, processor):
     data = load_config(recipe).data
-    assert not uses_corpus(data)
-    located = locate_sources(data, None)
+    located = locate_sources(data)
     build_indexes(located, processor)
     mixture = open_mixture(located, processor)
     assert len(mixture) == 10 and mixture.per_epoch == [6, 2]
@@ -36,9 +35,9 @@ def test_a_recipe_mixes_sources(recipe, processor):
 def test_parts_of_a_folder_have_indexes_of_their_own(tmp_path, processor):
     shards = [write_shard(tmp_path / f"{n}.tar", [good(str(n))]) for n in range(2)]
     config = load_config(None, [f"data.cache_dir={tmp_path}/cache", f"data.train=[{shards[0]}]"])
-    (_, _, part), = locate_sources(config.data, None)  # fmt: skip
+    (_, _, part), = locate_sources(config.data)  # fmt: skip
     config = load_config(None, [f"data.cache_dir={tmp_path}/cache", f"data.train=[{tmp_path}]"])
-    (_, _, whole), = locate_sources(config.data, None)  # fmt: skip
+    (_, _, whole), = locate_sources(config.data)  # fmt: skip
     assert whole == tmp_path / "index" and part.parent == tmp_path / "cache" / "indexes"
 
 
@@ -57,4 +56,4 @@ def test_a_source_without_shards_is_named_by_its_place(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(f"data: {{sources: [{{paths: {tmp_path}/none}}]}}\n")
     with pytest.raises(UserError, match=r"data.sources\[0\]: no shard at"):
-        locate_sources(load_config(path).data, None)
+        locate_sources(load_config(path).data)

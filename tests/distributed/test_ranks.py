@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, needs_fused_loss, run_ranks, train_ranks
 
-from tokenflex.exit_codes import REQUEUE
+from tokenflex.layout import REQUEUE
 
 
 def metrics(output_dir, name="tiny"):
@@ -163,7 +163,8 @@ import numpy as np
 import torch
 from tokenflex import parallel
 from tokenflex.config import load_config
-from tokenflex.data import PackDataset, Position, find_shards, load_or_build_index
+from tokenflex.data import PackDataset, find_shards, load_or_build_index
+from tokenflex.plan import Position
 from tokenflex.data.loader import MicroBatchPlan
 from tokenflex.model import build_model, build_processor
 from tokenflex.train.loss import fused_loss_head
@@ -171,13 +172,13 @@ from tokenflex.train.optimizer import build_optimizer
 from tokenflex.train.step import batch_loss
 
 recipe, corpus, fused_loss = sys.argv[1:]
-config = load_config(recipe)
+config = load_config(recipe, [f"model.tokenizer={corpus}/tokenizer"])
 launch = parallel.join()
 parallel.quiet_libraries()
 device = parallel.start_process_group(launch)
 ds_config = parallel.resolve_ds_config(parallel.load_ds_config("configs/zero3.json"), "fp32", 2, 1.0)
 ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # every weight is gathered, none is kept
-processor = build_processor(config.model, config.budget, corpus + "/tokenizer")
+processor = build_processor(config.model, config.budget)
 index = load_or_build_index(find_shards([corpus + "/train"]), processor, corpus + "/train/index")
 torch.manual_seed(0)
 model = build_model(config.model, config.budget, processor, torch.float32)
@@ -211,7 +212,7 @@ def test_a_text_only_or_empty_micro_batch_on_one_rank_does_not_hang_zero3(tmp_pa
 OTHER_PLAN_LATER_ON = """
 import os, runpy, sys
 from dataclasses import replace
-from tokenflex.data import Planner
+from tokenflex.plan import Planner
 
 if os.environ["RANK"] == "1":
     planned = Planner.steps_from

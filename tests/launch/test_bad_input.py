@@ -11,9 +11,9 @@ from conftest import ROOT, TINY, run_ranks
 from PIL import Image
 
 from tokenflex import cli
+from tokenflex.cli.launching import entry_point
 from tokenflex.errors import UserError
 from tokenflex.infer import parse_num_visual_tokens
-from tokenflex.launching import entry_point
 from tokenflex.parallel import load_ds_config
 
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 from conftest import needs_fused_loss
 
-from tokenflex.data import PackDataset, Position
+from tokenflex.data import PackDataset
 from tokenflex.data.loader import MicroBatchPlan
 from tokenflex.errors import UserError
 from tokenflex.model import build_model
+from tokenflex.plan import Position
 from tokenflex.train.loss import (
     FUSED_MODEL_TYPES,
     answering_losses,

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from tokenflex.budget import VisualTokenBudget
-from tokenflex.data import PackDataset, Planner, Position
+from tokenflex.data import PackDataset
 from tokenflex.data.collate import collate
 from tokenflex.data.loader import MicroBatchPlan, micro_batches
-from tokenflex.data.plan import LOSS_WEIGHTS
 from tokenflex.model.attention import PACKED
+from tokenflex.plan import LOSS_WEIGHTS, Planner, Position
 from tokenflex.train.step import batch_loss, model_inputs
 
 FAMILIES = {

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenflex.data import PackDataset, Position
+from tokenflex.data import PackDataset
 from tokenflex.data.loader import MicroBatchPlan
 from tokenflex.model import projector as projector_module
 from tokenflex.model.projector import TokenAdaptiveProjector
+from tokenflex.plan import Position
 from tokenflex.train.step import batch_loss
 
 

@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tokenflex.data import PackDataset, Position, load_or_build_index
+from tokenflex.data import PackDataset, load_or_build_index
 from tokenflex.data.loader import MicroBatchPlan
 from tokenflex.model import build_model, build_processor, image_processing_tokenflex
 from tokenflex.model.image_processing_tokenflex import TokenFlexImageProcessor
 from tokenflex.model.tiling import grids, grids_for, tiles_for
+from tokenflex.plan import Position
 from tokenflex.train.step import model_inputs
 
 sides = st.integers(1, 5000)
@@ -105,7 +106,7 @@ def tiled_config(tiny_config):
 
 @pytest.fixture(scope="module")
 def tiled_processor(tiled_config, corpus):
-    return build_processor(tiled_config.model, tiled_config.budget, str(corpus / "tokenizer"))
+    return build_processor(tiled_config.model, tiled_config.budget)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,7 @@ def test_another_tiling_is_another_index(dataset, tiled_config, corpus):
     prints = set()
     for change in ({}, {"max_tiles": 5}, {"thumbnail": False}, {"image_size": (48, 48)}):
         section = tiled_config.model.model_copy(update=change)
-        prints.add(fingerprint(build_processor(section, tiled_config.budget, str(corpus / "tokenizer"))))
+        prints.add(fingerprint(build_processor(section, tiled_config.budget)))
     assert len(prints) == 4
 
 

@@ -245,7 +245,7 @@ def test_a_part_that_cannot_be_built_is_named(section, part, tiny_config, proces
 
     model = ModelConfig(**{**tiny_config.model.model_dump(), **section})
     with pytest.raises(UserError, match=part):
-        build_processor(model, tiny_config.budget, str(corpus / "tokenizer"))
+        build_processor(model, tiny_config.budget)
         build_model(model, tiny_config.budget, processor, torch.float32)
 
 
@@ -267,9 +267,9 @@ def test_missing_image_tokens_are_added_only_when_asked(tiny_config, corpus, pro
     with pytest.raises(
         UserError, match=r"lacks the image tokens \['<pic>', '<PIC>', '</pic>'\].*add_image_tokens=true"
     ):
-        build_processor(wanted, tiny_config.budget, str(corpus / "tokenizer"))
+        build_processor(wanted, tiny_config.budget)
     added = wanted.model_copy(update={"add_image_tokens": True})
-    grown = build_processor(added, tiny_config.budget, str(corpus / "tokenizer"))
+    grown = build_processor(added, tiny_config.budget)
     model = build(tiny_config, grown, image_tokens=added.image_tokens)
     assert model.get_input_embeddings().num_embeddings >= len(grown.tokenizer)
     assert (ask(grown, num_visual_tokens=4)["input_ids"] == grown.image_token_id).sum() == 4

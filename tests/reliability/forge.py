@@ -84,9 +84,9 @@ def be_rank(variables, arguments, rank, folder):
         os.dup2(output, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.argv = ["launch/train.py", *arguments]
-        import tokenflex.faults
+        import tokenflex.failpoints
 
-        tokenflex.faults.read_environment()
+        tokenflex.failpoints.read_environment()
         runpy.run_path("launch/train.py", run_name="__main__")
         status = 0
     except SystemExit as end:

@@ -42,7 +42,7 @@ class Forge:
         )
 
     def __call__(self, folder, num_ranks, *overrides, faults="", signals=(), environment=None, timeout_s=120, flags=()):
-        """Train into `folder`; `faults` as in tokenflex/faults.py; `signals` are (seconds, rank or "all", number)."""
+        """Train into `folder`; `faults` as in tokenflex/failpoints.py; `signals` are (seconds, rank or "all", number)."""
         scratch = Path(folder) / "job"
         scratch.mkdir(parents=True, exist_ok=True)
         for pid in scratch.glob("*.pid"):

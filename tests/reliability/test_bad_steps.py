@@ -6,9 +6,9 @@ import math
 import pytest
 from jobs import trace_of
 
-from tokenflex import exit_codes
+from tokenflex import layout
 from tokenflex.checkpoint import checked_manifest, tag_of
-from tokenflex.train.guard import MIN_STEPS, Guard
+from tokenflex.train.spike_filter import MIN_STEPS, Guard
 
 ACCUMULATED = ["data.packs_per_micro_batch=1", "train.keep_checkpoints=9"]
 
@@ -99,10 +99,10 @@ def test_a_run_that_only_gets_worse_stops(forge, tmp_path):
     faults = ";".join(f"nan@loss,rank=0,step={step},count={count}" for step in (2, 3) for count in (1, 2, 3))
     overrides = ["train.max_bad_steps=2", "train.num_steps=8", "train.max_rollbacks=2"]
     job = forge(tmp_path, 2, *overrides, faults=faults)
-    assert job.statuses == [exit_codes.DIVERGED] * 2, job.output[-3000:]
+    assert job.statuses == [layout.DIVERGED] * 2, job.output[-3000:]
     assert "went back 2 times" in job.output
     job = forge(tmp_path / "early", 2, *overrides, faults="nan@loss,step=0;nan@loss,step=1")
-    assert job.statuses == [exit_codes.DIVERGED] * 2 and "no checkpoint from before" in job.output
+    assert job.statuses == [layout.DIVERGED] * 2 and "no checkpoint from before" in job.output
 
 
 def test_the_guard_finds_spikes_and_gets_used_to_a_new_level():

@@ -12,7 +12,7 @@ import time
 import pytest
 from jobs import trace_of, write_result
 
-from tokenflex.faults import POINTS
+from tokenflex.failpoints import POINTS
 
 VICTIMS = ("0", "1", "all")
 ACCUMULATION = {1: "data.packs_per_micro_batch=4", 4: "data.packs_per_micro_batch=1"}

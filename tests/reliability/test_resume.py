@@ -8,7 +8,7 @@ import pytest
 import torch
 from jobs import ROOT, trace_of, write_result
 
-from tokenflex import cli, exit_codes
+from tokenflex import cli, layout
 from tokenflex.checkpoint import checked_manifest, read_whole, tag_of, tags
 
 NO_DROPOUT = ["model.text.attention_dropout=0", "model.vision.attention_dropout=0"]
@@ -111,9 +111,7 @@ def test_nothing_good_is_an_error_and_fresh_begins_anew(forge, tmp_path):
     for tag in tags(place):
         (place / tag / "manifest.json").unlink()
     job = forge(tmp_path, 1, "train.num_steps=2")
-    assert (
-        job.statuses == [exit_codes.USER_ERROR] and "none of 2 can be loaded" in job.output and "--fresh" in job.output
-    )
+    assert job.statuses == [layout.USER_ERROR] and "none of 2 can be loaded" in job.output and "--fresh" in job.output
     job = forge.done(tmp_path, 1, "train.num_steps=2", flags=["--fresh"])
     assert "resumed" not in job.output and len(trace_of(tmp_path).losses) == 2
 
@@ -124,7 +122,7 @@ def test_a_signal_to_one_rank_stops_all_with_everything_saved(number, forge, tmp
     action = {signal.SIGTERM: "term", signal.SIGUSR1: "usr1"}[number]
     fault = f"{action}@forward,rank=1,step=2;{action}@shard-50,rank=1,step=3;{action}@shard-50,rank=0,step=3"
     job = forge(tmp_path, 2, faults=fault)
-    assert job.statuses == [exit_codes.REQUEUE] * 2 and not job.hung, job.output[-3000:]
+    assert job.statuses == [layout.REQUEUE] * 2 and not job.hung, job.output[-3000:]
     assert tags(tmp_path / "crash" / "checkpoints")[-1] == tag_of(3), "agreed within the step, and saved at its end"
     job = forge.done(tmp_path, 2)
     assert "at step 3" in job.output
@@ -140,7 +138,7 @@ def test_a_failing_disk_does_not_end_the_run_until_it_has_failed_often(forge, tm
     assert trace_of(tmp_path / "once") == trace_of(tmp_path / "never")
     faults = ";".join(f"io@fsync,rank=1,count={count},error=EIO" for count in range(2, 5))
     job = forge(tmp_path / "often", 2, "train.max_failed_saves=3", "train.num_steps=12", faults=faults)
-    assert job.statuses == [exit_codes.SAVE_FAILED] * 2, job.output[-3000:]
+    assert job.statuses == [layout.SAVE_FAILED] * 2, job.output[-3000:]
     assert "3 saves in a row failed" in job.output
     job = forge.done(tmp_path / "often", 2, "train.num_steps=12")
     assert "at step 1" in job.output
@@ -154,7 +152,7 @@ def test_the_second_start_into_a_run_folder_is_refused(forge, tmp_path):
     lock = RunLock(tmp_path / "crash")
     job = forge(tmp_path, 2)
     lock.release()
-    assert job.statuses == [exit_codes.USER_ERROR] * 2
+    assert job.statuses == [layout.USER_ERROR] * 2
     assert "another job writes there" in job.output and f'"process": {os.getpid()}' in job.output
     assert not (tmp_path / "crash" / "plan.json").exists()
 

@@ -14,7 +14,7 @@ import torch
 from jobs import write_result
 from safetensors import safe_open
 
-from tokenflex import faults
+from tokenflex import failpoints
 from tokenflex.checkpoint import (
     CheckpointWriter,
     Damaged,
@@ -149,10 +149,10 @@ def test_the_files_are_plain_safetensors(tmp_path):
 
 def count_calls(tmp_path, operation):
     """How often a save of one rank calls an operation."""
-    never = faults.Fault("io", operation, count=10**9)
+    never = failpoints.Fault("io", operation, count=10**9)
     writer = writer_for(tmp_path / f"count-{operation}")
     save(writer, 1), save(writer, 2)
-    with faults.planned(never):
+    with failpoints.planned(never):
         assert not save(writer, 3).problem
     return never.seen
 
@@ -182,7 +182,7 @@ def test_every_call_of_a_save_may_fail(tmp_path):
                 folder = tmp_path / f"{operation}-{count}-{error}"
                 writer = writer_for(folder)
                 save(writer, 1), save(writer, 2)
-                with faults.planned(faults.Fault("io", operation, count=count, error=error)):
+                with failpoints.planned(failpoints.Fault("io", operation, count=count, error=error)):
                     saved = save(writer, 3)
                 num_cases += 1
                 told = saved.problem + saved.note

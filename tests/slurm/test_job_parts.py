@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tokenflex.config import load_config
 from tokenflex.errors import UserError
-from tokenflex.exit_codes import DONE, REQUEUE, USER_ERROR
+from tokenflex.layout import DONE, REQUEUE, USER_ERROR
 from tokenflex.parallel.environment import discover, tasks_per_node
 from tokenflex.slurm import preflight
 from tokenflex.slurm.attempts import Start, Starts, first_status, newest_step, outcome

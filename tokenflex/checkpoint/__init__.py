@@ -1,7 +1,7 @@
 """Saving and resuming a run: per-rank safetensors and a manifest, checked before use, readable by any number of ranks."""
 
 from .disk import remove_folder
-from .folder import Entry, Retention, check_files, checked_manifest, entries, latest_tag, tag_of, tags
+from .folder import Entry, Retention, check_files, checked_manifest, entries, latest_tag, run_entries, tags
 from .lock import RunLock
 from .manifest import Damaged, Manifest
 from .shard import ShardReader, shard_name
@@ -39,8 +39,8 @@ __all__ = [
     "named_pieces",
     "read_slices",
     "read_whole",
+    "run_entries",
     "remove_folder",
     "shard_name",
-    "tag_of",
     "tags",
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from .. import faults
+from .. import failpoints
 
 CHUNK = 1 << 24
 """Bytes handed to the kernel at once (16 MiB): large enough to cost nothing, small enough to stop between."""
@@ -34,7 +34,7 @@ class HashingFile:
             chunk = view[begin : begin + CHUNK]
             self._hash.update(chunk)
             while chunk:
-                chunk = chunk[os.write(self._descriptor, chunk[: faults.io_limit("write", len(chunk))]) :]
+                chunk = chunk[os.write(self._descriptor, chunk[: failpoints.io_limit("write", len(chunk))]) :]
         self.num_bytes += len(view)
 
     @property
@@ -47,8 +47,8 @@ class HashingFile:
     def __exit__(self, kind, error, trace):
         try:
             if kind is None:
-                faults.reach("fsync")
-                faults.io_limit("fsync")
+                failpoints.hit("fsync")
+                failpoints.io_limit("fsync")
                 os.fsync(self._descriptor)
         finally:
             os.close(self._descriptor)
@@ -62,7 +62,7 @@ def write_synced(path, data):
 
 def replace_synced(source, target):
     """Rename, over what is there, and sync the folder, so that the new name survives."""
-    faults.io_limit("rename")
+    failpoints.io_limit("rename")
     os.replace(source, target)
     sync_folder(Path(target).parent)
 
@@ -71,7 +71,7 @@ def sync_folder(folder):
     """Sync a folder's entries (names of its files) to disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        faults.io_limit("fsync")
+        failpoints.io_limit("fsync")
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

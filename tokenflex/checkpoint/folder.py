@@ -6,18 +6,15 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import faults
+from .. import failpoints
+from ..errors import UserError
+from ..layout import RunLayout, step_of
 from .disk import checksum_of, remove_folder, replace_synced, write_synced
-from .manifest import TAG, Damaged, Manifest, read_manifest
+from .manifest import Damaged, Manifest, read_manifest
 
 LATEST = "latest"
 WRITING = ".writing-"
 REMOVED = ".removed-"
-
-
-def tag_of(step):
-    """Folder name of the checkpoint of a step."""
-    return f"step-{step:08d}"
 
 
 def tags(folder):
@@ -25,8 +22,7 @@ def tags(folder):
     folder = Path(folder)
     if not folder.is_dir():
         return []
-    found = [path.name for path in folder.iterdir() if TAG.fullmatch(path.name)]
-    return sorted(found, key=lambda tag: int(TAG.fullmatch(tag)[1]))
+    return sorted((path.name for path in folder.iterdir() if step_of(path.name) is not None), key=step_of)
 
 
 def checked_manifest(folder):
@@ -71,6 +67,15 @@ class Entry:
     manifest: Manifest | None
     problem: str = ""
 
+    def describe(self, is_latest=False):
+        """One line for a person."""
+        if self.manifest is None:
+            return f"{self.tag}  damaged: {self.problem}"
+        m = self.manifest
+        score = "" if m.score is None else f"  mean loss {m.score:.4f}"
+        mark = "  latest" if is_latest else ""
+        return f"{self.tag}  {m.time}  {m.num_bytes / 1e6:.1f} MB  {m.num_ranks} ranks{score}{mark}"
+
 
 def entries(folder, is_thorough=False):
     """Every checkpoint under `folder`, oldest first; `is_thorough` reads all bytes and compares checksums."""
@@ -86,11 +91,25 @@ def entries(folder, is_thorough=False):
     return found
 
 
+def run_entries(folder, is_thorough=False):
+    """(folder of checkpoints, its `entries`) of a run's folder, or of that folder itself.
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
+    place = RunLayout(Path(folder)).checkpoints
+    place = place if place.is_dir() else Path(folder)
+    found = entries(place, is_thorough)
+    if not found:
+        raise UserError(f"{folder}: no checkpoint there; give a run's folder, for example runs/quickstart")
+    return place, found
+
+
 def latest_tag(folder):
     """What `latest` points to, or an empty string. For people: resuming looks at every checkpoint, newest first."""
     with contextlib.suppress(OSError):
         text = (Path(folder) / LATEST).read_text(encoding="ascii", errors="replace").strip()
-        return text if TAG.fullmatch(text) else ""
+        return text if step_of(text) is not None else ""
     return ""
 
 
@@ -99,7 +118,7 @@ def point_latest(folder, tag, attempt):
     temporary = Path(folder) / f"{WRITING}{LATEST}-{attempt}"
     try:
         write_synced(temporary, tag.encode())
-        faults.reach("latest")
+        failpoints.hit("latest")
         replace_synced(temporary, Path(folder) / LATEST)
     finally:
         temporary.unlink(missing_ok=True)  # still there only if it could not take its place
@@ -122,7 +141,7 @@ class Retention:
         scored = sorted((entry for entry in good if entry.manifest.score is not None), key=lambda e: e.manifest.score)
         keep |= {entry.tag for entry in scored[: self.best]}
         newest_good = good[-1].manifest.step if good else -1
-        return keep | {entry.tag for entry in found if not entry.manifest and int(entry.tag[5:]) > newest_good}
+        return keep | {entry.tag for entry in found if not entry.manifest and step_of(entry.tag) > newest_good}
 
 
 def clean_up(folder, retention):
@@ -131,7 +150,7 @@ def clean_up(folder, retention):
     kept = retention.kept(found)
     gone = [entry.tag for entry in found if entry.tag not in kept]
     for tag in gone:
-        faults.reach("clean-up")
+        failpoints.hit("clean-up")
         remove_folder(Path(folder) / tag)
     return gone
 

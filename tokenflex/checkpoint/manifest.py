@@ -7,9 +7,9 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from ..layout import MANIFEST, step_of
+
 FORMAT = 1
-NAME = "manifest.json"
-TAG = re.compile(r"step-(\d{8,})")
 SHARD = re.compile(r"rank-\d{5}-of-\d{5}\.safetensors")
 MAX_BYTES = 256 * 1024 * 1024
 
@@ -64,28 +64,28 @@ def read_manifest(folder):
     Raises:
         Damaged: missing, unreadable, altered, of another format, or naming files that are none of a checkpoint's.
     """
-    path = Path(folder) / NAME
+    path = Path(folder) / MANIFEST
     try:
         if path.is_symlink() or not path.is_file():
-            raise Damaged(f"has no {NAME}" if not path.exists() else f"its {NAME} is no regular file")
+            raise Damaged(f"has no {MANIFEST}" if not path.exists() else f"its {MANIFEST} is no regular file")
         if path.stat().st_size > MAX_BYTES:
-            raise Damaged(f"its {NAME} has {path.stat().st_size} bytes, at most {MAX_BYTES} are read")
+            raise Damaged(f"its {MANIFEST} has {path.stat().st_size} bytes, at most {MAX_BYTES} are read")
         record = json.loads(path.read_bytes())
     except OSError as error:
-        raise Damaged(f"its {NAME} cannot be read ({error.strerror})") from None
+        raise Damaged(f"its {MANIFEST} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):
-        raise Damaged(f"its {NAME} is not valid JSON") from None
+        raise Damaged(f"its {MANIFEST} is not valid JSON") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else type(record).__name__
-        raise Damaged(f"its {NAME} is of format {found!r}, this version reads {FORMAT}")
+        raise Damaged(f"its {MANIFEST} is of format {found!r}, this version reads {FORMAT}")
     checksum = record.pop("blake3", None)
     if checksum != blake3(_canonical(record)).hexdigest():
-        raise Damaged(f"its {NAME} does not match its own checksum")
+        raise Damaged(f"its {MANIFEST} does not match its own checksum")
     del record["format"]
     try:
         manifest = Manifest(**record)
     except TypeError as error:
-        raise Damaged(f"its {NAME} has other fields than wanted ({error})") from None
+        raise Damaged(f"its {MANIFEST} has other fields than wanted ({error})") from None
     _check(manifest, Path(folder).name)
     return manifest
 
@@ -93,14 +93,13 @@ def read_manifest(folder):
 def _check(manifest, folder_name):
     for name, entry in manifest.files.items():
         if not SHARD.fullmatch(name):
-            raise Damaged(f"its {NAME} names the file {name!r}, which is none of a checkpoint's")
+            raise Damaged(f"its {MANIFEST} names the file {name!r}, which is none of a checkpoint's")
         if set(entry) != {"size", "blake3"}:
-            raise Damaged(f"its {NAME} says {sorted(entry)} of {name}; wanted size and blake3")
+            raise Damaged(f"its {MANIFEST} says {sorted(entry)} of {name}; wanted size and blake3")
     if len(manifest.files) != manifest.num_ranks:
-        raise Damaged(f"its {NAME} names {len(manifest.files)} files of {manifest.num_ranks} ranks")
-    tag = TAG.fullmatch(folder_name)
-    if tag and int(tag[1]) != manifest.step:
-        raise Damaged(f"its {NAME} is of step {manifest.step}")
+        raise Damaged(f"its {MANIFEST} names {len(manifest.files)} files of {manifest.num_ranks} ranks")
+    if step_of(folder_name) not in (None, manifest.step):
+        raise Damaged(f"its {MANIFEST} is of step {manifest.step}")
 
 
 def _canonical(record):

@@ -10,7 +10,7 @@ import struct
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .. import faults
+from .. import failpoints
 from .disk import HashingFile
 from .manifest import Damaged
 
@@ -46,16 +46,16 @@ def write_shard(path, tensors, step):
         begin = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
-    faults.reach("shard-0", step)
+    failpoints.hit("shard-0", step)
     half = begin // 2
     with HashingFile(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in tensors.items():
             file.write(_bytes(tensor))
             if half is not None and header[name]["data_offsets"][1] >= half:
-                faults.reach("shard-50", step)
+                failpoints.hit("shard-50", step)
                 half = None
-        faults.reach("shard-100", step)
+        failpoints.hit("shard-100", step)
     return {"size": file.num_bytes, "blake3": file.checksum}
 
 

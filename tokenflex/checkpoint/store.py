@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
-from .. import faults
+from .. import failpoints
 from ..errors import UserError
+from ..layout import MANIFEST, step_of, tag_of
 from .disk import free_bytes, remove_folder, replace_synced, sync_folder, write_synced
-from .folder import WRITING, check_files, checked_manifest, clean_up, point_latest, sweep, tag_of, tags
-from .manifest import NAME, Damaged, Manifest, encode
+from .folder import WRITING, check_files, checked_manifest, clean_up, point_latest, sweep, tags
+from .manifest import Damaged, Manifest, encode
 from .shard import ShardReader, shard_name, slice_name, write_shard
 
 WEIGHT = "weight"
@@ -78,7 +79,7 @@ class CheckpointWriter:
         step = progress["step"]
         if step == self._saved_step:
             return before
-        faults.reach("snapshot", step)
+        failpoints.hit("snapshot", step)
         copied = {name: self._copy(name, tensor) for name, tensor in passing.items()}
         is_moved = torch.cuda.Event() if torch.cuda.is_available() else None
         if is_moved:
@@ -189,10 +190,10 @@ class CheckpointWriter:
             time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             **self._described,
         )
-        faults.reach("manifest", self._step)
-        write_synced(self._place / NAME, encode(manifest))
+        failpoints.hit("manifest", self._step)
+        write_synced(self._place / MANIFEST, encode(manifest))
         sync_folder(self._place)
-        faults.reach("rename", self._step)
+        failpoints.hit("rename", self._step)
         target = self.folder / tag_of(self._step)
         if target.exists():  # damaged, or of a past that the run has turned away from
             remove_folder(target)
@@ -272,12 +273,12 @@ def load_newest(folder, ranks, fill, max_step=None, say=print, check=check):
         UserError: there are checkpoints, but none is good: a run never silently begins anew.
     """
     passed_over = []
-    candidates = ranks.gather([tag for tag in tags(folder) if max_step is None or int(tag[5:]) <= max_step])[0]
+    candidates = ranks.gather([tag for tag in tags(folder) if max_step is None or step_of(tag) <= max_step])[0]
     for tag in reversed(candidates):
         manifest, problem = check(Path(folder) / tag, ranks.rank, ranks.num_ranks)
         problems = [text for text in ranks.gather(problem) if text]
         if not problems:
-            faults.reach("load")
+            failpoints.hit("load")
             fill(manifest, Path(folder) / tag)
             return Loaded(manifest, tag, tuple(passed_over))
         passed_over.append((tag, problems[0]))

@@ -67,7 +67,7 @@ class ModelConfig(Section):
     text: str | dict = "Qwen/Qwen2.5-7B-Instruct"
     """Causal language model: a hub id or local folder (pretrained), or a configuration dict with `model_type` (from scratch)."""
     tokenizer: str = ""
-    """Hub id or folder of the tokenizer; empty takes the language model's, or the embedded corpus' own."""
+    """Hub id or folder of the tokenizer; empty takes the language model's, or that of the embedded corpus where it is used."""
     image_size: tuple[PositiveInt, PositiveInt] = (378, 378)
     """Height and width in pixels that every image is resized to; whole multiples of the encoder's patch (27 of 14 here)."""
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -102,7 +102,7 @@ class ModelConfig(Section):
 
 
 class EmbeddedCorpusConfig(Section):
-    """Size of the corpus that is built at first run where `data.train` is `embedded`."""
+    """Size of the corpus that is built at first run where `embedded` stands for shards."""
 
     num_train: PositiveInt = 8000
     """Training samples (several questions each)."""
@@ -139,11 +139,11 @@ class CostConfig(Section):
 class DataConfig(Section):
     """Where samples come from and how they are packed."""
 
-    train: Paths = ("embedded",)
-    """Training shards: tar files, folders of them, or glob patterns; `embedded` builds the quick-start corpus."""
+    train: Paths = ()
+    """Training shards: tar files, folders of them, glob patterns, or URLs; `embedded` is the quick-start corpus."""
     sources: tuple[SourceConfig, ...] = ()
     """A mixture of several sources, each with its paths, weight, epochs and policy; takes the place of `train`."""
-    evaluation: Paths = ("embedded",)
+    evaluation: Paths = ()
     """Evaluation shards, likewise; empty for none."""
     cache_dir: str = "~/.cache/tokenflex"
     """Where the embedded corpus and indexes of read-only shards are kept."""

@@ -1,27 +1,28 @@
-"""Shards, index, plan, packs: everything between files on disk and the tensors of a micro-step.
+"""Shards, index and packed batches: everything between files on disk and the tensors of a micro-step."""
 
-Names are looked up at first use: planning alone needs numpy and some 30 MB, and must not wait for torch.
-"""
+from .images import decode_image
+from .index import Index, build_index, index_folder, load_index, load_or_build_index
+from .loader import PackDataset, batch_loader
+from .problems import BadSample, Limits, Tally
+from .sample import Sample, parse_sample
+from .scan import scan_shard
+from .shards import find_shards, walk_shard
 
-from importlib import import_module
-
-_HOMES = {
-    "embedded": ("embedded_corpus", "with_embedded_encoder"),
-    "images": ("decode_image",),
-    "index": ("Index", "build_index", "index_folder", "load_index", "load_or_build_index"),
-    "loader": ("PackDataset", "batch_loader"),
-    "plan": ("Planner", "Position"),
-    "problems": ("BadSample", "Limits", "Tally"),
-    "sample": ("Sample", "parse_sample"),
-    "scan": ("scan_shard",),
-    "shards": ("find_shards", "walk_shard"),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-
-__all__ = sorted(_HOME_OF)
-
-
-def __getattr__(name):
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+__all__ = [
+    "BadSample",
+    "Index",
+    "Limits",
+    "PackDataset",
+    "Sample",
+    "Tally",
+    "batch_loader",
+    "build_index",
+    "decode_image",
+    "find_shards",
+    "index_folder",
+    "load_index",
+    "load_or_build_index",
+    "parse_sample",
+    "scan_shard",
+    "walk_shard",
+]

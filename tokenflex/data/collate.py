@@ -13,8 +13,8 @@ import jinja2
 import numpy as np
 import torch
 
+from ..plan import LOSS_WEIGHTS
 from .images import read_header
-from .plan import LOSS_WEIGHTS
 from .problems import BadSample
 
 

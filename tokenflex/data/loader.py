@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .. import faults
+from .. import failpoints
 from ..errors import UserError
+from ..layout import STOP_SIGNALS
+from ..plan import Mixture, Position, Source
 from .collate import collate, prepare, substitute
-from .plan import Mixture, Position, Source
 from .problems import BadSample, Limits
 from .remote import local_file
 from .sample import first_messages, parse_sample
@@ -105,7 +106,7 @@ class PackDataset(Dataset):
         return first_messages(sample, int(num_messages)) if num_messages else sample
 
     def __getitem__(self, plan):
-        faults.reach("worker")
+        failpoints.hit("worker")
         try:
             return plan, self.batch(plan)
         except UserError as error:
@@ -195,6 +196,6 @@ def _quiet_worker(worker_id):
 
     SLURM sends them to every process of a rank, and torch takes a worker's death for an error.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -97,6 +97,11 @@ class Limits:
     ignore_others: bool = False
     """Leave other members unread; else a sample that has one is bad."""
 
+    @classmethod
+    def of(cls, settings):
+        """The limits of whatever has them: a configuration's data section, or a command's arguments."""
+        return cls(max_member_bytes=settings.max_member_bytes, max_image_pixels=settings.max_image_pixels)
+
     def to_json(self):
         return asdict(self)
 

@@ -1,8 +1,9 @@
 """From the configuration's paths to the sources of a plan: shards located, each source's index opened."""
 
 from ..config import SourceConfig
+from ..errors import UserError
+from ..plan import Mixture, Source
 from .index import index_folder, load_index, load_or_build_index
-from .plan import Mixture, Source
 from .problems import Limits
 from .remote import locate_shards
 
@@ -12,22 +13,20 @@ def source_configs(data):
     return data.sources or (SourceConfig(paths=data.train, over_long=data.over_long),)
 
 
-def uses_corpus(data):
-    """Whether training reads the embedded corpus."""
-    return any("embedded" in source.paths for source in source_configs(data))
-
-
-def locate_sources(data, corpus):
-    """[(source, shards, index folder)] of a data section; `corpus` is the embedded corpus' folder where it is used.
+def locate_sources(data):
+    """[(source, shards, index folder)] of a data section.
 
     Raises:
-        UserError: a source without any shard, or a URL of a scheme that is not read.
+        UserError: no source, one without any shard, or a URL of a scheme that is not read.
     """
+    if not data.train and not data.sources:
+        raise UserError(
+            "data.train: empty; name shards to train on (tokenflex data convert writes them), or data.sources"
+        )
     located = []
     for number, source in enumerate(source_configs(data)):
         what = f"data.sources[{number}]" if data.sources else "data.train"
-        paths = [str(corpus / "train") if path == "embedded" else path for path in source.paths]
-        shards = locate_shards(paths, data, what)
+        shards = locate_shards(source.paths, data, what)
         located.append((source, shards, index_folder(shards, data.cache_dir)))
     return located
 

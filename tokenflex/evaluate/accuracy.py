@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..data import decode_image, embedded_corpus, find_shards, parse_sample, walk_shard
+from ..data import Limits, decode_image, parse_sample, walk_shard
+from ..data.remote import local_file, locate_shards
 from ..errors import UserError
 from ..export import is_exported, loading_code
+from ..layout import RunLayout
 from .report import accuracy_table, plot_accuracy
 
 
@@ -22,15 +24,14 @@ def evaluate_run(config, launch, say, model_folder=None):
     Raises:
         UserError: no exported model, or no evaluation shards.
     """
-    root = Path(config.output_dir).expanduser() / config.name
-    folder = Path(model_folder or root / "model")
+    layout = RunLayout.of(config)
+    folder = Path(model_folder or layout.model)
     if not is_exported(folder):
         raise UserError(f"evaluation: no exported model at {folder}; train first, or give --model DIR")
-    sources = [
-        str(embedded_corpus(config.data) / "eval") if source == "embedded" else source
-        for source in config.data.evaluation
-    ]
-    samples = read_samples(find_shards(sources, "data.evaluation"), config.evaluate.max_samples_per_task)
+    if not config.data.evaluation:
+        raise UserError("data.evaluation: empty; name shards of held-out questions")
+    shards = locate_shards(config.data.evaluation, config.data, "data.evaluation")
+    samples = read_samples(shards, config.evaluate.max_samples_per_task, Limits.of(config.data))
     say(f"evaluate  {len(samples)} questions at {list(config.evaluate.num_visual_tokens)} visual tokens")
     device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(device).eval()
@@ -39,19 +40,19 @@ def evaluate_run(config, launch, say, model_folder=None):
     accuracy, totals = _over_ranks(right, asked, config.evaluate.num_visual_tokens, launch)
     if launch.rank == 0:
         record = {"accuracy": accuracy, "num_questions": totals, "trained": model.config.trained_num_visual_tokens}
-        root.mkdir(parents=True, exist_ok=True)
-        (root / "accuracy.json").write_text(json.dumps(record, indent=1))
-        plot_accuracy(record, root / "accuracy.png")
+        layout.root.mkdir(parents=True, exist_ok=True)
+        layout.accuracy.write_text(json.dumps(record, indent=1))
+        plot_accuracy(record, layout.accuracy_plot)
         say("\n" + accuracy_table(record))
-        say(f"\nplot      {root / 'accuracy.png'}\nmodel     {folder}\n\n{loading_code(folder)}")
+        say(f"\nplot      {layout.accuracy_plot}\nmodel     {folder}\n\n{loading_code(folder)}")
     return accuracy
 
 
-def read_samples(shards, max_per_task):
+def read_samples(shards, max_per_task, limits):
     """Evaluation samples of webdataset shards, at most `max_per_task` of each task, in the shards' order."""
     samples, per_task = [], Counter()
     for shard in shards:
-        for members, _, _ in walk_shard(shard):
+        for members, _, _ in walk_shard(local_file(shard), limits):
             sample = parse_sample(members, shard)
             if sample.messages[-1]["role"] != "assistant":
                 raise UserError(

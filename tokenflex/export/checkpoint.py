@@ -6,8 +6,9 @@ import torch
 
 from ..checkpoint import Damaged, check_files, checked_manifest, read_whole, tags
 from ..config import RunConfig
-from ..data import embedded_corpus
+from ..corpus import resolve_embedded
 from ..errors import UserError
+from ..layout import MANIFEST, RunLayout
 from ..model import TokenFlexForConditionalGeneration, build_processor
 from ..model.configuration_tokenflex import TokenFlexConfig
 from .export import export_model
@@ -31,10 +32,8 @@ def export_checkpoint(folder, target):
         raise UserError(
             f"checkpoint {folder}: {damage}; export an older one, see: tokenflex checkpoint verify"
         ) from None
-    config = RunConfig.model_validate(manifest.config)
-    uses_corpus = "embedded" in (*config.data.train, *config.data.evaluation)
-    tokenizer = str(embedded_corpus(config.data) / "tokenizer") if uses_corpus else ""
-    processor = build_processor(config.model, config.budget, tokenizer)
+    config = resolve_embedded(RunConfig.model_validate(manifest.config), with_data=False)
+    processor = build_processor(config.model, config.budget)
     with torch.device("meta"):
         model = TokenFlexForConditionalGeneration(TokenFlexConfig.from_dict(manifest.model))
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
@@ -50,9 +49,9 @@ def checkpoint_folder(folder):
         UserError: neither.
     """
     folder = Path(folder)
-    if (folder / "manifest.json").exists():
+    if (folder / MANIFEST).exists():
         return folder
-    for place in (folder / "checkpoints", folder):
+    for place in (RunLayout(folder).checkpoints, folder):
         if tags(place):
             return place / tags(place)[-1]
     raise UserError(f"{folder}: no checkpoint there; give a run's folder (runs/NAME) or one of its checkpoints/step-*")

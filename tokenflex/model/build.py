@@ -20,17 +20,16 @@ from .vision import patch_grid
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 
 
-def build_processor(model, budget, default_tokenizer=""):
+def build_processor(model, budget):
     """Tokenizer and image processor of a run.
 
     Args:
         model, budget: the configuration's sections.
-        default_tokenizer: folder to use where the configuration names neither a tokenizer nor a pretrained text model.
 
     Raises:
         UserError: no tokenizer, or one without chat template or image tokens.
     """
-    source = model.tokenizer or model.init_from or (model.text if isinstance(model.text, str) else default_tokenizer)
+    source = model.tokenizer or model.init_from or (model.text if isinstance(model.text, str) else "")
     if not source:
         raise UserError(
             "model.tokenizer: empty, and the language model is built from scratch; name a tokenizer's folder or hub id"

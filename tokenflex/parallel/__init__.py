@@ -10,7 +10,7 @@ from .engine import (
     zero_stage,
 )
 from .environment import Launch, join
-from .heart import Heart
+from .heartbeat import Heart
 from .ranks import Ranks
 from .world import check_world
 

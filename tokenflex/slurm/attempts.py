@@ -1,23 +1,12 @@
 """Starts of one job and what came of them: whether to requeue, and when a job that gets nowhere has had its chances."""
 
 import json
-import os
-import re
-import signal
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..errors import UserError
-from ..exit_codes import DONE, REQUEUE
-
-CHECKPOINT = re.compile(r"step-(\d{8,})")
-CHECKPOINT_MARK = "manifest.json"
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-
-NO_PROGRESS = 76
-"""Exit status of a job that was started too often without a newer checkpoint."""
-BAD_NODE = 69
-"""Exit status of a job whose nodes did not pass the check (EX_UNAVAILABLE)."""
+from ..files import write_whole
+from ..layout import DONE, MANIFEST, REQUEUE, STOP_SIGNALS, step_of
 
 
 @dataclass
@@ -57,12 +46,7 @@ class Starts:
     def save(self):
         """Write the record so that a kill leaves the old one or the new one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump([asdict(start) for start in self.starts], file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        write_whole(self.path, json.dumps([asdict(start) for start in self.starts], indent=1))
 
     def num_without_progress(self, step_now):
         """Starts at the end of the record that left the newest checkpoint where they found it.
@@ -81,11 +65,10 @@ class Starts:
 def newest_step(checkpoints):
     """(step, modification time in seconds) of the newest whole checkpoint in a folder; (0, 0.0) where there is none."""
     found = [(0, 0.0)]
-    for folder in Path(checkpoints).glob("step-*"):
-        match = CHECKPOINT.fullmatch(folder.name)
-        mark = folder / CHECKPOINT_MARK
-        if match and mark.is_file():
-            found.append((int(match[1]), mark.stat().st_mtime))
+    for folder in Path(checkpoints).glob("*"):
+        step, mark = step_of(folder.name), folder / MANIFEST
+        if step is not None and mark.is_file():
+            found.append((step, mark.stat().st_mtime))
     return max(found)
 
 

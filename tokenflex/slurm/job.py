@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 from ..errors import UserError
-from ..exit_codes import DONE, REQUEUE, USER_ERROR
+from ..layout import BAD_NODE, DONE, NO_PROGRESS, REQUEUE, STOP_SIGNALS, USER_ERROR
 from . import preflight
-from .attempts import BAD_NODE, NO_PROGRESS, Start, Starts, first_status, newest_step, outcome
+from .attempts import Start, Starts, first_status, newest_step, outcome
 from .logs import MergedLog
 from .site import array_is_one_at_a_time, job_state, read_job, read_site
 
@@ -71,7 +71,7 @@ class JobRun:
 
     def run(self):
         """Run the job's steps; returns the exit status, having asked for a requeue if that is due."""
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._forward)
         described = self.describe()
         home = Path(described["folder"]) / "slurm" / self.job.key

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import faults
+from .. import failpoints
+from ..layout import STOP_SIGNALS
 from .loss import fused_loss_head
 from .meter import count_images
 from .optimizer import rate_factor
 from .step import batch_loss
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
@@ -80,7 +79,7 @@ def train(state, open_batches, normalise, peak_rates, config, meter, stop, bad_s
                 interval = Interval(engine.device)
             meter.advance()
             state.heart.phase("agree to go on")
-            if faults.skips("agree"):
+            if failpoints.skips("agree"):
                 continue
             plan = int(done.digest[:13], 16)  # 52 bits: exact as a float, of which the agreement gives the highest
             highest, lowest, is_stopped, *flags = state.ranks.agree([plan, -plan, float(stop.is_set), *state.flags()])
@@ -129,15 +128,15 @@ def run_step(state, batches, normalise, rates, interval, bad_samples, fused_head
         return problem
 
     while True:
-        faults.at(step, micro)
+        failpoints.at(step, micro)
         enter("fetch")
-        faults.reach("fetch")
+        failpoints.hit("fetch")
         plan, batch = next(batches)
         bad_samples.add(batch, step)
         batch = batch.to(engine.device)
         enter("forward")
-        faults.reach("forward")
-        loss = faults.spoil("loss", batch_loss(engine, batch, normalise, fused_head))
+        failpoints.hit("forward")
+        loss = failpoints.corrupt("loss", batch_loss(engine, batch, normalise, fused_head))
         enter("backward")
         engine.backward(loss)
         loss_sum += loss.detach()
@@ -145,11 +144,11 @@ def run_step(state, batches, normalise, rates, interval, bad_samples, fused_head
         interval.add(batch)
         if plan.is_last:
             loss_value = engine.sum_over_ranks(loss_sum.view(1)).item()
-            faults.reach("before-step")
+            failpoints.hit("before-step")
             state.before_update()
             enter("step")
             engine.step(rates, judge)
-            faults.reach("after-step")
+            failpoints.hit("after-step")
             interval.add_step(loss_value, bool(problem))
             return StepDone(plan.position, plan.next_position, ids, problem, plan.digest)
         engine.step(rates)
@@ -196,12 +195,12 @@ class Interval:
 
 def install_faults(model):
     """Points inside forward and backward, where a test has asked for faults; else nothing is hooked."""
-    if not faults.is_active():
+    if not failpoints.is_active():
         return
 
     def backward_hook(module, grad_inputs, grad_outputs):
-        faults.reach("mid-backward")
-        return tuple(None if grad is None else faults.spoil("gradient", grad) for grad in grad_inputs)
+        failpoints.hit("mid-backward")
+        return tuple(None if grad is None else failpoints.corrupt("gradient", grad) for grad in grad_inputs)
 
     model.projector.register_full_backward_hook(backward_hook)
-    model.projector.register_forward_hook(lambda module, inputs, output: faults.spoil("activation", output))
+    model.projector.register_forward_hook(lambda module, inputs, output: failpoints.corrupt("activation", output))

@@ -6,63 +6,28 @@ import json
 import os
 import secrets
 import shutil
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from .. import faults, parallel
+from .. import failpoints, parallel
 from ..budget import VisualTokenBudget
 from ..checkpoint import EarlyCheck, RunLock, tags
 from ..config import save_config
-from ..data import (
-    Limits,
-    PackDataset,
-    Planner,
-    Position,
-    batch_loader,
-    embedded_corpus,
-    with_embedded_encoder,
-)
+from ..corpus import resolve_embedded
+from ..data import Limits, PackDataset, batch_loader
 from ..data.loader import micro_batches, num_micro_steps
-from ..data.plan.planner import PLANNER_VERSION
-from ..data.sources import build_indexes, locate_sources, open_mixture, uses_corpus
+from ..data.sources import build_indexes, locate_sources, open_mixture
 from ..errors import OtherRankFailed, UserError
 from ..export import export_model
+from ..layout import RunLayout
 from ..model import build_model, build_processor
+from ..plan import Planner, Position
+from ..plan.planner import PLANNER_VERSION
 from .bad_samples import BadSampleLog
 from .loop import StopRequest, install_faults, train
 from .meter import Meter
 from .optimizer import build_optimizer
 from .state import RunState
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """Where a run keeps what."""
-
-    root: Path
-
-    @property
-    def checkpoints(self):
-        return self.root / "checkpoints"
-
-    @property
-    def model(self):
-        return self.root / "model"
-
-    @property
-    def health(self):
-        return self.root / "health"
-
-    @property
-    def accuracy(self):
-        return self.root / "accuracy.json"
-
-
-def run_folder(config):
-    """The folder of a configured run."""
-    return RunFolder(Path(config.output_dir).expanduser() / config.name)
 
 
 def run_training(config, ds_config, launch, fresh=False, say=print):
@@ -74,12 +39,12 @@ def run_training(config, ds_config, launch, fresh=False, say=print):
     Raises:
         UserError: whatever in configuration or data the user can mend.
     """
-    folder = run_folder(config)
+    folder = RunLayout.of(config)
     num_accumulated = num_micro_steps(config.data.packs_per_step, launch.num_ranks, config.data.packs_per_micro_batch)
     device = parallel.start_process_group(launch)
     ranks = parallel.Ranks(launch)
     say(f"world     {parallel.check_world(launch, device)}")
-    faults.enter(launch.rank)
+    failpoints.enter(launch.rank)
     with StopRequest() as stop, _locked(folder, ranks), _watched(folder, config, launch, ranks) as heart:
         return _train_and_export(
             config, ds_config, launch, ranks, device, num_accumulated, folder, fresh, stop, heart, say
@@ -132,8 +97,7 @@ def _train_and_export(config, ds_config, launch, ranks, device, num_accumulated,
     ds_config = parallel.resolve_ds_config(ds_config, precision, num_accumulated, config.optimizer.max_grad_norm)
     ranks.on_main(lambda: _prepare_folder(folder, config, fresh))
     check = EarlyCheck(folder.checkpoints, launch.rank, launch.num_ranks)
-    ranks.on_main(lambda: with_embedded_encoder(config, say))
-    config = with_embedded_encoder(config)
+    config = resolve_embedded(config, say)
     planner, dataset, processor = prepare_data(config, launch, say)
     say(f"data      {planner.epoch_size} samples per epoch from {len(planner.mixture.sources)} sources")
 
@@ -145,7 +109,7 @@ def _train_and_export(config, ds_config, launch, ranks, device, num_accumulated,
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     engine = parallel.Engine(model, optimizer, ds_config, launch, device)
     install_faults(engine.model)
-    faults.reach("init")
+    failpoints.hit("init")
     say(
         f"model     {num_parameters / 1e6:.2f}M parameters, {precision} on {launch.num_ranks} x {device.type}, "
         f"ZeRO stage {parallel.zero_stage(ds_config)}, {num_accumulated} micro-steps per step"
@@ -197,14 +161,9 @@ def _train_and_export(config, ds_config, launch, ranks, device, num_accumulated,
 
 def prepare_data(config, launch, say):
     """Corpus (built at first run), processor, index and planner; rank 0 builds what is missing, the others wait."""
-    needs_corpus = uses_corpus(config.data) or "embedded" in config.data.evaluation
-    if launch.rank == 0 and needs_corpus:
-        embedded_corpus(config.data, say)
-    torch.distributed.barrier()
-    corpus = embedded_corpus(config.data, say) if needs_corpus else None
-    processor = build_processor(config.model, config.budget, str(corpus / "tokenizer") if corpus else "")
-    located = locate_sources(config.data, corpus)
-    limits = Limits(max_member_bytes=config.data.max_member_bytes, max_image_pixels=config.data.max_image_pixels)
+    processor = build_processor(config.model, config.budget)
+    located = locate_sources(config.data)
+    limits = Limits.of(config.data)
     if launch.rank == 0:
         build_indexes(located, processor, max(1, config.data.num_workers), limits)
     torch.distributed.barrier()

@@ -24,7 +24,8 @@ from ..checkpoint import (
     tags,
 )
 from ..errors import Diverged, SavesFailed
-from .guard import Guard
+from ..layout import step_of
+from .spike_filter import Guard
 
 
 def first_progress():
@@ -169,7 +170,7 @@ class RunState:
     def _remove_newer(self, step):
         """The steps after `step` will be run anew: what was saved of them is of a past that led nowhere."""
         for tag in tags(self.folder):
-            if int(tag[5:]) > step:
+            if step_of(tag) > step:
                 remove_folder(self.folder / tag)
 
     def _note(self, saved):

@@ -23,10 +23,10 @@ from workload import workload  # noqa: E402
 
 from tokenflex.budget import VisualTokenBudget
 from tokenflex.config import CostConfig
-from tokenflex.data.plan import Position
-from tokenflex.data.plan.figures import Figures, totals
-from tokenflex.data.plan.simulate import make_planner, simulate
-from tokenflex.data.plan.table import LengthTable, load_table
+from tokenflex.plan import Position
+from tokenflex.plan.figures import Figures, totals
+from tokenflex.plan.simulate import make_planner, simulate
+from tokenflex.plan.table import LengthTable, load_table
 
 ROOT = Path(__file__).resolve().parents[3]
 COUNTS, PROBABILITIES = (64, 144, 256), (0.2, 0.3, 0.5)

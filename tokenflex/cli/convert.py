@@ -1,0 +1,70 @@
+"""`tokenflex data convert`: write a data set as shards."""
+
+import argparse
+import os
+import sys
+
+from tqdm import tqdm
+
+from .options import add_debug, add_limits, add_workers, positive
+
+
+def add_to(commands) -> None:
+    """Add the command to a parser's sub-commands."""
+    command = commands.add_parser(
+        "convert",
+        help="write a data set as shards",
+        description="Write a data set as shards. Done shards are kept: the same command goes on where it was stopped.",
+    )
+    add = command.add_argument
+    add(
+        "format",
+        choices=("llava", "openai", "huggingface", "webdataset"),
+        help="llava: JSON array (or JSONL) of conversations; openai: JSONL of messages; huggingface: folder with parquet "
+        "files; webdataset: plain shards with captions or conversations",
+    )
+    add("source", metavar="SOURCE", help="the JSON file, the folder, or the shards (a glob pattern)")
+    add("--out", required=True, metavar="DIR", help="folder of the new shards")
+    add("--images", metavar="DIR", help="folder that image paths are relative to")
+    add("--samples-per-shard", type=positive, default=1000, metavar="N", help="records per shard (default 1000)")
+    add(
+        "--caption-prompt",
+        default="Describe the image.",
+        metavar="TEXT",
+        help="question of a record that has a caption only (default: 'Describe the image.')",
+    )
+    add("--source-name", default="", metavar="NAME", help="name written into every sample as its source")
+    add(
+        "--max-bad-fraction",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="end with status 1 if more than this share was skipped (default 1: never)",
+    )
+    add_limits(command)
+    add_workers(command)
+    add_debug(command)
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, say) -> int:
+    from ..data import Limits
+    from ..prepare.convert import Options, convert
+
+    options = Options(
+        limits=Limits.of(arguments), caption_prompt=arguments.caption_prompt, source_name=arguments.source_name
+    )
+    with tqdm(unit=" records", disable=not sys.stderr.isatty()) as bar:
+        tally = convert(
+            arguments.format,
+            arguments.source,
+            arguments.out,
+            images=arguments.images,
+            samples_per_shard=arguments.samples_per_shard,
+            num_workers=arguments.workers,
+            options=options,
+            progress=bar.update,
+        )
+    say("\n".join(tally.lines()))
+    say(f"shards    {arguments.out}\nskipped   {os.path.join(arguments.out, 'skipped.jsonl')}")
+    return int(tally.num_skipped > arguments.max_bad_fraction * tally.num_samples)

@@ -1,0 +1,33 @@
+"""`tokenflex generate`: ask an exported model about images."""
+
+import argparse
+
+from .options import add_debug
+
+
+def add_to(commands) -> None:
+    """Add the command to a parser's sub-commands."""
+    command = commands.add_parser(
+        "generate", help="ask an exported model about images", description="Ask an exported model about images."
+    )
+    add = command.add_argument
+    add("--model", required=True, metavar="DIR", help="folder that training exported (runs/NAME/model)")
+    add("--image", action="append", default=[], metavar="FILE", help="image file; may be given several times")
+    add("--prompt", required=True, metavar="TEXT", help="the question")
+    add(
+        "--num-visual-tokens",
+        metavar="N",
+        help="visual tokens per image: 144, 8x12 (rows x columns), or a list with one per image: 64,256 (default: the model's largest trained count)",
+    )
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="length of the answer at most (default 64)")
+    add_debug(command)
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, say) -> int:
+    from ..infer import Generator, parse_num_visual_tokens
+
+    counts = None if arguments.num_visual_tokens is None else parse_num_visual_tokens(arguments.num_visual_tokens)
+    generator = Generator(arguments.model)
+    say(generator(arguments.prompt, arguments.image, counts, arguments.max_new_tokens))
+    return 0

@@ -1,0 +1,79 @@
+"""The word `embedded` in a recipe, replaced by ordinary paths: the only place that knows it.
+
+Every entry point calls `resolve_embedded` right after it has read a recipe. What is missing (shards, tokenizer, encoder) is
+built then, by one process of the machine while the others wait at a lock.
+"""
+
+from pathlib import Path
+
+from ..config import RunConfig
+from ..errors import UserError
+from ..files import only_one_inside
+
+EMBEDDED = "embedded"
+
+
+def resolve_embedded(config: RunConfig, say=print, with_data: bool = True) -> RunConfig:
+    """The configuration with `embedded` replaced by folders of shards, tokenizer and encoder, built where they are missing.
+
+    `with_data=False` is for those who need the model's parts only: then no shards are built but for their tokenizer, which
+    a language model from scratch takes where its recipe names none.
+
+    Raises:
+        UserError: the packages that the corpus is drawn from are not installed.
+    """
+    model, data = config.model, config.data
+    if model.vision == EMBEDDED:
+        model = model.model_copy(update={"vision": str(_encoder(data, say))})
+    paths = (*data.train, *data.evaluation, *(path for source in data.sources for path in source.paths))
+    lacks_tokenizer = not (model.tokenizer or model.init_from or isinstance(model.text, str))
+    if EMBEDDED in paths and (with_data or lacks_tokenizer):
+        corpus = _corpus(data, say)
+        if lacks_tokenizer:
+            model = model.model_copy(update={"tokenizer": str(corpus / "tokenizer")})
+        data = _with_folder(data, corpus)
+    return config.model_copy(update={"model": model, "data": data})
+
+
+def _with_folder(data, corpus):
+    def resolved(paths, split):
+        return tuple(str(corpus / split) if path == EMBEDDED else path for path in paths)
+
+    sources = tuple(s.model_copy(update={"paths": resolved(s.paths, "train")}) for s in data.sources)
+    ours = {"train": resolved(data.train, "train"), "evaluation": resolved(data.evaluation, "eval"), "sources": sources}
+    return data.model_copy(update=ours)
+
+
+def _corpus(data, say):
+    """Folder of the corpus: `train/` and `eval/` shards, and `tokenizer/`."""
+    build, _ = _builders("data.train")
+    size = data.embedded
+    name = f"embedded-v{build.RECIPE_VERSION}-{size.num_train}-{size.num_eval_per_task}-{size.seed}"
+    folder = Path(data.cache_dir).expanduser() / name
+    if not (folder / "corpus.json").exists():
+        say(f"corpus    building {size.num_train} samples into {folder}")
+    with only_one_inside(folder.with_name(name + ".lock")):
+        return build.build_corpus(
+            folder, seed=size.seed, num_train=size.num_train, num_eval_per_task=size.num_eval_per_task
+        )
+
+
+def _encoder(data, say):
+    _, encoder = _builders("model.vision")
+    name = f"embedded-encoder-v{encoder.ENCODER_VERSION}-{data.embedded.seed}"
+    folder = Path(data.cache_dir).expanduser() / name
+    if folder.exists():
+        return folder
+    say(f"encoder   pretraining on labelled patches, about half a minute, into {folder}")
+    with only_one_inside(folder.with_name(name + ".lock")):
+        return encoder.build_encoder(folder, seed=data.embedded.seed)
+
+
+def _builders(key):
+    try:
+        from . import build, encoder
+    except ImportError as error:
+        raise UserError(
+            f"{key}: the embedded corpus needs the package {error.name}; run: pip install 'tokenflex[quickstart]'"
+        ) from None
+    return build, encoder

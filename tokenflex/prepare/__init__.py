@@ -1,0 +1,1 @@
+"""Before training: data brought in (`convert`), looked at (`inspect`), and every bad sample of it named (`validate`)."""

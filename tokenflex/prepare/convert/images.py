@@ -1,0 +1,118 @@
+"""A record's image reference -> bytes that may go into a shard: paths confined, schemes allow-listed, every pixel decoded."""
+
+import base64
+import binascii
+import io
+import stat
+from pathlib import Path, PurePosixPath
+
+from PIL import Image, ImageOps
+
+from ...data.images import EXTENSION, verify_image
+from ...data.problems import BadSample
+from ...data.shards import SCHEME
+
+OTHER_FORMATS = ("GIF", "BMP", "TIFF")
+"""Formats that are written as PNG; shards hold JPEG, PNG and WebP only."""
+
+
+def fetch_image(reference, root, limits):
+    """The bytes of an image: given as bytes, as a `data:` URL, or as a path below `root`.
+
+    Raises:
+        BadSample: a path that leaves the folder, another scheme, no such file, or too large a file.
+    """
+    if isinstance(reference, dict):  # the cell of a Hugging Face image column
+        reference = reference.get("bytes") or reference.get("path")
+    if isinstance(reference, (bytes, bytearray, memoryview)):
+        return _within(bytes(reference), limits)
+    if not isinstance(reference, str) or not reference:
+        raise BadSample("image-missing", f"an image is given as {reference!r:.80}; wanted a path, a data: URL or bytes")
+    if reference.startswith("data:"):
+        return _within(_from_data_url(reference), limits)
+    scheme = SCHEME.match(reference)
+    if scheme:
+        raise BadSample(
+            "image-path",
+            f"image {reference!r:.120} is of the scheme {scheme[1]!r}; only data: URLs and relative paths are read: download it first",
+        )
+    return _from_path(reference, root, limits)
+
+
+def checked_image(data, limits):
+    """(bytes, extension, repairs) of an image that decodes to its last pixel; other formats are written as PNG.
+
+    Raises:
+        BadSample: it does not decode, or is larger than the limit.
+    """
+    try:
+        header = verify_image(data, limits)
+    except BadSample as problem:
+        if problem.reason != "image-format":
+            raise
+        data = _as_png(data, limits, problem)
+        header = verify_image(data, limits)
+        return data, "png", (*header.repairs, "transcoded")
+    return data, EXTENSION[header.format], header.repairs
+
+
+def _within(data, limits):
+    if len(data) > limits.max_member_bytes:
+        raise BadSample("member-size", f"an image has {len(data)} bytes, at most {limits.max_member_bytes} are allowed")
+    return data
+
+
+def _from_data_url(url):
+    head, comma, body = url.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise BadSample("image-path", f"image {url[:40]!r}...: wanted data:image/...;base64,...")
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadSample("image-data", f"image {url[:40]!r}...: not base64 ({error})") from None
+
+
+def _from_path(name, root, limits):
+    plain = PurePosixPath(name.replace("\\", "/"))
+    if plain.is_absolute() or ".." in plain.parts or "\0" in name:
+        raise BadSample(
+            "image-path",
+            f"image path {name!r:.200} is absolute or leaves the image folder; wanted a path relative to --images",
+        )
+    if root is None:
+        raise BadSample("image-missing", f"image {name!r:.200} is given by a path; name its folder with --images")
+    path = Path(root) / plain
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise BadSample("image-missing", f"{path} is not a regular file")
+        if status.st_size > limits.max_member_bytes:
+            raise BadSample(
+                "member-size", f"{path} has {status.st_size} bytes, at most {limits.max_member_bytes} are allowed"
+            )
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise BadSample("image-missing", f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _as_png(data, limits, problem):
+    try:
+        with Image.open(io.BytesIO(data), formats=OTHER_FORMATS) as image:
+            if image.width * image.height > limits.max_image_pixels:
+                raise BadSample(
+                    "image-pixels",
+                    f"{image.width} x {image.height} pixels, at most {limits.max_image_pixels} are allowed",
+                )
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+                upright = upright.convert("RGB")
+            file = io.BytesIO()
+            upright.save(file, "PNG", compress_level=1)
+    except Image.UnidentifiedImageError:
+        raise problem from None
+    except Image.DecompressionBombError as error:
+        raise BadSample("image-pixels", f"not a readable image ({error})") from None
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError) as error:
+        raise BadSample("image-data", f"not a readable image ({' '.join(str(error).split())})") from None
+    return file.getvalue()

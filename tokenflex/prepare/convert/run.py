@@ -1,0 +1,167 @@
+"""A whole conversion: parts over processes, one shard each, taken up again where it stopped, and a report of every record."""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import webdataset
+
+from ...data.problems import BadSample, Limits, Tally
+from ...errors import UserError
+from ...files import over_processes, write_whole
+from .images import checked_image, fetch_image
+from .records import convert_record
+from .sources import json_parts, parquet_parts, shard_parts
+
+VERSION = 1
+FORMATS = {"llava": json_parts, "openai": json_parts, "huggingface": parquet_parts, "webdataset": shard_parts}
+"""Format -> how it is cut into parts. LLaVA and OpenAI files differ in their records only, which tell themselves apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the written samples depend on beside the records."""
+
+    limits: Limits = Limits()
+    caption_prompt: str = "Describe the image."
+    """The question of a record that has a caption only."""
+    source_name: str = ""
+    """Written into every sample as `source`."""
+
+
+def convert(format, source, out, images=None, samples_per_shard=1000, num_workers=1, options=Options(), progress=None):  # noqa: B008
+    """Convert a data set into shards `out/shard-00000.tar`, ...; returns the `Tally` of all records.
+
+    Done parts are kept and not done again, so the same call goes on where it was stopped. `out/report.json` has the
+    counts, `out/skipped.jsonl` a line per skipped record. `progress(number)` is told of finished records.
+
+    Raises:
+        UserError: no such source, an output folder of something else, a full disk, or a worker that died.
+    """
+    parts = list(FORMATS[format](source, images and str(images), samples_per_shard))
+    out = Path(out).expanduser()
+    _prepare(out, [str(source), format, samples_per_shard, repr(options)])
+    jobs = [(number, part) for number, part in enumerate(parts)]
+    work = functools.partial(_convert_part, out=out, options=options)
+    reports = {}
+    try:
+        for (number, _), report in over_processes(work, jobs, num_workers, in_order=False):
+            reports[number] = report
+            if progress:
+                progress(report["tally"]["num_samples"])
+    except KeyboardInterrupt:
+        raise UserError(
+            f"data convert: stopped with {len(reports)} of {len(parts)} shards done in {out}; the same command goes on from there"
+        ) from None
+    except BrokenProcessPool:
+        raise UserError(
+            f"data convert: a worker process died (out of memory?) with {len(reports)} of {len(parts)} shards done in {out}; "
+            "the same command goes on from there; lower --workers"
+        ) from None
+    except OSError as error:
+        free = shutil.disk_usage(out).free
+        raise UserError(
+            f"data convert: {error.filename or out}: {error.strerror} ({free / 1e9:.2f} GB are free); the same command goes on"
+        ) from None
+    return _finish(out, [reports[number] for number in range(len(parts))])
+
+
+def _prepare(out, request):
+    """Make the output folder; refuse one that holds another conversion or foreign shards."""
+    marker = out / "conversion.json"
+    wanted = {
+        "version": VERSION,
+        "request": hashlib.sha256(repr(request).encode()).hexdigest()[:16],
+        "source": request[0],
+    }
+    if marker.exists():
+        found = json.loads(marker.read_text())
+        if found != wanted:
+            raise UserError(
+                f"--out {out}: holds a conversion of {found['source']} with other settings; name another folder or remove this one"
+            )
+        return
+    if out.exists() and any(out.glob("*.tar")):
+        raise UserError(f"--out {out}: holds shards already; name another folder or remove them")
+    (out / "parts").mkdir(parents=True, exist_ok=True)
+    marker.write_text(json.dumps(wanted))
+
+
+def _convert_part(job, out, options):
+    """Write one shard and its report, unless both are there; returns the report."""
+    number, part = job
+    shard, report_path = out / f"shard-{number:05d}.tar", out / "parts" / f"{number:05d}.json"
+    stamp = part.fingerprint()
+    if report_path.exists():
+        report = json.loads(report_path.read_text())
+        if report["part"] == stamp and (not report["num_bytes"] or _size(shard) == report["num_bytes"]):
+            return report
+    tally, skipped = Tally(), []
+    temporary = shard.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        with webdataset.TarWriter(file, mtime=0, encoder=False) as writer:
+            for place, record, notes in part.records(options.limits):
+                try:
+                    members, repairs = _sample(record, part, options)
+                except BadSample as problem:
+                    tally.skip(problem)
+                    skipped.append({"source": part.path, "place": place, **problem.record()})
+                    continue
+                key = f"{number:05d}-{tally.num_good:06d}"
+                tally.keep((*repairs, *notes))
+                # Two writes, because TarWriter sorts the members of one: a reader meets the conversation first.
+                writer.write({"__key__": key, "json": members.pop("json")})
+                if members:
+                    writer.write({"__key__": key, **members})
+        file.flush()
+        os.fsync(file.fileno())
+    if tally.num_good:
+        temporary.rename(shard)
+    else:
+        temporary.unlink()
+    report = {"part": stamp, "shard": shard.name, "num_bytes": _size(shard) if tally.num_good else 0}
+    report = {**report, "tally": tally.to_json(), "skipped": skipped}
+    write_whole(report_path, json.dumps(report))
+    return report
+
+
+def _sample(record, part, options):
+    """Members of a converted record by extension, and its repairs.
+
+    Raises:
+        BadSample: the record, or an image of it, cannot be used.
+    """
+    if isinstance(record, BadSample):
+        raise record
+    messages, references, repairs = convert_record(record, options.caption_prompt)
+    written = {"messages": messages}
+    if record.get("id") is not None:
+        written["id"] = str(record["id"])
+    if options.source_name or record.get("source"):
+        written["source"] = options.source_name or str(record["source"])
+    members = {}
+    for i, reference in enumerate(references):
+        data, extension, more = checked_image(fetch_image(reference, part.images, options.limits), options.limits)
+        members[f"{i}.{extension}"] = data
+        repairs = (*repairs, *more)
+    return {"json": json.dumps(written, ensure_ascii=False).encode(), **members}, repairs
+
+
+def _finish(out, reports):
+    tally = Tally()
+    with open(out / "skipped.jsonl", "w", encoding="utf-8") as file:
+        for report in reports:
+            tally.update(Tally.from_json(report["tally"]))
+            file.writelines(json.dumps(entry, ensure_ascii=True) + "\n" for entry in report["skipped"])
+    shards = [report["shard"] for report in reports if report["num_bytes"]]
+    (out / "report.json").write_text(json.dumps({**tally.to_json(), "shards": shards}, indent=1) + "\n")
+    return tally
+
+
+def _size(path):
+    return path.stat().st_size if path.exists() else -1

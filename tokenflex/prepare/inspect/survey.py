@@ -1,0 +1,106 @@
+"""What an inspection counts: lengths, images, tiles, sources and bad samples, over all or the first samples of each shard."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ...budget import keyed_uniform
+from ...data.images import read_header
+from ...data.problems import BadSample, Tally
+from ...data.scan import scan_shard
+from ...errors import UserError
+from ..validate import check_sample
+
+
+@dataclass
+class Surveyed:
+    """One sample with its lengths: tokens are 0 without a processor.
+
+    sizes: (width, height) per image. tiles: per image. num_text, num_learned: tokens without visual ones.
+    """
+
+    sample: object
+    shard: str
+    sizes: list
+    tiles: list
+    num_text: int
+    num_learned: int
+    num_characters: int
+    repairs: tuple
+
+
+@dataclass
+class Survey:
+    """Columns over the surveyed samples, and those that are shown."""
+
+    tally: Tally = field(default_factory=Tally)
+    problems: list = field(default_factory=list)
+    shown: list = field(default_factory=list)
+    sources: Counter = field(default_factory=Counter)
+    text: list = field(default_factory=list)
+    learned: list = field(default_factory=list)
+    images: list = field(default_factory=list)
+    tiles: list = field(default_factory=list)
+    turns: list = field(default_factory=list)
+    sizes: list = field(default_factory=list)
+
+
+def survey_shards(shards, processor, limits, *, num_shown=24, max_samples=5000, seed=0, progress=None):
+    """Survey shards: at most `max_samples` in all, the same number of each shard; `num_shown` drawn by `seed` are kept whole.
+
+    Raises:
+        UserError: a shard that cannot be opened, or no good sample in any.
+    """
+    survey, drawn = Survey(), []
+    per_shard = -(-max_samples // len(shards))
+    for shard in shards:
+        try:
+            for _, scanned in zip(range(per_shard), scan_shard(shard, limits)):
+                _add(survey, drawn, scanned, shard, processor, limits, num_shown, seed)
+                if progress:
+                    progress(1)
+        except OSError as error:
+            raise UserError(f"{shard}: {error.strerror}; give the path of a tar file") from None
+    if not survey.tally.num_good:
+        raise UserError(f"{shards[0]}: of {survey.tally.num_samples} samples none is good; see tokenflex data validate")
+    survey.shown = [surveyed for _, _, surveyed in sorted(drawn, key=lambda entry: entry[1])]
+    return survey
+
+
+def _add(survey, drawn, scanned, shard, processor, limits, num_shown, seed):
+    try:
+        if scanned.problem is not None:
+            raise scanned.problem
+        surveyed = _measured(scanned.sample, str(shard), processor, limits)
+    except BadSample as problem:
+        survey.problems.append(problem.located(shard, scanned.key, scanned.offset))
+        survey.tally.skip(problem)
+        return
+    place = survey.tally.num_samples
+    survey.tally.keep(surveyed.repairs)
+    survey.sources[surveyed.sample.source or surveyed.sample.task or "-"] += 1
+    survey.text.append(surveyed.num_text if processor else surveyed.num_characters)
+    survey.learned.append(surveyed.num_learned)
+    survey.images.append(len(surveyed.tiles))
+    survey.tiles.append(sum(surveyed.tiles))
+    survey.turns.append(len(surveyed.sample.messages))
+    survey.sizes += surveyed.sizes
+    # The shown ones are those of the smallest keyed numbers, so only as many samples as are shown are ever held.
+    drawn.append((float(keyed_uniform(seed, 0, np.array([place]))[0]), place, surveyed))
+    drawn.sort(key=lambda entry: entry[0])
+    del drawn[num_shown:]
+
+
+def _measured(sample, shard, processor, limits):
+    repairs = check_sample(sample, limits)
+    headers = [read_header(data, limits) for data in sample.images]
+    sizes = [(header.width, header.height) for header in headers]
+    tiles, num_text, num_learned = [1] * len(sizes), 0, 0
+    if processor is not None:
+        widths, heights = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
+        tiles = processor.image_processor.num_tiles(widths, heights).tolist()
+        encoded = processor.encode(sample.messages, [0] * len(sizes))
+        num_text, num_learned = len(encoded.input_ids), sum(encoded.is_target)
+    characters = sum(len(item.get("text", "")) for message in sample.messages for item in message["content"])
+    return Surveyed(sample, shard, sizes, tiles, num_text, num_learned, characters, repairs)
