@@ -32,9 +32,9 @@ def main(arguments, say):
     launch = parallel.join()
     say.is_main = launch.rank == 0
     config = resolve_embedded(config, say)
-    device = parallel.start_process_group(launch)
-    say(f"world     {parallel.check_world(launch, device)}")
-    evaluate_run(config, launch, say, arguments.model)
+    ranks = parallel.join_ranks(launch)
+    say(f"world     {parallel.check_world(ranks)}")
+    evaluate_run(config, ranks, say, arguments.model)
     return DONE
 
 

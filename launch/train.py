@@ -10,6 +10,7 @@ import sys
 from tokenflex.cli.launching import entry_point, print_check
 from tokenflex.cli.options import QUICKSTART, launch_parser
 from tokenflex.config import describe, load_config
+from tokenflex.corpus import resolve_embedded
 from tokenflex.layout import DONE, REQUEUE, RunLayout
 
 
@@ -30,23 +31,27 @@ def parse(argv):
 def main(arguments, say):
     from tokenflex import parallel
 
-    config = load_config(arguments.config, arguments.overrides)
+    recipe = load_config(arguments.config, arguments.overrides)
     ds_config = parallel.load_ds_config(arguments.ds_config)
     if arguments.check:
-        return print_check(config)
+        return print_check(recipe)
     parallel.quiet_libraries()
-    from tokenflex.corpus import resolve_embedded
     from tokenflex.evaluate import evaluate_run
-    from tokenflex.train.run import run_training
+    from tokenflex.train.run import grad_accum_steps, run_training
 
     launch = parallel.join()
     say.is_main = launch.rank == 0
-    resolved = resolve_embedded(config, say)
-    if not run_training(config, ds_config, launch, arguments.fresh, say):
+    grad_accum_steps(
+        recipe, launch.num_ranks
+    )  # ranks that cannot share the packs are told before they wait for each other
+    config = resolve_embedded(recipe, say)
+    ranks = parallel.join_ranks(launch)
+    say(f"world     {parallel.check_world(ranks)}")
+    if not run_training(recipe, config, ds_config, ranks, arguments.fresh, say):
         say(f"stopped   and saved in {RunLayout.of(config).checkpoints}; the same command goes on from there")
         return REQUEUE
-    if resolved.evaluate.at_end and resolved.data.evaluation:
-        evaluate_run(resolved, launch, say)
+    if config.evaluate.at_end and config.data.evaluation:
+        evaluate_run(config, ranks, say)
     return DONE
 
 

@@ -40,6 +40,11 @@ class VisualTokenBudget:
     probabilities: tuple[float, ...]
     schedule: tuple[tuple[int, tuple[float, ...]], ...] = ()
 
+    @classmethod
+    def of(cls, config) -> "VisualTokenBudget":
+        """The distribution that a configuration's budget section states."""
+        return cls(counts=config.num_visual_tokens, probabilities=config.probabilities, schedule=config.schedule)
+
     def probabilities_at(self, samples_seen):
         """Probability of each count after `samples_seen` samples: [S] -> [S, counts]."""
         samples_seen = np.asarray(samples_seen, dtype=np.float64)

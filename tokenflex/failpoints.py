@@ -187,3 +187,16 @@ def _strike(fault):
     for pid in victims:
         with contextlib.suppress(ProcessLookupError):  # it is gone already, as was wanted
             os.kill(pid, number)
+
+
+def install_hooks(model):
+    """Points inside the forward and backward pass of a model with a `projector`; without faults nothing is hooked."""
+    if not is_active():
+        return
+
+    def backward_hook(module, grad_inputs, grad_outputs):
+        hit("mid-backward")
+        return tuple(None if grad is None else corrupt("gradient", grad) for grad in grad_inputs)
+
+    model.projector.register_full_backward_hook(backward_hook)
+    model.projector.register_forward_hook(lambda module, inputs, output: corrupt("activation", output))

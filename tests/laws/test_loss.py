@@ -17,7 +17,7 @@ from tokenflex.train.loss import (
     weighted_cross_entropy,
     weighted_sum,
 )
-from tokenflex.train.step import batch_loss
+from tokenflex.train.objective import Objective
 
 CPU = torch.device("cpu")
 
@@ -63,7 +63,7 @@ def test_the_layer_answers_with_logits_again_after_an_error():
 
 def gradients(model, batch, normalise, head):
     model.zero_grad()
-    loss = batch_loss(model, batch, normalise, head)
+    loss = Objective(model, normalise, head)(batch).total
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

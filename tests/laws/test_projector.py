@@ -12,7 +12,7 @@ from tokenflex.data.loader import MicroBatchPlan
 from tokenflex.model import projector as projector_module
 from tokenflex.model.projector import TokenAdaptiveProjector
 from tokenflex.plan import Position
-from tokenflex.train.step import batch_loss
+from tokenflex.train.objective import Objective
 
 
 class ReleasedProjector(nn.Module):
@@ -103,7 +103,7 @@ def test_a_step_through_the_kernels_operators_is_the_plain_step(model, processor
         model.projector.backend = backend
         model.zero_grad()
         with Called() as seen:
-            losses[backend] = batch_loss(model, batch, processor.image_processor.normalised)
+            losses[backend] = Objective(model, processor.image_processor.normalised)(batch).total
             losses[backend].backward()
         called[backend] = seen.names
         gradients[backend] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -21,7 +21,7 @@ from tokenflex.model import build_model, build_processor, image_processing_token
 from tokenflex.model.image_processing_tokenflex import TokenFlexImageProcessor
 from tokenflex.model.tiling import grids, grids_for, tiles_for
 from tokenflex.plan import Position
-from tokenflex.train.step import model_inputs
+from tokenflex.train.objective import model_inputs
 
 sides = st.integers(1, 5000)
 

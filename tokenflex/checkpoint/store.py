@@ -46,7 +46,7 @@ class CheckpointWriter:
 
     Args:
         folder: of the run's checkpoints.
-        ranks: the job: `rank`, `num_ranks`, `agree(numbers)` -> element-wise maximum, `gather(value)` -> [rank] of values.
+        ranks: the job: `rank`, `num_ranks`, `all_reduce_max(numbers)` -> element-wise maximum, `all_gather(value)` -> [rank] of values.
         retention: what is kept.
         attempt: a name for this start of the run, the same on all ranks.
         describe: (progress) -> the manifest's other fields.
@@ -112,12 +112,12 @@ class CheckpointWriter:
         if self._crash is not None:
             raise self._crash
         if self._phase == "writing" and not has_failed:
-            parts = self.ranks.gather(self._result)
+            parts = self.ranks.all_gather(self._result)
             self._files = {shard_name(rank, len(parts)): part for rank, part in enumerate(parts)}
             self._run(self._commit if self.ranks.rank == 0 else _nothing)
             self._phase = "committing"
             return None
-        problems = [p for p in self.ranks.gather(self._problem) if p] if has_failed else []
+        problems = [p for p in self.ranks.all_gather(self._problem) if p] if has_failed else []
         note = "" if problems or self.ranks.rank else self._result
         if has_failed and self.ranks.rank == 0:
             shutil.rmtree(self._place, ignore_errors=True)
@@ -132,7 +132,7 @@ class CheckpointWriter:
         while not self.is_idle:
             if self._thread.is_alive():
                 self._thread.join(0.02)
-            saved = self.advance(*self.ranks.agree(self.flags())) or saved
+            saved = self.advance(*self.ranks.all_reduce_max(self.flags())) or saved
         return saved
 
     def forget(self):
@@ -273,10 +273,10 @@ def load_newest(folder, ranks, fill, max_step=None, say=print, check=check):
         UserError: there are checkpoints, but none is good: a run never silently begins anew.
     """
     passed_over = []
-    candidates = ranks.gather([tag for tag in tags(folder) if max_step is None or step_of(tag) <= max_step])[0]
+    candidates = ranks.all_gather([tag for tag in tags(folder) if max_step is None or step_of(tag) <= max_step])[0]
     for tag in reversed(candidates):
         manifest, problem = check(Path(folder) / tag, ranks.rank, ranks.num_ranks)
-        problems = [text for text in ranks.gather(problem) if text]
+        problems = [text for text in ranks.all_gather(problem) if text]
         if not problems:
             failpoints.hit("load")
             fill(manifest, Path(folder) / tag)

@@ -235,6 +235,9 @@ class TrainConfig(Section):
     """Weight of each learned token of a sample with n of them: 1, 1/n or 1/sqrt(n) (the authors' release)."""
     fused_loss: Literal["auto", "on", "off"] = "auto"
     """Cross-entropy without logits in memory, torch's own (2.13 and newer); `auto`: on GPU where torch and the model allow."""
+    resume_from: str = ""
+    """Another run's folder, or one of its checkpoints, to branch off from with its moments and its place in the data (a
+    cooldown, say); a run that has checkpoints of its own goes on from those."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the forward and backward pass; `auto` is bf16 on GPU and fp32 on CPU, where it is the fast one."""
     seed: NonNegativeInt = 0

@@ -105,6 +105,10 @@ class PackDataset(Dataset):
         sample = parse_sample(read_sample(self._open(shard), offset, num_bytes, shard, self.limits), where=shard)
         return first_messages(sample, int(num_messages)) if num_messages else sample
 
+    def name_of(self, sample_id):
+        """The words by which a person finds a sample: its shard and its key."""
+        return f"{self.mixture.shard_of(sample_id)}:{self.sample(sample_id).key}"
+
     def __getitem__(self, plan):
         failpoints.hit("worker")
         try:

@@ -16,7 +16,7 @@ from ..layout import RunLayout
 from .report import accuracy_table, plot_accuracy
 
 
-def evaluate_run(config, launch, say, model_folder=None):
+def evaluate_run(config, ranks, say, model_folder=None):
     """Evaluate the exported model of a run on its evaluation shards, all ranks together; print table, plot and loading code.
 
     Writes `accuracy.json` and `accuracy.png` into the run's folder. Returns {task: {count: accuracy}} on every rank.
@@ -33,12 +33,11 @@ def evaluate_run(config, launch, say, model_folder=None):
     shards = locate_shards(config.data.evaluation, config.data, "data.evaluation")
     samples = read_samples(shards, config.evaluate.max_samples_per_task, Limits.of(config.data))
     say(f"evaluate  {len(samples)} questions at {list(config.evaluate.num_visual_tokens)} visual tokens")
-    device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(device).eval()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(ranks.device).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    right, asked = evaluate_model(model, processor, samples[launch.rank :: launch.num_ranks], config.evaluate, say)
-    accuracy, totals = _over_ranks(right, asked, config.evaluate.num_visual_tokens, launch)
-    if launch.rank == 0:
+    right, asked = evaluate_model(model, processor, samples[ranks.rank :: ranks.num_ranks], config.evaluate, say)
+    accuracy, totals = _over_ranks(right, asked, config.evaluate.num_visual_tokens, ranks)
+    if ranks.is_main:
         record = {"accuracy": accuracy, "num_questions": totals, "trained": model.config.trained_num_visual_tokens}
         layout.root.mkdir(parents=True, exist_ok=True)
         layout.accuracy.write_text(json.dumps(record, indent=1))
@@ -105,17 +104,11 @@ def _hits(model, processor, samples, count, settings):
     return hits
 
 
-def _over_ranks(right, asked, counts, launch):
+def _over_ranks(right, asked, counts, ranks):
     """{task: {count: accuracy}} and {task: questions} from every rank's counters."""
-    tasks = sorted({task for task, _ in asked})
-    if launch.num_ranks > 1:
-        names = [None] * launch.num_ranks
-        torch.distributed.all_gather_object(names, tasks)
-        tasks = sorted({task for some in names for task in some})
+    names = ranks.all_gather(sorted({task for task, _ in asked}))
+    tasks = sorted({task for some in names for task in some})
     table = torch.tensor([[[right[t, c], asked[t, c]] for c in counts] for t in tasks], dtype=torch.float64)
-    if launch.num_ranks > 1:
-        table = table.to("cuda" if torch.cuda.is_available() else "cpu")
-        torch.distributed.all_reduce(table)
-    table = table.tolist()
+    table = ranks.all_reduce_sum(table).tolist()
     accuracy = {task: {str(c): hit / total for c, (hit, total) in zip(counts, row)} for task, row in zip(tasks, table)}
     return accuracy, {task: int(row[0][1]) for task, row in zip(tasks, table)}

@@ -66,7 +66,7 @@ def discover(environment):
             local_rank=0,
             local_num_ranks=1,
             master_addr="127.0.0.1",
-            master_port=port,
+            master_port=int(get("MASTER_PORT") or 0),  # 0 is any free one: no other rank has to find it
             launcher="none",
         )
     rank, num_ranks = int(get(names[0])), int(get(names[1]))

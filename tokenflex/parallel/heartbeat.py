@@ -20,7 +20,7 @@ ECHO_S = 4.0
 """How long a rank whose peer is gone waits to hear what became of it; its watchdog looks every quarter of a second."""
 
 
-class Heart:
+class Heartbeat:
     """Pulses of this rank. Every rank has one; construct it before the first collective of the run that may hang.
 
     A phase lasts too long after max(`min_s`, 3 x the 99th percentile of the last 200 steps); before five steps are done,

@@ -1,6 +1,6 @@
 """Watches one rank from outside: a process of its own, because what hangs cannot tell that it does.
 
-Every rank starts one (`Heart` in `heart.py`) and writes its pulse into a small shared file; the watchdog looks at it four
+Every rank starts one (`Heartbeat` in `heartbeat.py`) and writes its pulse into a small shared file; the watchdog looks at it four
 times a second. It ends its rank, whatever state that is in, when
 
 - the rank makes no progress for longer than its limit: every watchdog of the job then writes down where its rank stands,

@@ -34,7 +34,7 @@ class Options:
     """Written into every sample as `source`."""
 
 
-def convert(format, source, out, images=None, samples_per_shard=1000, num_workers=1, options=Options(), progress=None):  # noqa: B008
+def convert(format, source, out, *, images=None, samples_per_shard=1000, num_workers=1, options=None, progress=None):
     """Convert a data set into shards `out/shard-00000.tar`, ...; returns the `Tally` of all records.
 
     Done parts are kept and not done again, so the same call goes on where it was stopped. `out/report.json` has the
@@ -43,6 +43,7 @@ def convert(format, source, out, images=None, samples_per_shard=1000, num_worker
     Raises:
         UserError: no such source, an output folder of something else, a full disk, or a worker that died.
     """
+    options = options or Options()
     parts = list(FORMATS[format](source, images and str(images), samples_per_shard))
     out = Path(out).expanduser()
     _prepare(out, [str(source), format, samples_per_shard, repr(options)])

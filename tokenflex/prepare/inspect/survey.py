@@ -52,23 +52,42 @@ def survey_shards(shards, processor, limits, *, num_shown=24, max_samples=5000, 
     Raises:
         UserError: a shard that cannot be opened, or no good sample in any.
     """
-    survey, drawn = Survey(), []
+    survey, drawn = Survey(), _Drawn(num_shown, seed)
     per_shard = -(-max_samples // len(shards))
     for shard in shards:
         try:
             for _, scanned in zip(range(per_shard), scan_shard(shard, limits)):
-                _add(survey, drawn, scanned, shard, processor, limits, num_shown, seed)
+                surveyed = _add(survey, scanned, shard, processor, limits)
+                if surveyed is not None:
+                    drawn.offer(survey.tally.num_samples - 1, surveyed)
                 if progress:
                     progress(1)
         except OSError as error:
             raise UserError(f"{shard}: {error.strerror}; give the path of a tar file") from None
     if not survey.tally.num_good:
         raise UserError(f"{shards[0]}: of {survey.tally.num_samples} samples none is good; see tokenflex data validate")
-    survey.shown = [surveyed for _, _, surveyed in sorted(drawn, key=lambda entry: entry[1])]
+    survey.shown = drawn.in_order()
     return survey
 
 
-def _add(survey, drawn, scanned, shard, processor, limits, num_shown, seed):
+class _Drawn:
+    """The samples of the smallest keyed numbers, so that only as many as are shown are ever held."""
+
+    def __init__(self, number, seed):
+        self.number, self.seed, self._entries = number, seed, []
+
+    def offer(self, place, surveyed):
+        key = float(keyed_uniform(self.seed, 0, np.array([place]))[0])
+        self._entries.append((key, place, surveyed))
+        self._entries.sort(key=lambda entry: entry[0])
+        del self._entries[self.number :]
+
+    def in_order(self):
+        return [surveyed for _, _, surveyed in sorted(self._entries, key=lambda entry: entry[1])]
+
+
+def _add(survey, scanned, shard, processor, limits):
+    """Count a sample; returns it measured, or None where it is bad."""
     try:
         if scanned.problem is not None:
             raise scanned.problem
@@ -76,8 +95,7 @@ def _add(survey, drawn, scanned, shard, processor, limits, num_shown, seed):
     except BadSample as problem:
         survey.problems.append(problem.located(shard, scanned.key, scanned.offset))
         survey.tally.skip(problem)
-        return
-    place = survey.tally.num_samples
+        return None
     survey.tally.keep(surveyed.repairs)
     survey.sources[surveyed.sample.source or surveyed.sample.task or "-"] += 1
     survey.text.append(surveyed.num_text if processor else surveyed.num_characters)
@@ -86,10 +104,7 @@ def _add(survey, drawn, scanned, shard, processor, limits, num_shown, seed):
     survey.tiles.append(sum(surveyed.tiles))
     survey.turns.append(len(surveyed.sample.messages))
     survey.sizes += surveyed.sizes
-    # The shown ones are those of the smallest keyed numbers, so only as many samples as are shown are ever held.
-    drawn.append((float(keyed_uniform(seed, 0, np.array([place]))[0]), place, surveyed))
-    drawn.sort(key=lambda entry: entry[0])
-    del drawn[num_shown:]
+    return surveyed
 
 
 def _measured(sample, shard, processor, limits):
