@@ -1,7 +1,7 @@
 """Mixtures as a recipe states them: sources located, indexed, with their own weights and policies."""
 
 import pytest
-from test_shards import good, write_shard
+from test_shards import LIMITS, good, write_shard
 
 from tokenflex.config import load_config
 from tokenflex.data.sources import build_indexes, locate_sources, open_mixture
@@ -25,11 +25,11 @@ def recipe(tmp_path):
 def test_a_recipe_mixes_sources(recipe, processor):
     data = load_config(recipe).data
     located = locate_sources(data)
-    build_indexes(located, processor)
+    build_indexes(located, processor, LIMITS)
     mixture = open_mixture(located, processor)
     assert len(mixture) == 10 and mixture.per_epoch == [6, 2]
     assert [source.over_long for source in mixture.sources] == ["error", "drop"]
-    assert mixture.shard_of(7).parent.name == "b" and mixture.locate(7)[1] == 1
+    assert mixture.shard_of(7).path.parent.name == "b" and mixture.locate(7)[1] == 1
 
 
 def test_parts_of_a_folder_have_indexes_of_their_own(tmp_path, processor):

@@ -163,7 +163,7 @@ import numpy as np
 import torch
 from tokenflex import parallel
 from tokenflex.config import load_config
-from tokenflex.data import PackDataset, find_shards, load_or_build_index
+from tokenflex.data import Limits, PackDataset, find_shards, load_or_build_index
 from tokenflex.plan import Position
 from tokenflex.data.loader import MicroBatchPlan
 from tokenflex.model import build_model, build_processor
@@ -179,7 +179,7 @@ ranks = parallel.join_ranks(launch)
 ds_config = parallel.resolve_ds_config(parallel.load_ds_config("configs/zero3.json"), "fp32", 2, 1.0)
 ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # every weight is gathered, none is kept
 processor = build_processor(config.model, config.budget)
-index = load_or_build_index(find_shards([corpus + "/train"]), processor, corpus + "/train/index")
+index = load_or_build_index(find_shards([corpus + "/train"]), processor, corpus + "/train/index", Limits())
 torch.manual_seed(0)
 model = build_model(config.model, config.budget, processor, torch.float32)
 groups = parameter_groups(model, config.optimizer)
@@ -187,7 +187,7 @@ rates = [group["lr"] for group in groups]
 engine = parallel.Engine(model, make_adamw(groups, config.optimizer), ds_config, ranks)
 engine.train()
 fused_head = fused_loss_head(engine.model.language_model, fused_loss, ranks.device)
-dataset = PackDataset(index, processor, "sqrt", blank_count=4)
+dataset = PackDataset(index, processor, "sqrt", blank_count=4, limits=Limits())
 text, images = np.flatnonzero(index.num_images == 0), np.flatnonzero(index.num_images > 0)
 for micro in range(8):  # one rank without images, then without anything; with the plain loss, then with the fused one
     ids = text[: 2 * (micro % 4 < 2)] if launch.rank == micro % 2 else images[micro : micro + 2]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tokenflex.budget import VisualTokenBudget
-from tokenflex.data import PackDataset
+from tokenflex.data import Limits, PackDataset
 from tokenflex.data.collate import collate
 from tokenflex.data.loader import MicroBatchPlan, micro_batches
 from tokenflex.model.attention import PACKED
@@ -22,7 +22,7 @@ FAMILIES = {
 
 @pytest.fixture
 def dataset(index, processor):
-    return PackDataset(index, processor, "sqrt", blank_count=4)
+    return PackDataset(index, processor, "sqrt", blank_count=4, limits=Limits())
 
 
 def mixed_ids(index, number=7):
@@ -70,7 +70,7 @@ def test_gradient_of_packed_accumulated_step_equals_unpacked_batch(
     weighting, split, tiny_config, model, processor, index
 ):
     """The step's packs cut into micro-batches in any way against every sample by itself, summed: fp32 within 1e-6."""
-    dataset = PackDataset(index, processor, weighting, blank_count=4)
+    dataset = PackDataset(index, processor, weighting, blank_count=4, limits=Limits())
     budget = VisualTokenBudget(counts=(4, 12), probabilities=(0.4, 0.6))
     planner = Planner(index, budget, tiny_config.data, seed=3, loss_weighting=weighting)
     step = next(planner.steps_from(Position()))

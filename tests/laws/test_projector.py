@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenflex.data import PackDataset
+from tokenflex.data import Limits, PackDataset
 from tokenflex.data.loader import MicroBatchPlan
 from tokenflex.model import projector as projector_module
 from tokenflex.model.projector import TokenAdaptiveProjector
@@ -95,7 +95,7 @@ def test_a_step_through_the_kernels_operators_is_the_plain_step(model, processor
     pytest.importorskip("tokenflex_kernels")
     ids = np.concatenate([np.flatnonzero(index.num_images == number)[:2] for number in (0, 1, 2)])
     counts = np.where(index.num_images[ids] > 0, np.resize([4, 12, 7], len(ids)), 0)
-    batch = PackDataset(index, processor, "sqrt", blank_count=4).batch(
+    batch = PackDataset(index, processor, "sqrt", blank_count=4, limits=Limits()).batch(
         MicroBatchPlan(Position(), True, ids, counts, 5.0)
     )
     losses, gradients, called = {}, {}, {}

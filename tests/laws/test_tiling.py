@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tokenflex.data import PackDataset, load_or_build_index
+from tokenflex.data import Limits, PackDataset, load_or_build_index
 from tokenflex.data.loader import MicroBatchPlan
 from tokenflex.model import build_model, build_processor, image_processing_tokenflex
 from tokenflex.model.image_processing_tokenflex import TokenFlexImageProcessor
@@ -125,12 +125,12 @@ def tiled_index(tmp_path_factory, tiled_processor):
             add(f"{number}.json", json.dumps({"messages": messages}).encode())
             for i, data in enumerate(images):
                 add(f"{number}.{i}.jpg", data)
-    return load_or_build_index([folder / "s.tar"], tiled_processor, folder / "index")
+    return load_or_build_index([folder / "s.tar"], tiled_processor, folder / "index", Limits())
 
 
 @pytest.fixture(scope="module")
 def dataset(tiled_index, tiled_processor):
-    return PackDataset(tiled_index, tiled_processor, "sqrt", blank_count=4)
+    return PackDataset(tiled_index, tiled_processor, "sqrt", blank_count=4, limits=Limits())
 
 
 def pack(dataset, index, count):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageOps
 
-from .problems import BadSample, Limits
+from .problems import BadSample
 
 try:
     import simplejpeg
@@ -35,7 +35,7 @@ class ImageHeader:
     repairs: tuple
 
 
-def read_header(data, limits=Limits()):  # noqa: B008  frozen
+def read_header(data, limits):
     """`ImageHeader` of encoded bytes, without decoding a pixel.
 
     Raises:
@@ -52,7 +52,7 @@ def read_header(data, limits=Limits()):  # noqa: B008  frozen
         return ImageHeader(image.format, width, height, repairs)
 
 
-def verify_image(data, limits=Limits()):  # noqa: B008  frozen
+def verify_image(data, limits):
     """`ImageHeader` after decoding every pixel; flaws that a decoder reads past are named among the repairs.
 
     Raises:
@@ -71,7 +71,7 @@ def verify_image(data, limits=Limits()):  # noqa: B008  frozen
     return header
 
 
-def decode_image(data, where, limits=Limits()):  # noqa: B008  frozen
+def decode_image(data, where, limits):
     """Encoded bytes -> PIL image, fully read.
 
     Raises:
@@ -168,12 +168,13 @@ def _one_line(error):
 
 
 def thumbnail_jpeg(data, longest=320):
-    """A small upright JPEG of an encoded image, for a page that shows it.
+    """A small upright JPEG of an encoded image that `read_header` lets pass, for a page that shows it.
 
     Raises:
         BadSample: the image cannot be read.
     """
-    image = decode_image(data, "image")
+    image = _open(data)
+    _load(image)
     image = ImageOps.exif_transpose(image).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     image.thumbnail((longest, longest))

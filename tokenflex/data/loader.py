@@ -12,8 +12,7 @@ from ..errors import UserError
 from ..layout import STOP_SIGNALS
 from ..plan import Mixture, Position, Source
 from .collate import collate, prepare, substitute
-from .problems import BadSample, Limits
-from .remote import local_file
+from .problems import BadSample
 from .sample import first_messages, parse_sample
 from .shards import read_sample
 
@@ -90,7 +89,7 @@ class PackDataset(Dataset):
 
     MAX_OPEN_SHARDS = 96  # a block of data.shuffle_shards and the next
 
-    def __init__(self, index, processor, loss_weighting, blank_count, limits=Limits()):  # noqa: B008  frozen
+    def __init__(self, index, processor, loss_weighting, blank_count, limits):
         self.mixture = index if isinstance(index, Mixture) else Mixture([Source(index=index)])
         self.processor = processor
         self.loss_weighting = loss_weighting
@@ -165,7 +164,7 @@ class PackDataset(Dataset):
             if len(self._files) >= self.MAX_OPEN_SHARDS:
                 self._files.pop(next(iter(self._files))).close()
             try:
-                self._files[shard] = open(local_file(shard), "rb")  # noqa: SIM115  kept open on purpose
+                self._files[shard] = open(shard.local_file(), "rb")  # noqa: SIM115  kept open on purpose
             except OSError as error:
                 raise UserError(
                     f"{shard}: {error.strerror}; the shard was there when it was indexed: restore it or index again"

@@ -12,12 +12,14 @@ import shutil
 import tempfile
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
+from ..config import DataConfig
 from ..errors import UserError
-from .shards import find_shards
+from .shards import Shard, Stamp, as_shards, find_shards
 
 SCHEMES = ("http", "https")
 TIMEOUT_S = 60
@@ -31,14 +33,25 @@ class RemoteShard:
     cache: str
     cache_bytes: int
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.url
 
     @property
-    def name(self):
-        return PurePosixPath(urlsplit(self.url).path).name
+    def name(self) -> str:
+        return self.url
 
-    def stamp(self):
+    @property
+    def address(self) -> str:
+        return self.url
+
+    @property
+    def folder(self) -> Path | None:
+        return None
+
+    def at(self, stamp: Stamp) -> Shard:
+        return self
+
+    def stamp(self) -> Stamp:
         """Size and entity tag as the server gives them.
 
         Raises:
@@ -47,14 +60,14 @@ class RemoteShard:
         with _request(self.url, method="HEAD") as answer:
             return {"size": int(answer.headers.get("Content-Length", 0)), "etag": answer.headers.get("ETag", "")}
 
-    def fetch(self):
+    def local_file(self) -> Path:
         """Path of the local copy, fetched where it is not there; several processes may ask at once.
 
         Raises:
             UserError: the server does not answer, or ends before the last byte.
         """
         folder = Path(self.cache).expanduser()
-        path = folder / (hashlib.sha256(self.url.encode()).hexdigest()[:16] + "-" + self.name)
+        path = folder / (hashlib.sha256(self.url.encode()).hexdigest()[:16] + "-" + file_name(self.url))
         if path.exists():
             os.utime(path)  # the cache drops what was used longest ago
             return path
@@ -75,6 +88,11 @@ class RemoteShard:
             os.unlink(file.name)
             raise UserError(f"{self.url}: ended after {size} of {wanted} bytes; try again, or look at the server")
         os.replace(file.name, path)
+
+
+def file_name(url: str) -> str:
+    """The last part of a URL's path."""
+    return PurePosixPath(urlsplit(url).path).name
 
 
 def _request(url, method="GET"):
@@ -99,21 +117,16 @@ def _make_room(folder, limit, keep):
             path.unlink(missing_ok=True)
 
 
-def local_file(shard):
-    """Path of a shard's bytes on this machine; fetches a remote one."""
-    return shard.fetch() if isinstance(shard, RemoteShard) else shard
-
-
-def locate_shards(sources, data, what="data.train"):
+def locate_shards(sources: Sequence[str], data: DataConfig, what: str = "data.train") -> list[Shard]:
     """Shards of paths, folders, patterns and http(s) URLs; `{000..127}` in a URL stands for every number.
 
     Raises:
         UserError: a source without any shard, or a URL of another scheme.
     """
-    shards = []
+    shards: list[Shard] = []
     for source in sources:
         if "://" not in str(source) and not re.match(r"pipe:", str(source)):
-            shards += find_shards([source], what)
+            shards += as_shards(find_shards([source], what))
             continue
         scheme = str(source).split(":", 1)[0].lower()
         if scheme not in SCHEMES:

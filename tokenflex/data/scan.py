@@ -7,7 +7,7 @@ after it without a word. Here the walk goes on at the next sound header, and the
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from webdataset.tariterators import base_plus_ext
@@ -31,7 +31,7 @@ class Scanned:
     problem: BadSample | None = None
 
 
-def scan_shard(path, limits=Limits(), parse=parse_sample) -> Iterator[Scanned]:  # noqa: B008  frozen
+def scan_shard(path: str | os.PathLike, limits: Limits, parse: Callable = parse_sample) -> Iterator[Scanned]:
     """Yield `Scanned` for every sample of a shard, in order, good or bad, and one per stretch of damage.
 
     A sample that fails because of damage beside it is reported once, as `tar-damaged` under its key. `parse(members,

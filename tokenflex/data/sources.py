@@ -1,74 +1,33 @@
-"""From the configuration's paths to the sources of a plan: shards located, each source's index opened."""
+"""From the configuration's paths to what a run reads: shards located, each source's index opened, planned and loaded.
 
+`open_data` is the whole way for a run; its parts stand alone for whoever needs less.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from ..budget import VisualTokenBudget
-from ..config import SourceConfig
+from ..config import DataConfig, RunConfig, SourceConfig
 from ..errors import UserError
+from ..layout import MANIFEST
 from ..plan import Mixture, Planner, Source
-from .index import index_folder, load_index, load_or_build_index
+from .index import Communicator, index_folder, index_together, load_index, load_or_build_index, sole_builder
+from .index.together import remove_index
 from .loader import PackDataset
 from .problems import Limits
 from .remote import locate_shards
+from .shards import Shard
 
 
-def source_configs(data):
-    """The sources of a data section: `data.sources`, or `data.train` as the only one.
+class Located(NamedTuple):
+    """A source of the configuration, its shards, and where their index lies."""
 
-    Raises:
-        UserError: there is neither.
-    """
-    if not data.train and not data.sources:
-        raise UserError(
-            "data.train: empty; name shards to train on (tokenflex data convert writes them), or data.sources"
-        )
-    return data.sources or (SourceConfig(paths=data.train, over_long=data.over_long),)
-
-
-def locate_sources(data):
-    """[(source, shards, index folder)] of a data section.
-
-    Raises:
-        UserError: no source, one without any shard, or a URL of a scheme that is not read.
-    """
-    located = []
-    for number, source in enumerate(source_configs(data)):
-        what = f"data.sources[{number}]" if data.sources else "data.train"
-        shards = locate_shards(source.paths, data, what)
-        located.append((source, shards, index_folder(shards, data.cache_dir)))
-    return located
-
-
-def build_indexes(located, processor, num_workers=1, limits=Limits()):  # noqa: B008  frozen
-    """Check the indexes of located sources against their shards, and build what is missing; one process does it.
-
-    Raises:
-        UserError: see `load_or_build_index`.
-    """
-    for _, shards, folder in located:
-        load_or_build_index(shards, processor, folder, num_workers, limits)
-
-
-def open_mixture(located, processor):
-    """The `Mixture` of located sources whose indexes `build_indexes` has checked.
-
-    Raises:
-        UserError: an index of another tokenizer, or weights for some sources only.
-    """
-    sources = []
-    for source, shards, folder in located:
-        index = load_index(folder, shards, processor)
-        sources.append(
-            Source(
-                index=index,
-                name=", ".join(source.paths),
-                weight=source.weight,
-                epochs=source.epochs,
-                over_long=source.over_long,
-            )
-        )
-    return Mixture(sources)
+    source: SourceConfig
+    shards: list[Shard]
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -86,20 +45,117 @@ class DataRun:
         return [f"data      {left_out.numbers[reason]} samples {reason} so far: {ids}" for reason, ids in some.items()]
 
 
-def open_data(config, processor, ranks, say) -> DataRun:
-    """From a configuration to what is read; rank 0 builds the indexes that are missing, the others wait.
+class HasMain(Protocol):
+    """Ranks of which one does what must be done once; see `tokenflex.parallel.Ranks`."""
+
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        """Run `function` on rank 0 while the others wait; its result, on every rank."""
+
+
+class Here:
+    """One process alone."""
+
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+def open_data(
+    config: RunConfig,
+    processor: Any,
+    ranks: HasMain = Here(),
+    say: Callable[[str], None] = print,
+) -> DataRun:
+    """What a configured run reads; indexes that are missing are built by one process while the others wait.
+
+    Args:
+        processor: of the run's model (`tokenflex.model.build_processor`).
+        ranks: those that call this together (`tokenflex.parallel.Ranks`).
 
     Raises:
-        UserError: no shards, shards or an index that cannot be read, or a plan that cannot be.
+        UserError: no shards, one that cannot be read, an index of another tokenizer, or a plan that cannot be.
     """
-    located, limits = locate_sources(config.data), Limits.of(config.data)
-    ranks.on_main(lambda: build_indexes(located, processor, max(1, config.data.num_workers), limits))
+    limits = Limits.of(config.data)
+    located = locate_sources(config.data)
+    ranks.on_main(lambda: build_indexes(located, processor, limits, max(1, config.data.num_workers)))
     mixture = open_mixture(located, processor)
     for source, (_, _, folder) in zip(mixture.sources, located):
         if source.index.num_skipped():
-            say(f"index     {source.index.num_skipped()} bad samples left out; {folder / 'manifest.json'} names them")
+            say(f"index     {source.index.num_skipped()} bad samples left out; {folder / MANIFEST} names them")
+    weighting = config.train.loss_weighting
     budget = VisualTokenBudget.of(config.budget)
-    planner = Planner(mixture, budget, config.data, config.train.seed, config.train.loss_weighting)
-    dataset = PackDataset(mixture, processor, config.train.loss_weighting, min(budget.counts), limits)
+    planner = Planner(mixture, budget, config.data, config.train.seed, weighting)
+    dataset = PackDataset(mixture, processor, weighting, min(budget.counts), limits)
     say(f"data      {planner.epoch_size} samples per epoch from {len(mixture.sources)} sources")
     return DataRun(planner, dataset, processor)
+
+
+def source_configs(data: DataConfig) -> tuple[SourceConfig, ...]:
+    """The sources of a data section: `data.sources`, or `data.train` as the only one.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if not data.train and not data.sources:
+        raise UserError(
+            "data.train: empty; name shards to train on (tokenflex data convert writes them), or data.sources"
+        )
+    return data.sources or (SourceConfig(paths=data.train, over_long=data.over_long),)
+
+
+def locate_sources(data: DataConfig) -> list[Located]:
+    """The sources of a data section with their shards.
+
+    Raises:
+        UserError: no source, one without any shard, or a URL of a scheme that is not read.
+    """
+    located = []
+    for number, source in enumerate(source_configs(data)):
+        what = f"data.sources[{number}]" if data.sources else "data.train"
+        shards = locate_shards(source.paths, data, what)
+        located.append(Located(source, shards, index_folder(shards, data.cache_dir)))
+    return located
+
+
+def build_indexes(located: Sequence[Located], processor: Any, limits: Limits, num_workers: int = 1) -> None:
+    """Check the indexes of located sources against their shards, and build what is missing; one process does it.
+
+    Raises:
+        UserError: see `load_or_build_index`.
+    """
+    for _, shards, folder in located:
+        load_or_build_index(shards, processor, folder, limits, num_workers)
+
+
+def index_sources(
+    data: DataConfig, processor: Any, mpi: Communicator, rebuild: bool = False, say: Callable[[str], None] = print
+) -> None:
+    """Bring the index of every source up to date, all processes together; with `rebuild` each shard is read again.
+
+    Raises:
+        UserError: a shard that cannot be read, on every process.
+    """
+    for _, shards, folder in locate_sources(data):
+        with sole_builder(folder) if mpi.rank == 0 else nullcontext():
+            if rebuild and mpi.rank == 0:
+                remove_index(folder)
+            index_together(shards, processor, folder, Limits.of(data), mpi, say)
+
+
+def open_mixture(located: Sequence[Located], processor: Any) -> Mixture:
+    """The `Mixture` of located sources whose indexes `build_indexes` has checked.
+
+    Raises:
+        UserError: an index of another tokenizer, or weights for some sources only.
+    """
+    return Mixture(
+        [
+            Source(
+                index=load_index(folder, shards, processor),
+                name=", ".join(source.paths),
+                weight=source.weight,
+                epochs=source.epochs,
+                over_long=source.over_long,
+            )
+            for source, shards, folder in located
+        ]
+    )

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..data import Limits, decode_image, parse_sample, walk_shard
-from ..data.remote import local_file, locate_shards
+from ..data.remote import locate_shards
 from ..errors import UserError
 from ..export import is_exported, loading_code
 from ..layout import RunLayout
@@ -51,7 +51,7 @@ def read_samples(shards, max_per_task, limits):
     """Evaluation samples of webdataset shards, at most `max_per_task` of each task, in the shards' order."""
     samples, per_task = [], Counter()
     for shard in shards:
-        for members, _, _ in walk_shard(local_file(shard), limits):
+        for members, _, _ in walk_shard(shard.local_file(), limits):
             sample = parse_sample(members, shard)
             if sample.messages[-1]["role"] != "assistant":
                 raise UserError(

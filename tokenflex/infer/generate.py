@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..data import decode_image
+from ..config import DataConfig
+from ..data import Limits, decode_image
 from ..errors import UserError
 from ..export import is_exported
 
@@ -52,7 +53,10 @@ def _read_image(path):
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"--image {path}: {error.strerror}; give the path of an image file") from None
-    decode_image(data, f"--image {path}")  # says in one line what is wrong with it; the processor decodes for the model
+    limits = Limits.of(DataConfig())
+    decode_image(
+        data, f"--image {path}", limits
+    )  # says in one line what is wrong with it; the processor decodes for the model
     return data
 
 
