@@ -103,7 +103,6 @@ def test_commands_hold_no_logic():
 
 LONG = {
     "tokenflex/model/modeling_tokenflex.py:forward": "the model on one screen, with the shapes of all its arguments",
-    "tokenflex/plan/balance.py:trim": "one exchange over many pairs at once; each line is one array",
 }
 """Functions of more than 50 lines, and why they stay whole."""
 MANY_ARGUMENTS = {

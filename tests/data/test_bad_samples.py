@@ -211,8 +211,8 @@ def test_a_substitute_has_the_planned_shape_and_no_weight_and_others_are_untouch
     assert batch.skipped == again.skipped and torch.equal(batch.input_ids, again.input_ids)
     lengths = batch.cu_seq_lens.diff().numpy()
     np.testing.assert_array_equal(lengths, bad_index.text_tokens + bad_index.num_tiles.astype(np.int64) * plan.counts)
-    assert len(batch.images) == bad_index.num_tiles.sum() == len(batch.counts)
-    assert sum(batch.counts) == len(batch.visual_positions)
+    assert len(batch.images) == bad_index.num_tiles.sum() == len(batch.tile_counts)
+    assert sum(batch.tile_counts) == len(batch.visual_positions)
     bad = [record["sample"] for record in batch.skipped]
     owner = torch.bucketize(batch.logits_positions, batch.cu_seq_lens[1:].long(), right=True)
     assert not set(owner.tolist()) & set(bad)

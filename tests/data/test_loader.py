@@ -24,7 +24,7 @@ def test_a_batch_says_what_its_samples_say(dataset, index, processor):
     assert batch.cu_seq_lens[-1] == batch.input_ids.shape[1] and batch.max_length == batch.cu_seq_lens.diff().max()
     assert torch.equal((batch.input_ids[0] == token).nonzero().squeeze(1), batch.visual_positions)
     assert batch.images.shape == (int(index.num_images[ids].sum()), 48, 64, 3)
-    assert sum(batch.counts) == len(batch.visual_positions)
+    assert sum(batch.tile_counts) == len(batch.visual_positions)
     begins = batch.cu_seq_lens[:-1].long()
     assert (batch.position_ids[0, begins] == 0).all()
     text = processor.tokenizer.decode(batch.targets)

@@ -4,7 +4,7 @@ import pytest
 from test_shards import LIMITS, good, write_shard
 
 from tokenflex.config import load_config
-from tokenflex.data.sources import build_indexes, locate_sources, open_mixture
+from tokenflex.data.sources import build_indexes, locate_sources, mix, open_indexes
 from tokenflex.errors import UserError
 
 
@@ -26,7 +26,7 @@ def test_a_recipe_mixes_sources(recipe, processor):
     data = load_config(recipe).data
     located = locate_sources(data)
     build_indexes(located, processor, LIMITS)
-    mixture = open_mixture(located, processor)
+    mixture = mix(located, open_indexes(located, processor))
     assert len(mixture) == 10 and mixture.per_epoch == [6, 2]
     assert [source.over_long for source in mixture.sources] == ["error", "drop"]
     assert mixture.shard_of(7).path.parent.name == "b" and mixture.locate(7)[1] == 1

@@ -147,7 +147,7 @@ def test_the_index_knows_every_tile_before_an_image_is_decoded(dataset, tiled_in
         assert not batch.skipped
         expected = tiled_index.text_tokens + count * tiled_index.num_tiles.astype(np.int64)
         np.testing.assert_array_equal(batch.cu_seq_lens.diff().numpy(), expected)
-        assert len(batch.images) == len(batch.counts) == sum(tiles)
+        assert len(batch.images) == len(batch.tile_counts) == sum(tiles)
 
 
 def test_another_tiling_is_another_index(dataset, tiled_config, corpus):

@@ -50,11 +50,11 @@ def run(arguments: argparse.Namespace, say) -> int:
 
         lengths = open_index(arguments.index)
     planner = simulate.make_planner(lengths, arguments)
-    result, figures, left_out = simulate.simulate(planner, arguments.epoch, arguments.out)
+    result, figures, dropped = simulate.simulate(planner, arguments.epoch, arguments.out)
     say(simulate.describe(result, planner))
-    for reason, ids in left_out.ids.items():
+    for reason, ids in dropped.ids.items():
         shown = ", ".join(str(sample) for sample in ids[:10])
-        say(f"{reason:12s} samples {shown}" + (", ..." if left_out.numbers[reason] > 10 else ""))
+        say(f"{reason:12s} samples {shown}" + (", ..." if dropped.numbers[reason] > 10 else ""))
     if arguments.json:
         simulate.write_json(result, arguments.json)
     if arguments.plots:

@@ -5,7 +5,9 @@ oddity that reading puts right by a fixed rule; it is counted too, so that injec
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from ..errors import UserError
 
@@ -63,21 +65,21 @@ class BadSample(UserError):
         detail: what came, what was wanted.
     """
 
-    def __init__(self, reason, detail, shard="", key="", offset=-1):
+    def __init__(self, reason: str, detail: str, shard: object = "", key: object = "", offset: int = -1):
         assert reason in REASONS, reason
         self.reason, self.detail, self.shard, self.key, self.offset = reason, detail, str(shard), str(key), int(offset)
         super().__init__(reason, detail, shard, key, offset)
 
-    def __str__(self):
+    def __str__(self) -> str:
         where = ", ".join(part for part in (self.shard, self.key and f"sample {self.key}") if part)
         return f"{where}: {self.detail}" if where else self.detail
 
-    def located(self, shard, key, offset=-1):
+    def located(self, shard: object, key: object, offset: int = -1) -> "BadSample":
         """The same problem with its place filled in where it was not known."""
         offset = self.offset if self.offset >= 0 else offset
         return BadSample(self.reason, self.detail, self.shard or shard, self.key or key, offset)
 
-    def record(self):
+    def record(self) -> dict[str, Any]:
         """The problem as a dict for a JSON log."""
         names = ("shard", "key", "offset", "reason", "detail")
         return {name: getattr(self, name) for name in names}
@@ -98,11 +100,11 @@ class Limits:
     """Leave other members unread; else a sample that has one is bad."""
 
     @classmethod
-    def of(cls, settings):
+    def of(cls, settings: Any) -> "Limits":
         """The limits of whatever has them: a configuration's data section, or a command's arguments."""
         return cls(max_member_bytes=settings.max_member_bytes, max_image_pixels=settings.max_image_pixels)
 
-    def to_json(self):
+    def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -112,34 +114,36 @@ class Tally:
     A sample is skipped or good; a good one may carry several repairs. `skipped + repaired` counts samples once each.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.num_samples = self.num_repaired = 0
-        self.skipped, self.repairs = Counter(), Counter()
+        self.skipped: Counter[str] = Counter()
+        self.repairs: Counter[str] = Counter()
 
     @property
-    def num_skipped(self):
+    def num_skipped(self) -> int:
         return sum(self.skipped.values())
 
     @property
-    def num_good(self):
+    def num_good(self) -> int:
         return self.num_samples - self.num_skipped
 
-    def skip(self, problem):
+    def skip(self, problem: BadSample) -> None:
         self.num_samples += 1
         self.skipped[problem.reason] += 1
 
-    def keep(self, repairs=()):
+    def keep(self, repairs: Iterable[str] = ()) -> None:
         self.num_samples += 1
-        self.num_repaired += bool(repairs)
-        self.repairs.update(set(repairs))
+        kinds = set(repairs)
+        self.num_repaired += bool(kinds)
+        self.repairs.update(kinds)
 
-    def update(self, other):
+    def update(self, other: "Tally") -> None:
         self.num_samples += other.num_samples
         self.num_repaired += other.num_repaired
         self.skipped += other.skipped
         self.repairs += other.repairs
 
-    def to_json(self):
+    def to_json(self) -> dict[str, Any]:
         return {
             "num_samples": self.num_samples,
             "num_good": self.num_good,
@@ -150,15 +154,15 @@ class Tally:
         }
 
     @classmethod
-    def from_json(cls, record):
+    def from_json(cls, record: dict[str, Any]) -> "Tally":
         tally = cls()
         tally.num_samples, tally.num_repaired = record["num_samples"], record["num_repaired"]
         tally.skipped, tally.repairs = Counter(record["skipped"]), Counter(record["repairs"])
         return tally
 
-    def lines(self):
+    def lines(self) -> list[str]:
         """The table for a person: one line per reason and repair."""
         head = f"{self.num_samples} samples: {self.num_good} good ({self.num_repaired} of them repaired), {self.num_skipped} skipped"
-        rows = [f"  skipped  {number:8d}  {name}: {REASONS[name]}" for name, number in self.skipped.most_common()]
-        rows += [f"  repaired {number:8d}  {name}: {REPAIRS[name]}" for name, number in self.repairs.most_common()]
-        return [head, *rows]
+        lines = [f"  skipped  {number:8d}  {name}: {REASONS[name]}" for name, number in self.skipped.most_common()]
+        lines += [f"  repaired {number:8d}  {name}: {REPAIRS[name]}" for name, number in self.repairs.most_common()]
+        return [head, *lines]

@@ -7,11 +7,15 @@ content; content a string or a list of `{"type": "text", "text": ...}` and `{"ty
 
 import json
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .problems import BadSample
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 ROLES = ("system", "user", "assistant")
+
+Message = dict[str, Any]
+"""`role`, and `content`: a list of text and image items."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +23,12 @@ class Sample:
     """A parsed sample; `images` are still encoded."""
 
     key: str
-    messages: list
-    images: list
+    messages: list[Message]
+    images: list[bytes]
     task: str = ""
     source: str = ""
 
-    def messages_with_images(self):
+    def messages_with_images(self) -> list[Message]:
         """The messages with each image tag holding its encoded image, which the processor decodes as in training."""
         images = iter(self.images)
         return [
@@ -38,14 +42,14 @@ class Sample:
         ]
 
 
-def first_messages(sample, number):
+def first_messages(sample: Sample, number: int) -> Sample:
     """The sample with its first `number` messages and their images."""
     messages = sample.messages[:number]
     images = sum(item["type"] == "image" for message in messages for item in message["content"])
     return replace(sample, messages=messages, images=sample.images[:images])
 
 
-def parse_sample(members, where):
+def parse_sample(members: dict[str, Any], where: object) -> Sample:
     """Members of one key, {extension: bytes} with `__key__`, -> `Sample`.
 
     Raises:
@@ -75,7 +79,7 @@ def parse_sample(members, where):
     )
 
 
-def parse_record(data, name):
+def parse_record(data: bytes, name: str) -> dict[str, Any]:
     """The JSON object of a sample.
 
     Raises:
@@ -92,7 +96,7 @@ def parse_record(data, name):
     return record
 
 
-def parse_message(message):
+def parse_message(message: Any) -> Message:
     """A message with its content as a list of items.
 
     Raises:
@@ -124,7 +128,7 @@ def parse_message(message):
     return {"role": message["role"], "content": content}
 
 
-def has_answer(messages):
+def has_answer(messages: list[Message]) -> bool:
     """Whether there is assistant text to learn from."""
     return any(
         item["type"] == "text" and item["text"].strip()
@@ -134,7 +138,7 @@ def has_answer(messages):
     )
 
 
-def _is_utf8(text):
+def _is_utf8(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -142,9 +146,9 @@ def _is_utf8(text):
     return True
 
 
-def _images(members):
+def _images(members: dict[str, Any]) -> list[bytes]:
     """The encoded images in the order of their numbers."""
-    numbered = {}
+    numbered: dict[int, bytes] = {}
     for extension, data in members.items():
         number, _, kind = extension.rpartition(".")
         if kind.lower() in IMAGE_EXTENSIONS:

@@ -143,9 +143,7 @@ def walk_shard(path: str | os.PathLike, limits: Limits) -> Iterator[tuple[dict, 
     """
     try:
         for scanned in scan_shard(path, limits, parse=lambda members, where: members):
-            if scanned.problem is not None:
-                raise scanned.problem
-            yield scanned.sample, scanned.offset, scanned.num_bytes
+            yield scanned.whole, scanned.offset, scanned.num_bytes
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the path of a tar file") from None
 

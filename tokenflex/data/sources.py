@@ -14,7 +14,7 @@ from ..config import DataConfig, RunConfig, SourceConfig
 from ..errors import UserError
 from ..layout import MANIFEST
 from ..plan import Mixture, Planner, Source
-from .index import Communicator, index_folder, index_together, load_index, load_or_build_index, sole_builder
+from .index import Communicator, Index, index_folder, index_together, load_index, load_or_build_index, sole_builder
 from .index.together import remove_index
 from .loader import PackDataset
 from .problems import Limits
@@ -40,9 +40,9 @@ class DataRun:
 
     def describe_dropped(self) -> list[str]:
         """A line for each reason why samples were not planned, or not whole, so far."""
-        left_out = self.planner.left_out
-        some = {reason: ", ".join(str(sample) for sample in ids[:10]) for reason, ids in left_out.ids.items()}
-        return [f"data      {left_out.numbers[reason]} samples {reason} so far: {ids}" for reason, ids in some.items()]
+        dropped = self.planner.dropped
+        some = {reason: ", ".join(str(sample) for sample in ids[:10]) for reason, ids in dropped.ids.items()}
+        return [f"data      {dropped.numbers[reason]} samples {reason} so far: {ids}" for reason, ids in some.items()]
 
 
 class HasMain(Protocol):
@@ -62,14 +62,14 @@ class Here:
 def open_data(
     config: RunConfig,
     processor: Any,
-    ranks: HasMain = Here(),
+    ranks: HasMain,
     say: Callable[[str], None] = print,
 ) -> DataRun:
     """What a configured run reads; indexes that are missing are built by one process while the others wait.
 
     Args:
         processor: of the run's model (`tokenflex.model.build_processor`).
-        ranks: those that call this together (`tokenflex.parallel.Ranks`).
+        ranks: those that call this together (`tokenflex.parallel.Ranks`), or `Here()`.
 
     Raises:
         UserError: no shards, one that cannot be read, an index of another tokenizer, or a plan that cannot be.
@@ -77,10 +77,11 @@ def open_data(
     limits = Limits.of(config.data)
     located = locate_sources(config.data)
     ranks.on_main(lambda: build_indexes(located, processor, limits, max(1, config.data.num_workers)))
-    mixture = open_mixture(located, processor)
-    for source, (_, _, folder) in zip(mixture.sources, located):
-        if source.index.num_skipped():
-            say(f"index     {source.index.num_skipped()} bad samples left out; {folder / MANIFEST} names them")
+    indexes = open_indexes(located, processor)
+    mixture = mix(located, indexes)
+    for index, (_, _, folder) in zip(indexes, located):
+        if index.num_skipped():
+            say(f"index     {index.num_skipped()} bad samples left out; {folder / MANIFEST} names them")
     weighting = config.train.loss_weighting
     budget = VisualTokenBudget.of(config.budget)
     planner = Planner(mixture, budget, config.data, config.train.seed, weighting)
@@ -141,21 +142,30 @@ def index_sources(
             index_together(shards, processor, folder, Limits.of(data), mpi, say)
 
 
-def open_mixture(located: Sequence[Located], processor: Any) -> Mixture:
-    """The `Mixture` of located sources whose indexes `build_indexes` has checked.
+def open_indexes(located: Sequence[Located], processor: Any) -> list[Index]:
+    """The indexes of located sources, which `build_indexes` has checked.
 
     Raises:
-        UserError: an index of another tokenizer, or weights for some sources only.
+        UserError: an index of another tokenizer.
+    """
+    return [load_index(folder, shards, processor) for _, shards, folder in located]
+
+
+def mix(located: Sequence[Located], indexes: Sequence[Index]) -> Mixture:
+    """The `Mixture` of located sources and their opened indexes.
+
+    Raises:
+        UserError: weights for some sources only, or a source without a sample.
     """
     return Mixture(
         [
             Source(
-                index=load_index(folder, shards, processor),
+                index=index,
                 name=", ".join(source.paths),
                 weight=source.weight,
                 epochs=source.epochs,
                 over_long=source.over_long,
             )
-            for source, shards, folder in located
+            for (source, _, _), index in zip(located, indexes)
         ]
     )

@@ -88,7 +88,7 @@ def model_inputs(batch: PackedBatch, normalise: Callable[[torch.Tensor], torch.T
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
         "pixel_values": normalise(batch.images),
-        "num_visual_tokens": batch.counts,
+        "num_visual_tokens": batch.tile_counts,
         "visual_positions": batch.visual_positions,
         "is_dummy_image": batch.is_dummy_image,
         "cu_seq_lens_q": batch.cu_seq_lens,

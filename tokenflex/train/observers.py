@@ -72,4 +72,4 @@ class StepFigures(Observer):
 
 def count_images(batch: PackedBatch) -> Counter:
     """Images (or tiles) of a batch by visual-token count; a blank stand-in is no image."""
-    return Counter() if batch.is_dummy_image else Counter(batch.counts)
+    return Counter() if batch.is_dummy_image else Counter(batch.tile_counts)

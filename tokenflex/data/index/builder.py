@@ -210,7 +210,7 @@ class ShardScanner:
             return path
         file = shard.at(stamp).local_file()
         columns, skipped = self._columns(shard, file)
-        entry = {
+        entry: dict[str, Any] = {
             "num_samples": len(columns["text_tokens"]),
             "num_answered": int((columns["learned_tokens"] > 0).sum()),
             "longest_text": _longest_text(columns["text_tokens"], columns["num_tiles"]),
@@ -220,7 +220,8 @@ class ShardScanner:
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-        np.savez(temporary, entry=json.dumps(entry), **columns)
+        arrays: dict[str, Any] = {**columns, "entry": np.array(json.dumps(entry))}
+        np.savez(temporary, **arrays)
         os.replace(temporary, path)
         return path
 
@@ -232,9 +233,7 @@ class ShardScanner:
         skipped = []
         for scanned in scan_shard(file, self.limits):
             try:
-                if scanned.problem is not None:
-                    raise scanned.problem
-                lengths, sample_sizes, sample_cuts = self.scan(scanned.sample, len(records))
+                lengths, sample_sizes, sample_cuts = self.scan(scanned.whole, len(records))
             except BadSample as problem:
                 skipped.append(problem.located(shard, scanned.key, scanned.offset).record())
                 continue

@@ -70,24 +70,25 @@ def compare(entries: list[dict[str, Any]], shards: Sequence[Shard]) -> Freshness
 
     A shard with another stamp under a known name has perhaps only been touched or copied: its bytes decide.
     """
-    by_stamp, by_name = {}, {}
+    by_stamp: dict[tuple, int] = {}
+    by_name: dict[str, int] = {}
     for number, entry in enumerate(entries):
         by_stamp[_key(entry["name"], stamp_of(entry))] = number
         by_name.setdefault(entry["name"], number)
     found = Freshness()
     for shard in dict.fromkeys(shards):
         stamp = found.stamps[shard] = shard.stamp()
-        number = by_stamp.get(_key(shard.name, stamp))
-        if number is None and shard.name in by_name:
-            number = by_name[shard.name]
-            before, now = entries[number]["sha256"], file_sha256(shard.at(stamp).local_file())
+        same = by_stamp.get(_key(shard.name, stamp))
+        if same is None and shard.name in by_name:
+            same = by_name[shard.name]
+            before, now = entries[same]["sha256"], file_sha256(shard.at(stamp).local_file())
             if now != before:
                 found.changed.append(Changed(shard, before, now))
                 continue
-        if number is None:
+        if same is None:
             found.new.append(shard)
         else:
-            found.known[shard] = number
+            found.known[shard] = same
     return found
 
 
