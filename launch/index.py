@@ -26,11 +26,12 @@ def main(arguments, say):
     if arguments.check:
         return print_check(config)
     from tokenflex.data.index import communicator
-    from tokenflex.data.sources import index_sources
+    from tokenflex.data.sources import index_sources, source_configs
     from tokenflex.model import build_processor
 
     mpi = communicator()
     say.is_main = mpi.rank == 0
+    source_configs(config.data)  # refused before anything is built
     config = resolve_embedded(config, say)
     processor = build_processor(config.model, config.budget)
     index_sources(config.data, processor, mpi, arguments.rebuild, say)

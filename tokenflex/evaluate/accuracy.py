@@ -24,12 +24,12 @@ def evaluate_run(config, ranks, say, model_folder=None):
     Raises:
         UserError: no exported model, or no evaluation shards.
     """
+    if not config.data.evaluation:
+        raise UserError("data.evaluation: empty; name shards of held-out questions")
     layout = RunLayout.of(config)
     folder = Path(model_folder or layout.model)
     if not is_exported(folder):
         raise UserError(f"evaluation: no exported model at {folder}; train first, or give --model DIR")
-    if not config.data.evaluation:
-        raise UserError("data.evaluation: empty; name shards of held-out questions")
     shards = locate_shards(config.data.evaluation, config.data, "data.evaluation")
     samples = read_samples(shards, config.evaluate.max_samples_per_task, Limits.of(config.data))
     say(f"evaluate  {len(samples)} questions at {list(config.evaluate.num_visual_tokens)} visual tokens")
