@@ -3,6 +3,7 @@
 `open_data` is the whole way for a run; its parts stand alone for whoever needs less.
 """
 
+import datetime
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,8 +15,20 @@ from ..config import DataConfig, RunConfig, SourceConfig
 from ..errors import UserError
 from ..layout import MANIFEST
 from ..plan import Mixture, Planner, Source
-from .index import Communicator, Index, index_folder, index_together, load_index, load_or_build_index, sole_builder
-from .index.together import remove_index
+from .identity import data_identity
+from .index import (
+    Communicator,
+    Index,
+    complete_index,
+    find_indexes,
+    fingerprint,
+    index_together,
+    load_index,
+    remove_index,
+    sole_builder,
+    tells_date,
+)
+from .index.together import on_main
 from .loader import PackDataset
 from .problems import Limits
 from .remote import locate_shards
@@ -23,26 +36,10 @@ from .shards import Shard
 
 
 class Located(NamedTuple):
-    """A source of the configuration, its shards, and where their index lies."""
+    """A source of the configuration and its shards."""
 
     source: SourceConfig
     shards: list[Shard]
-    folder: Path
-
-
-@dataclass(frozen=True)
-class DataRun:
-    """What a run reads: its planner, the data set that reads what was planned, and the processor that renders it."""
-
-    planner: Planner
-    dataset: PackDataset
-    processor: Any
-
-    def describe_dropped(self) -> list[str]:
-        """A line for each reason why samples were not planned, or not whole, so far."""
-        dropped = self.planner.dropped
-        some = {reason: ", ".join(str(sample) for sample in ids[:10]) for reason, ids in dropped.ids.items()}
-        return [f"data      {dropped.numbers[reason]} samples {reason} so far: {ids}" for reason, ids in some.items()]
 
 
 class HasMain(Protocol):
@@ -59,35 +56,64 @@ class Here:
         return function()
 
 
+@dataclass(frozen=True)
+class DataRun:
+    """What a run reads: its planner, the data set that reads what was planned, and the processor that renders it.
+
+    identity: what the samples are, as plain JSON; see `tokenflex.data.identity`.
+    """
+
+    planner: Planner
+    dataset: PackDataset
+    processor: Any
+    identity: dict[str, Any]
+
+    def describe_dropped(self) -> list[str]:
+        """A line for each reason why samples were not planned, or not whole, so far."""
+        dropped = self.planner.dropped
+        some = {reason: ", ".join(str(sample) for sample in ids[:10]) for reason, ids in dropped.ids.items()}
+        return [f"data      {dropped.numbers[reason]} samples {reason} so far: {ids}" for reason, ids in some.items()]
+
+
 def open_data(
     config: RunConfig,
     processor: Any,
     ranks: HasMain,
     say: Callable[[str], None] = print,
+    render_date: str = "",
 ) -> DataRun:
     """What a configured run reads; indexes that are missing are built by one process while the others wait.
 
     Args:
-        processor: of the run's model (`tokenflex.model.build_processor`).
+        processor: of the run's model (`tokenflex.model.build_processor`). It is given the run's `render_date`.
         ranks: those that call this together (`tokenflex.parallel.Ranks`), or `Here()`.
+        render_date: ISO date that a chat template takes for today's; by default that of an index that fits, else today. A
+            run that goes on hands in the one that it began with (`identity["render_date"]`).
 
     Raises:
         UserError: no shards, one that cannot be read, an index of another tokenizer, or a plan that cannot be.
     """
     limits = Limits.of(config.data)
     located = locate_sources(config.data)
-    ranks.on_main(lambda: build_indexes(located, processor, limits, max(1, config.data.num_workers)))
-    indexes = open_indexes(located, processor)
-    mixture = mix(located, indexes)
-    for index, (_, _, folder) in zip(indexes, located):
+
+    def build() -> tuple[str, list[str]]:
+        settle_date(processor, located, config.data, render_date)
+        folders = build_indexes(located, processor, config.data, max(1, config.data.num_workers))
+        return processor.render_date, [str(folder) for folder in folders]
+
+    processor.render_date, folders = ranks.on_main(build)
+    indexes = open_indexes(located, folders, processor)
+    for index, folder in zip(indexes, folders):
         if index.num_skipped():
-            say(f"index     {index.num_skipped()} bad samples left out; {folder / MANIFEST} names them")
+            say(f"index     {index.num_skipped()} bad samples left out; {Path(folder) / MANIFEST} names them")
+    mixture = mix(located, indexes)
     weighting = config.train.loss_weighting
     budget = VisualTokenBudget.of(config.budget)
     planner = Planner(mixture, budget, config.data, config.train.seed, weighting)
     dataset = PackDataset(mixture, processor, weighting, min(budget.counts), limits)
     say(f"data      {planner.epoch_size} samples per epoch from {len(mixture.sources)} sources")
-    return DataRun(planner, dataset, processor)
+    names = [source.name for source in mixture.sources]
+    return DataRun(planner, dataset, processor, data_identity(names, indexes, processor.render_date))
 
 
 def source_configs(data: DataConfig) -> tuple[SourceConfig, ...]:
@@ -109,22 +135,43 @@ def locate_sources(data: DataConfig) -> list[Located]:
     Raises:
         UserError: no source, one without any shard, or a URL of a scheme that is not read.
     """
-    located = []
-    for number, source in enumerate(source_configs(data)):
-        what = f"data.sources[{number}]" if data.sources else "data.train"
-        shards = locate_shards(source.paths, data, what)
-        located.append(Located(source, shards, index_folder(shards, data.cache_dir)))
-    return located
+    names = [f"data.sources[{number}]" if data.sources else "data.train" for number in range(len(source_configs(data)))]
+    return [
+        Located(source, locate_shards(source.paths, data, name)) for source, name in zip(source_configs(data), names)
+    ]
 
 
-def build_indexes(located: Sequence[Located], processor: Any, limits: Limits, num_workers: int = 1) -> None:
+def settle_date(processor: Any, located: Sequence[Located], data: DataConfig, render_date: str = "") -> None:
+    """Give the processor the date that its chat template takes for today's; none where the template writes no date.
+
+    Without `render_date` it is that of the newest index of the first source that fits otherwise, so that the next run on the
+    same shards needs no other index because a day has passed; else today.
+    """
+    processor.render_date = ""
+    if not tells_date(processor):
+        return
+    found = find_indexes(located[0].shards, data.cache_dir)
+    dates = sorted({index.manifest.get("render_date", "") for index in found}, reverse=True)
+    for date in [render_date] if render_date else [*filter(None, dates), datetime.date.today().isoformat()]:
+        processor.render_date = date
+        if fingerprint(processor) in (index.fingerprint for index in found):
+            return
+
+
+def build_indexes(located: Sequence[Located], processor: Any, data: DataConfig, num_workers: int = 1) -> list[Path]:
     """Check the indexes of located sources against their shards, and build what is missing; one process does it.
 
+    Returns the index's folder of each.
+
     Raises:
-        UserError: see `load_or_build_index`.
+        UserError: a shard that cannot be read, or that has changed since it was indexed.
     """
-    for _, shards, folder in located:
-        load_or_build_index(shards, processor, folder, limits, num_workers)
+    folders, counted_by = [], fingerprint(processor)
+    for _, shards in located:
+        with sole_builder(shards, data.cache_dir, counted_by) as folder:
+            complete_index(shards, processor, folder, Limits.of(data), num_workers)
+            folders.append(folder)
+    return folders
 
 
 def index_sources(
@@ -135,20 +182,28 @@ def index_sources(
     Raises:
         UserError: a shard that cannot be read, on every process.
     """
-    for _, shards, folder in locate_sources(data):
-        with sole_builder(folder) if mpi.rank == 0 else nullcontext():
-            if rebuild and mpi.rank == 0:
+    located = locate_sources(data)
+
+    def settle() -> str:
+        settle_date(processor, located, data)
+        return processor.render_date
+
+    processor.render_date = on_main(mpi, settle)
+    counted_by = fingerprint(processor)
+    for _, shards in located:
+        with sole_builder(shards, data.cache_dir, counted_by) if mpi.rank == 0 else nullcontext() as folder:
+            if rebuild and folder:
                 remove_index(folder)
-            index_together(shards, processor, folder, Limits.of(data), mpi, say)
+            index_together(shards, processor, mpi.bcast(folder), Limits.of(data), mpi, say)
 
 
-def open_indexes(located: Sequence[Located], processor: Any) -> list[Index]:
-    """The indexes of located sources, which `build_indexes` has checked.
+def open_indexes(located: Sequence[Located], folders: Sequence[str | Path], processor: Any) -> list[Index]:
+    """The indexes of located sources, which `build_indexes` has checked and named.
 
     Raises:
         UserError: an index of another tokenizer.
     """
-    return [load_index(folder, shards, processor) for _, shards, folder in located]
+    return [load_index(folder, shards, processor) for (_, shards), folder in zip(located, folders)]
 
 
 def mix(located: Sequence[Located], indexes: Sequence[Index]) -> Mixture:
@@ -166,6 +221,6 @@ def mix(located: Sequence[Located], indexes: Sequence[Index]) -> Mixture:
                 epochs=source.epochs,
                 over_long=source.over_long,
             )
-            for (source, _, _), index in zip(located, indexes)
+            for (source, _), index in zip(located, indexes)
         ]
     )

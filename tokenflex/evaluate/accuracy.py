@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..data import Limits, decode_image, parse_sample, walk_shard
+from ..data import Limits
 from ..data.remote import locate_shards
 from ..errors import UserError
 from ..export import is_exported, loading_code
 from ..layout import RunLayout
+from .questions import read_questions
 from .report import accuracy_table, plot_accuracy
 
 
@@ -31,38 +32,27 @@ def evaluate_run(config, ranks, say, model_folder=None):
     if not is_exported(folder):
         raise UserError(f"evaluation: no exported model at {folder}; train first, or give --model DIR")
     shards = locate_shards(config.data.evaluation, config.data, "data.evaluation")
-    samples = read_samples(shards, config.evaluate.max_samples_per_task, Limits.of(config.data))
+    questions = read_questions(shards, config.evaluate.max_samples_per_task, Limits.of(config.data))
+    questions.tell(say)
+    samples = questions.samples
     say(f"evaluate  {len(samples)} questions at {list(config.evaluate.num_visual_tokens)} visual tokens")
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(ranks.device).eval()
     processor = AutoProcessor.from_pretrained(folder)
     right, asked = evaluate_model(model, processor, samples[ranks.rank :: ranks.num_ranks], config.evaluate, say)
     accuracy, totals = _over_ranks(right, asked, config.evaluate.num_visual_tokens, ranks)
     if ranks.is_main:
-        record = {"accuracy": accuracy, "num_questions": totals, "trained": model.config.trained_num_visual_tokens}
+        record = {
+            "accuracy": accuracy,
+            "num_questions": totals,
+            "num_bad_samples": len(questions.problems),
+            "trained": model.config.trained_num_visual_tokens,
+        }
         layout.root.mkdir(parents=True, exist_ok=True)
         layout.accuracy.write_text(json.dumps(record, indent=1))
         plot_accuracy(record, layout.accuracy_plot)
         say("\n" + accuracy_table(record))
         say(f"\nplot      {layout.accuracy_plot}\nmodel     {folder}\n\n{loading_code(folder)}")
     return accuracy
-
-
-def read_samples(shards, max_per_task, limits):
-    """Evaluation samples of webdataset shards, at most `max_per_task` of each task, in the shards' order."""
-    samples, per_task = [], Counter()
-    for shard in shards:
-        for members, _, _ in walk_shard(shard.local_file(), limits):
-            sample = parse_sample(members, shard)
-            if sample.messages[-1]["role"] != "assistant":
-                raise UserError(
-                    f"{shard}, sample {sample.key}: ends with a {sample.messages[-1]['role']} message; wanted the expected answer"
-                )
-            if per_task[sample.task] < max_per_task:
-                for number, image in enumerate(sample.images):
-                    decode_image(image, f"{shard}, sample {sample.key}, image {number}")
-                per_task[sample.task] += 1
-                samples.append(sample)
-    return samples
 
 
 def exact_match(answer, expected):

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,33 +17,16 @@ import jinja2
 import numpy as np
 
 from ...errors import UserError
-from ...files import only_one_inside, over_processes, staged_folder, write_whole
+from ...files import over_processes, staged_folder, write_whole
 from ...layout import MANIFEST
 from ..images import read_header
 from ..problems import BadSample, Limits
 from ..sample import Sample
 from ..scan import scan_shard
 from ..shards import Shard, ShardLike, as_shards
-from .freshness import VERSION, Freshness, compare, file_sha256, fingerprint
+from .freshness import VERSION, Freshness, compare, file_sha256, fingerprint, tells_date
+from .places import builder_lock, parts_folder
 from .reader import COLUMNS, INDEX_COMMAND, RAGGED, Index, check_fingerprint, load_index, open_index, read_manifest
-
-
-def index_folder(shards: Sequence[ShardLike], cache_dir: str | PathLike) -> Path:
-    """Where the index of these shards lies: beside them if they are a whole folder that can be written, else in the cache."""
-    shards = as_shards(shards)
-    folder = shards[0].folder
-    if folder is not None and _is_whole(folder, shards):
-        index = folder / "index"
-        if os.access(folder, os.W_OK) or (index / MANIFEST).exists():
-            return index
-    name = hashlib.sha256("\n".join(shard.address for shard in shards).encode()).hexdigest()[:16]
-    return Path(cache_dir).expanduser() / "indexes" / name
-
-
-def _is_whole(folder: Path, shards: Sequence[Shard]) -> bool:
-    """Whether these are all the shards of a folder, and no others."""
-    names = {path.name for path in folder.glob("*.tar")}
-    return names == {shard.name for shard in shards} and all(shard.folder == folder for shard in shards)
 
 
 def load_or_build_index(
@@ -55,30 +37,36 @@ def load_or_build_index(
     Raises:
         UserError: a shard or sample that cannot be read, an index of another tokenizer, or of shards that have changed.
     """
-    shards, folder = as_shards(shards), Path(folder)
-    with sole_builder(folder):
-        manifest = read_manifest(folder)
-        if manifest is None:
-            build_index(shards, processor, folder, limits, num_workers)
-            return load_index(folder, shards, processor)
-        check_fingerprint(folder, manifest, processor)
-        found = compare(manifest["shards"], shards)
-        if found.changed:
-            first = found.changed[0]
-            raise UserError(
-                f"index {folder}: {first.shard} has changed since: sha256 {first.before[:16]} was indexed, it is {first.now[:16]} "
-                f"now ({len(found.changed)} such shards); restore it, or run: {INDEX_COMMAND}"
-            )
-        if not found.is_whole(manifest["shards"], shards):
-            build_index(shards, processor, folder, limits, num_workers)
-        elif os.access(folder, os.W_OK):
-            _stamp_again(folder, manifest, [found.stamps[shard] for shard in shards])
+    with builder_lock(folder):
+        complete_index(shards, processor, folder, limits, num_workers)
         return load_index(folder, shards, processor)
 
 
-def sole_builder(folder: str | PathLike) -> AbstractContextManager[None]:
-    """No other process is inside for this index: jobs that start together on the same shards build it once."""
-    return only_one_inside(Path(folder).with_name(Path(folder).name + ".lock"))
+def complete_index(
+    shards: Sequence[ShardLike], processor: Any, folder: str | PathLike, limits: Limits, num_workers: int = 1
+) -> None:
+    """Build the index at `folder` where it is missing, add shards that are new; for who holds the builder's lock.
+
+    Raises:
+        UserError: see `load_or_build_index`.
+    """
+    shards, folder = as_shards(shards), Path(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return build_index(shards, processor, folder, limits, num_workers)
+    check_fingerprint(folder, manifest, processor)
+    found = compare(manifest["shards"], shards)
+    if found.changed:
+        first = found.changed[0]
+        raise UserError(
+            f"index {folder}: {first.shard} has changed since: sha256 {first.before[:16]} was indexed, it is {first.now[:16]} "
+            f"now ({len(found.changed)} such shards); restore it, or run: {INDEX_COMMAND}"
+        )
+    if not found.is_whole(manifest["shards"], shards):
+        return build_index(shards, processor, folder, limits, num_workers)
+    if os.access(folder, os.W_OK):
+        _stamp_again(folder, manifest, [found.stamps[shard] for shard in shards])
+    return None
 
 
 def _stamp_again(folder: Path, manifest: dict[str, Any], stamps: list) -> None:
@@ -102,11 +90,6 @@ def build_index(
     scanner = ShardScanner(processor, parts_folder(folder), limits)
     parts = dict(over_processes(scanner, shards_to_scan(shards, processor, folder), num_workers))
     assemble_index(shards, processor, folder, parts)
-
-
-def parts_folder(folder: str | PathLike) -> Path:
-    """Where the part files of an index that is being built lie."""
-    return Path(folder).with_name(Path(folder).name + ".parts")
 
 
 def shards_to_scan(shards: Sequence[ShardLike], processor: Any, folder: str | PathLike) -> list[Shard]:
@@ -148,7 +131,9 @@ def assemble_index(
         for name in (*COLUMNS, *RAGGED):
             _write_column(staging / f"{name}.npy", name, tables, first_sample)
         entries = [{**table.entry, "name": shard.name} for shard, table in zip(shards, tables)]
-        manifest = {"version": VERSION, "fingerprint": fingerprint(processor), "shards": entries}
+        manifest: dict[str, Any] = {"version": VERSION, "fingerprint": fingerprint(processor), "shards": entries}
+        if tells_date(processor):
+            manifest["render_date"] = processor.render_date
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
     shutil.rmtree(parts_folder(folder), ignore_errors=True)
 

@@ -18,15 +18,38 @@ def tiling_of(processor: Any) -> str:
     return " ".join(f"{name}={getattr(processor.image_processor, name)}" for name in names)
 
 
+def tells_date(processor: Any) -> bool:
+    """Whether the chat template writes the day on which it runs."""
+    return "strftime_now" in str(processor.chat_template)
+
+
 def fingerprint(processor: Any) -> str:
-    """What the lengths in an index depend on: `tokenizer-template-tiling`, eight hex digits each."""
+    """What the lengths in an index depend on: `tokenizer-template-tiling`, eight hex digits each.
+
+    Where the template writes a date, the one that the processor takes for today's (`render_date`) belongs to it.
+    """
     tokens = processor.image_start_token + processor.image_token + processor.image_end_token
+    date = getattr(processor, "render_date", "") if tells_date(processor) else ""
     parts = (
-        processor.tokenizer.backend_tokenizer.to_str() + "\0" + tokens,
-        str(processor.chat_template),
+        _tokenizer_text(processor.tokenizer.backend_tokenizer) + "\0" + tokens,
+        str(processor.chat_template) + (f"\0{date}" if date else ""),
         f"{tiling_of(processor)}\0{VERSION}",
     )
     return "-".join(hashlib.sha256(part.encode()).hexdigest()[:8] for part in parts)
+
+
+def _tokenizer_text(tokenizer: Any) -> str:
+    """A fast tokenizer as text, without truncation and padding.
+
+    Some `tokenizer.json` have them switched on; each call of the tokenizer sets them as it was asked to, which here is off.
+    """
+    text = tokenizer.to_str()
+    if tokenizer.truncation is None and tokenizer.padding is None:
+        return text
+    bare = type(tokenizer).from_str(text)
+    bare.no_truncation()
+    bare.no_padding()
+    return bare.to_str()
 
 
 def stamp_of(entry: dict[str, Any]) -> Stamp:

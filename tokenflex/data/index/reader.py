@@ -134,7 +134,9 @@ def open_index(folder: str | PathLike, shards: Sequence[ShardLike] | None = None
     folder = Path(folder)
     manifest = read_manifest(folder)
     if manifest is None:
-        raise UserError(f"{folder}: no index there (no {MANIFEST}); build one with: {INDEX_COMMAND}")
+        beside = [str(path.parent) for path in sorted(folder.parent.glob(f"{folder.name}-*/{MANIFEST}"))]
+        others = f"; there is {', '.join(beside)}" if beside else ""
+        raise UserError(f"{folder}: no index there (no {MANIFEST}){others}; build one with: {INDEX_COMMAND}")
     entries = manifest["shards"]
     named = as_shards(shards or [entry["name"] for entry in entries])
     columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (*COLUMNS, *RAGGED)}

@@ -1,7 +1,6 @@
 """One index built by many processes: under MPI, or by this one alone."""
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any, Protocol
 from ...errors import UserError
 from ..problems import Limits
 from ..shards import Shard, as_shards
-from .builder import ShardScanner, assemble_index, parts_folder, shards_to_scan
+from .builder import ShardScanner, assemble_index, shards_to_scan
+from .places import parts_folder
 from .reader import open_index
 
 
@@ -82,7 +82,7 @@ def index_together(
     Raises:
         UserError: a shard that cannot be read, on every process.
     """
-    missing = _on_main(mpi, lambda: shards_to_scan(shards, processor, folder))
+    missing = on_main(mpi, lambda: shards_to_scan(shards, processor, folder))
     scanner = ShardScanner(processor, parts_folder(folder), limits)
     parts, problem = scan_share(scanner, missing[mpi.rank :: mpi.size])
     problems = [text for text in mpi.allgather(problem) if text]
@@ -99,7 +99,7 @@ def index_together(
     mpi.Barrier()
 
 
-def _on_main(mpi: Communicator, function: Callable[[], Any]) -> Any:
+def on_main(mpi: Communicator, function: Callable[[], Any]) -> Any:
     """What `function` gives on rank 0, on every process.
 
     Raises:
@@ -123,9 +123,3 @@ def scan_share(scanner: ShardScanner, shards: Sequence[Shard]) -> tuple[dict[Sha
         return {shard: scanner(shard) for shard in shards}, None
     except UserError as error:
         return {}, str(error)
-
-
-def remove_index(folder: str | PathLike) -> None:
-    """Remove an index and what is there of its parts: every shard will be read again."""
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(parts_folder(folder), ignore_errors=True)
