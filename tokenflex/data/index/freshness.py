@@ -23,7 +23,7 @@ def fingerprint(processor: Any) -> str:
     tokens = processor.image_start_token + processor.image_token + processor.image_end_token
     parts = (
         processor.tokenizer.backend_tokenizer.to_str() + "\0" + tokens,
-        str(processor.chat_template),
+        processor.rendering_key(),
         f"{tiling_of(processor)}\0{VERSION}",
     )
     return "-".join(hashlib.sha256(part.encode()).hexdigest()[:8] for part in parts)
