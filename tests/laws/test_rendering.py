@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from chat_templates import CHATML, GOOD, WRONG, templates
 
 TOKENIZER = build_tokenizer()
-SPECIAL = {token.content: index for index, token in TOKENIZER.added_tokens_decoder.items()}
 IMAGE = {"type": "image"}
 TAG = "<img><IMG_CONTEXT></img>"
 SIGN = "\uf700" * len(TAG)
@@ -61,12 +60,12 @@ def as_strings(messages):
     return [{**m, "content": m["content"][0]["text"]} for m in with_items(messages)]
 
 
-def written(template, messages, **options):
+def written(template, messages, tokenizer=TOKENIZER, **options):
     """What transformers itself makes of a conversation, in the forms that a template may take."""
     texts = []
     for form in (as_strings(messages), with_items(messages)):
         try:
-            text = TOKENIZER.apply_chat_template(form, chat_template=template, tokenize=False, **options)
+            text = tokenizer.apply_chat_template(form, chat_template=template, tokenize=False, **options)
             texts.append(text.replace(SIGN, TAG))
         except (jinja2.TemplateError, TypeError, KeyError, AttributeError):
             texts.append(None)
@@ -85,28 +84,29 @@ def num_images(messages):
 
 def hold_laws(processor, messages, **options):
     """Encode a conversation and hold it to the laws; returns which answers are learned. `word N` is in message N alone."""
-    template = processor.chat_template
+    template, tokenizer = processor.chat_template, processor.tokenizer
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     encode = lambda some, **more: processor.encode(some, [1] * num_images(some), **more, **options)  # noqa: E731
     encoded = encode(messages)
-    ids, text = encoded.input_ids, TOKENIZER.decode(encoded.input_ids)
+    ids, text = encoded.input_ids, tokenizer.decode(encoded.input_ids)
     variables = {**processor.chat_template_options, **options}
-    said = [t for t in written(template, messages, **variables) if t is not None]
+    said = [t for t in written(template, messages, tokenizer, **variables) if t is not None]
     end = processor.turn_end_id()
-    closings = ["", TOKENIZER.decode([end]) if end is not None else ""]
+    closings = ["", tokenizer.decode([end]) if end is not None else ""]
     assert any(text == t + closing for t in said for closing in closings), (text, said)  # (1), (4)
     bare = encode(
         [{**m, "content": f"word{at}"} if isinstance(m["content"], str) else m for at, m in enumerate(messages)]
     )
     for at, message in enumerate(messages):  # a template may cut a text, but short ones come once
-        times = len(re.findall(rf"word{at}\b", TOKENIZER.decode(bare.input_ids).casefold()))
+        times = len(re.findall(rf"word{at}\b", tokenizer.decode(bare.input_ids).casefold()))
         assert times == 1 or (times == 0 and not isinstance(message["content"], str)), (at, text)
     order = [int(number) for number in re.findall(r"word(\d+)", text.casefold())]
     assert order == sorted(set(order))
-    count = lambda e: sorted(i for i in e.input_ids if i in SPECIAL.values())  # noqa: E731
+    count = lambda e: sorted(i for i in e.input_ids if i in special)  # noqa: E731
     assert count(encoded) == count(bare)  # no text has become a token of its own
     learned = []
     for begin, stop in spans(encoded):
-        inside = [int(number) for number in re.findall(r"word(\d+)", TOKENIZER.decode(ids[begin:stop]).casefold())]
+        inside = [int(number) for number in re.findall(r"word(\d+)", tokenizer.decode(ids[begin:stop]).casefold())]
         if not inside:  # the template has cut the word
             continue
         assert len(inside) == 1 and messages[inside[0]]["role"] == "assistant"
@@ -114,12 +114,12 @@ def hold_laws(processor, messages, **options):
         assert ids[:begin] == prompt.input_ids  # (2)
         asked = [
             t
-            for t in written(template, messages[: inside[0]], add_generation_prompt=True, **variables)
+            for t in written(template, messages[: inside[0]], tokenizer, add_generation_prompt=True, **variables)
             if t is not None
         ]
-        assert TOKENIZER.decode(ids[:begin]) in asked
-        rest = TOKENIZER.decode(ids[stop - 1 :])
-        assert ids[stop - 1] in SPECIAL.values() or end is None, rest  # (3)
+        assert tokenizer.decode(ids[:begin]) in asked
+        rest = tokenizer.decode(ids[stop - 1 :])
+        assert ids[stop - 1] in special or end is None, rest  # (3)
         learned += inside
     return learned
 
