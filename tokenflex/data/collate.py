@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 
 from ..plan import LOSS_WEIGHTS
 from .images import read_header
 from .problems import BadSample, Limits
-from .sample import Sample
+from .sample import Sample, encoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +86,11 @@ def prepare(sample: Sample, count: int, processor: Any, limits: Limits) -> Prepa
     """
     tiles = [_tiled(data, i, processor.image_processor, limits) for i, data in enumerate(sample.images)]
     lengths = [len(some) * count for some in tiles]
-    try:
-        encoded = processor.encode(sample.messages, lengths)
-    except jinja2.TemplateError as error:
-        raise BadSample("message", f"the chat template refuses its turns ({error})") from None
+    tokens = encoded(processor, sample.messages, lengths)
     return PreparedSample(
-        input_ids=encoded.input_ids,
-        learned=np.flatnonzero(encoded.is_target),
-        visual=_concatenated([np.arange(n) + start for n, start in zip(lengths, encoded.image_starts)]),
+        input_ids=tokens.input_ids,
+        learned=np.flatnonzero(tokens.is_target),
+        visual=_concatenated([np.arange(n) + start for n, start in zip(lengths, tokens.image_starts)]),
         tiles=np.concatenate([_no_tiles(processor), *tiles]),
         count=count,
     )

@@ -22,6 +22,7 @@ REASONS = {
     "no-json": "there is no .json member",
     "json": "the JSON is broken, not UTF-8, nested too deeply, or not an object with messages",
     "message": "a message of an unknown role, or content that is neither text nor a list of text and image items",
+    "template": "the chat template does not write the conversation as it is, or no answer where one is asked for",
     "image-tags": "not one image per image tag",
     "image-missing": "the image file is not there",
     "image-path": "an absolute path, a path with `..`, or a URL of a scheme that is not on the allow-list",

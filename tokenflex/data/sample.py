@@ -9,6 +9,8 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jinja2
+
 from .problems import BadSample
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -126,6 +128,20 @@ def parse_message(message: Any) -> Message:
     if message["role"] == "assistant" and any(item["type"] == "image" for item in content):
         raise BadSample("message", "an assistant message holds an image; only text can be learned")
     return {"role": message["role"], "content": content}
+
+
+def encoded(processor: Any, messages: list[Message], lengths: list[int]) -> Any:
+    """The processor's tokens of a conversation, image i as a run of `lengths[i]`.
+
+    Raises:
+        BadSample: turns that the chat template refuses, or does not write as they are.
+    """
+    try:
+        return processor.encode(messages, lengths)
+    except jinja2.TemplateError as error:
+        raise BadSample("message", f"the chat template refuses its turns ({error})") from None
+    except ValueError as error:
+        raise BadSample("template", str(error)) from None
 
 
 def has_answer(messages: list[Message]) -> bool:

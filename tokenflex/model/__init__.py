@@ -7,6 +7,7 @@ from .configuration_tokenflex import TokenFlexConfig
 from .image_processing_tokenflex import TokenFlexImageProcessor
 from .modeling_tokenflex import TokenFlexForConditionalGeneration
 from .processing_tokenflex import TokenFlexProcessor
+from .template import check_template
 
 # Importing this package makes the Auto classes know TokenFLEX; exported models bring the same code with them.
 AutoConfig.register("tokenflex", TokenFlexConfig, exist_ok=True)
@@ -28,4 +29,5 @@ __all__ = [
     "TokenFlexProcessor",
     "build_model",
     "build_processor",
+    "check_template",
 ]

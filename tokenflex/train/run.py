@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..export import export_model
 from ..files import write_whole
 from ..layout import RunLayout
-from ..model import build_model, build_processor
+from ..model import build_model, build_processor, check_template
 from ..parallel import Heartbeat, Ranks
 from ..plan.planner import PLANNER_VERSION
 from .bad_samples import BadSampleLog
@@ -129,6 +129,8 @@ class Run:
         # reads the newest checkpoint's bytes while the model is being built
         self._check = EarlyCheck(self.layout.checkpoints, self.ranks.rank, self.ranks.num_ranks)
         processor = build_processor(self.config.model, self.config.budget)
+        for note in check_template(processor):
+            self.say(f"template  {note}")
         self.data = open_data(self.config, processor, self.ranks, self.say)
 
     def build(self) -> None:

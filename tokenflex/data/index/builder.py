@@ -13,7 +13,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 
 from ...errors import UserError
@@ -21,7 +20,7 @@ from ...files import over_processes, staged_folder, write_whole
 from ...layout import MANIFEST
 from ..images import read_header
 from ..problems import BadSample, Limits
-from ..sample import Sample
+from ..sample import Sample, encoded
 from ..scan import scan_shard
 from ..shards import Shard, ShardLike, as_shards
 from .freshness import VERSION, Freshness, compare, file_sha256, fingerprint, tells_date
@@ -241,23 +240,20 @@ class ShardScanner:
         sizes = [(header.height, header.width) for header in (read_header(data, self.limits) for data in sample.images)]
         heights, widths = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
         tiles = self.processor.image_processor.num_tiles(widths, heights).tolist()
-        encoded = self._encode(sample.messages, len(sample.images))
-        lengths = (len(encoded.input_ids), sum(encoded.is_target), len(sample.images), sum(tiles))
+        tokens = encoded(self.processor, sample.messages, [0] * len(sample.images))
+        lengths = (len(tokens.input_ids), sum(tokens.is_target), len(sample.images), sum(tiles))
         cuts = []
         answers = [at + 1 for at, message in enumerate(sample.messages) if message["role"] == "assistant"]
         for num_messages in answers[:-1]:  # where it may end before its end
             head = sample.messages[:num_messages]
             images = sum(item["type"] == "image" for message in head for item in message["content"])
-            encoded = self._encode(head, images)
-            if sum(encoded.is_target):
-                cuts.append((number, num_messages, len(encoded.input_ids), sum(encoded.is_target), sum(tiles[:images])))
+            try:
+                tokens = encoded(self.processor, head, [0] * images)
+            except BadSample:  # the template writes the whole, but not so much of it
+                continue
+            if sum(tokens.is_target):
+                cuts.append((number, num_messages, len(tokens.input_ids), sum(tokens.is_target), sum(tiles[:images])))
         return lengths, sizes, cuts
-
-    def _encode(self, messages: list[dict], num_images: int) -> Any:
-        try:
-            return self.processor.encode(messages, [0] * num_images)
-        except jinja2.TemplateError as error:
-            raise BadSample("message", f"the chat template refuses its turns ({error})") from None
 
 
 def _longest_text(text_tokens: np.ndarray, num_tiles: np.ndarray) -> list[int]:

@@ -29,10 +29,10 @@ def fingerprint(processor: Any) -> str:
     Where the template writes a date, the one that the processor takes for today's (`render_date`) belongs to it.
     """
     tokens = processor.image_start_token + processor.image_token + processor.image_end_token
-    date = getattr(processor, "render_date", "") if tells_date(processor) else ""
+    date = processor.render_date if tells_date(processor) else ""
     parts = (
         _tokenizer_text(processor.tokenizer.backend_tokenizer) + "\0" + tokens,
-        str(processor.chat_template) + (f"\0{date}" if date else ""),
+        processor.rendering_key() + (f"\0{date}" if date else ""),
         f"{tiling_of(processor)}\0{VERSION}",
     )
     return "-".join(hashlib.sha256(part.encode()).hexdigest()[:8] for part in parts)

@@ -8,6 +8,7 @@ import numpy as np
 from ...budget import keyed_uniform
 from ...data.images import read_header
 from ...data.problems import BadSample, Tally
+from ...data.sample import encoded
 from ...data.scan import scan_shard
 from ...errors import UserError
 from ..validate import check_sample
@@ -115,7 +116,7 @@ def _measured(sample, shard, processor, limits):
     if processor is not None:
         widths, heights = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
         tiles = processor.image_processor.num_tiles(widths, heights).tolist()
-        encoded = processor.encode(sample.messages, [0] * len(sizes))
-        num_text, num_learned = len(encoded.input_ids), sum(encoded.is_target)
+        tokens = encoded(processor, sample.messages, [0] * len(sizes))
+        num_text, num_learned = len(tokens.input_ids), sum(tokens.is_target)
     characters = sum(len(item.get("text", "")) for message in sample.messages for item in message["content"])
     return Surveyed(sample, shard, sizes, tiles, num_text, num_learned, characters, repairs)
