@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..data import Limits, decode_image, parse_sample, walk_shard
 from ..data.remote import locate_shards
+from ..data.shards import as_shards
 from ..errors import UserError
 from ..export import is_exported, loading_code
 from ..layout import RunLayout
@@ -50,7 +51,7 @@ def evaluate_run(config, ranks, say, model_folder=None):
 def read_samples(shards, max_per_task, limits):
     """Evaluation samples of webdataset shards, at most `max_per_task` of each task, in the shards' order."""
     samples, per_task = [], Counter()
-    for shard in shards:
+    for shard in as_shards(shards):
         for members, _, _ in walk_shard(shard.local_file(), limits):
             sample = parse_sample(members, shard)
             if sample.messages[-1]["role"] != "assistant":
@@ -59,7 +60,7 @@ def read_samples(shards, max_per_task, limits):
                 )
             if per_task[sample.task] < max_per_task:
                 for number, image in enumerate(sample.images):
-                    decode_image(image, f"{shard}, sample {sample.key}, image {number}")
+                    decode_image(image, f"{shard}, sample {sample.key}, image {number}", limits)
                 per_task[sample.task] += 1
                 samples.append(sample)
     return samples
