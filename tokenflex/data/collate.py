@@ -27,7 +27,7 @@ class PackedBatch:
     visual_positions: [V] places of the placeholders. logits_positions: [L] places whose logits are needed.
     targets: [L] the tokens to predict there. weights: [L] float32, the loss weight of each.
     is_dummy_image: there was no image; `images` holds one blank so that the vision encoder runs on every rank.
-    sample_ids: [S] which samples. total_weight: of the whole optimizer step, over all ranks. skipped: a record (shard, key,
+    pool_plan: the kernels' plan of the tiles' pooling, or None. sample_ids: [S] which samples. total_weight: of the whole optimizer step, over all ranks. skipped: a record (shard, key,
     offset, reason, detail, sample) of each sample that has a substitute.
     """
 
@@ -45,16 +45,19 @@ class PackedBatch:
     sample_ids: torch.Tensor
     total_weight: float
     skipped: tuple = ()
+    pool_plan: tuple | None = None
 
     def to(self, device):
         """The batch with its tensors on `device`; copies overlap with compute where the memory is pinned."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: t.to(device, non_blocking=True) for n, t in tensors.items() if torch.is_tensor(t)})
+        return replace(self, **{name: item.to(device, non_blocking=True) for name, item in self._movable()})
 
     def pin_memory(self):
         """Called by torch's DataLoader where the copy goes to a GPU."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: t.pin_memory() for n, t in tensors.items() if torch.is_tensor(t)})
+        return replace(self, **{name: item.pin_memory() for name, item in self._movable()})
+
+    def _movable(self):
+        items = [(f.name, getattr(self, f.name)) for f in fields(self)]
+        return [(name, item) for name, item in items if hasattr(item, "pin_memory")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +121,11 @@ def substitute(num_text_tokens, num_tiles, count, processor, problem):
     )
 
 
-def collate(samples, sample_ids, processor, loss_weighting, total_weight, blank_count):
+def collate(samples, sample_ids, processor, loss_weighting, total_weight, blank_count, plan_of=None):
     """`PreparedSample`s of a micro-batch -> `PackedBatch`.
 
-    `blank_count` is the visual-token count of the blank image that stands in where no sample has an image.
+    `blank_count` is the visual-token count of the blank image that stands in where no sample has an image. `plan_of` makes
+    a pooling plan of the tiles' counts (`TokenAdaptiveProjector.plan_maker`).
     """
     weight_of = LOSS_WEIGHTS[loss_weighting]
     lengths = [len(sample.input_ids) for sample in samples] or [1]
@@ -156,6 +160,7 @@ def collate(samples, sample_ids, processor, loss_weighting, total_weight, blank_
             for sample, sample_id in zip(samples, sample_ids)
             if sample.problem is not None
         ),
+        pool_plan=plan_of(counts) if plan_of else None,
     )
 
 

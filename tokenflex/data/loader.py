@@ -95,6 +95,7 @@ class PackDataset(Dataset):
         self.loss_weighting = loss_weighting
         self.blank_count = blank_count
         self.limits = limits
+        self.plan_of = None  # set it before the workers start, and batches carry the plan of their pooling
         self._files = {}
 
     def sample(self, sample_id, num_messages=0):
@@ -120,7 +121,13 @@ class PackDataset(Dataset):
         num_messages = np.zeros(len(plan.sample_ids), np.int64) if plan.num_messages is None else plan.num_messages
         samples = [self.prepared(*map(int, item)) for item in zip(plan.sample_ids, plan.counts, num_messages)]
         return collate(
-            samples, plan.sample_ids, self.processor, self.loss_weighting, plan.total_weight, self.blank_count
+            samples,
+            plan.sample_ids,
+            self.processor,
+            self.loss_weighting,
+            plan.total_weight,
+            self.blank_count,
+            self.plan_of,
         )
 
     def prepared(self, sample_id, count, num_messages=0):

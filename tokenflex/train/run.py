@@ -144,6 +144,7 @@ def _train_and_export(config, ds_config, launch, ranks, device, num_accumulated,
     optimizer, peak_rates = build_optimizer(model, config.optimizer)
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     engine = parallel.Engine(model, optimizer, ds_config, launch, device)
+    dataset.plan_of = engine.model.projector.plan_maker(engine.model.patch_grid, torch.empty(0, device=device))
     install_faults(engine.model)
     faults.reach("init")
     say(
