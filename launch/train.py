@@ -25,6 +25,11 @@ def parse(argv):
     parser.add_argument(
         "--fresh", action="store_true", help="begin anew, removing the run's checkpoints; default is to resume"
     )
+    parser.add_argument(
+        "--accept-new-data",
+        action="store_true",
+        help="go on with shards that have changed since the run's checkpoints: from the next epoch, which has all of the new ones",
+    )
     return parser.parse_intermixed_args(argv)
 
 
@@ -47,7 +52,7 @@ def main(arguments, say):
     config = resolve_embedded(recipe, say)
     ranks = parallel.join_ranks(launch)
     say(f"world     {parallel.check_world(ranks)}")
-    if not run_training(recipe, config, ds_config, ranks, arguments.fresh, say):
+    if not run_training(recipe, config, ds_config, ranks, arguments.fresh, arguments.accept_new_data, say):
         say(f"stopped   and saved in {RunLayout.of(config).checkpoints}; the same command goes on from there")
         return REQUEUE
     if config.evaluate.at_end and config.data.evaluation:

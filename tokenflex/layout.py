@@ -84,6 +84,11 @@ class RunLayout:
         return self.root / "plan.json"
 
     @property
+    def data(self) -> Path:
+        """What the samples were that the run was last started with."""
+        return self.root / "data.json"
+
+    @property
     def metrics(self) -> Path:
         """One line per logging interval."""
         return self.root / "metrics.jsonl"

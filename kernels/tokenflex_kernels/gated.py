@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import choose, target
+from .choose import UNFUSED
 from .rounding import OPTIONS, matmul, round_to
 
 
@@ -43,7 +44,6 @@ class ElementwiseConfig(NamedTuple):
     num_warps: int
 
 
-UNFUSED = "unfused"
 ELEMENTWISE = ElementwiseConfig(16, 128, 4)  # 16 bytes of a half-precision row per thread and turn
 
 # Shared memory allows 99 KiB on 8.6, 8.9 and 12.x (the pointer configurations stay under that), 163 KiB on 8.0 and
@@ -106,7 +106,7 @@ def _swiglu_grads(d_inner, gate, up):
     return d_inner * up * (s + h * (1.0 - s)), d_inner * h, h * up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gated_tma(
     tokens, weight, bias, inner, gate_out, up_out, M, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, NUM_PROGRAMS: tl.constexpr,
@@ -140,7 +140,7 @@ def gated_tma(
             inner.store([row, column], round_to(_swiglu(gate, up), inner.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gated_pointer(
     tokens, weight, bias, inner, gate_up, M, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -193,7 +193,7 @@ def _dgated_epilogue(
         tl.store(at + N, tl.sum(du, 0), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def dgated_tma(
     d_out, weight, gate, up, d_gate, d_up, inner, bias_sums, M, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, NUM_PROGRAMS: tl.constexpr,
@@ -269,7 +269,7 @@ def _store_grads(
         tl.store(sums_at + N, tl.sum(tl.where(inside, du, 0.0), 0), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def dgated_pointer(
     d_out, weight, gate_up, d_gate_up, inner, bias_sums, M, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -293,7 +293,7 @@ def dgated_pointer(
     _store_grads(acc, gate_up, d_gate_up, inner, bias_sums, tile_m, m, n, M, N, HAS_BIAS, STORE_INNER)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def swiglu_rows(gate_up, inner, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """gate_up [M, 2N] -> inner = silu(gate) * up [M, N]."""
     blocks = tl.cdiv(N, COLUMNS)
@@ -306,7 +306,7 @@ def swiglu_rows(gate_up, inner, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr)
     tl.store(inner + row + n[None, :], round_to(_swiglu(gate, up), inner.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def swiglu_grad_rows(
     d_inner, gate_up, d_gate_up, inner, bias_sums, M, N,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr,
@@ -325,20 +325,16 @@ def gated(
     tokens: Tensor, weight: Tensor, bias: Tensor | None, store_inner: bool, store_gate_up: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """silu(gate) * up [M, H] and the packed [gate | up] [M, 2H] of tokens [M, C] and weight [2H, C], as asked for."""
-    tokens, weight = tokens.contiguous(), weight.contiguous()
-    candidates = _candidates(GATED_CONFIGS, (tokens, weight), tokens.shape[0], weight.shape[0] // 2, tokens.shape[1])
-    key = choose.key(
-        "gated",
-        tokens,
-        tokens.shape[1],
-        weight.shape[0] // 2,
-        int(store_inner),
-        int(store_gate_up),
-        rows=tokens.shape[0],
-    )
-    launch = lambda config: launch_gated(config, tokens, weight, bias, store_inner, store_gate_up)  # noqa: E731
+    tokens, weight = _dense(tokens), _dense(weight)
+    num_rows, width, depth = tokens.shape[0], weight.shape[0] // 2, tokens.shape[1]
+    is_aligned = _is_aligned(width, depth, tokens, weight)
+    key = choose.key("gated", tokens, num_rows, depth, width, bias is not None, store_inner, store_gate_up, is_aligned)
     with choose.on_device(tokens):
-        return choose.run(key, candidates, launch, tokens.device)
+        return choose.run(
+            key,
+            lambda: _candidates(GATED_CONFIGS, tokens, num_rows, width, is_aligned),
+            lambda config: launch_gated(config, tokens, weight, bias, store_inner, store_gate_up),
+        )
 
 
 def dgated(
@@ -348,26 +344,37 @@ def dgated(
 
     d_out [M, D], weight [D, H], gate_up [M, 2H].
     """
-    d_out, weight = d_out.contiguous(), weight.contiguous()
-    candidates = _candidates(DGATED_CONFIGS, (d_out, weight, gate_up), d_out.shape[0], weight.shape[1], weight.shape[0])
-    key = choose.key(
-        "dgated", d_out, weight.shape[0], weight.shape[1], int(sum_bias), int(store_inner), rows=d_out.shape[0]
-    )
-    launch = lambda config: launch_dgated(config, d_out, weight, gate_up, sum_bias, store_inner)  # noqa: E731
+    d_out, weight = _dense(d_out), _dense(weight)
+    num_rows, (depth, width) = d_out.shape[0], weight.shape
+    is_aligned = _is_aligned(width, depth, d_out, weight, gate_up)
+    key = choose.key("dgated", d_out, num_rows, depth, width, sum_bias, store_inner, is_aligned)
     with choose.on_device(d_out):
-        return choose.run(key, candidates, launch, d_out.device)
+        return choose.run(
+            key,
+            lambda: _candidates(DGATED_CONFIGS, d_out, num_rows, width, is_aligned),
+            lambda config: launch_dgated(config, d_out, weight, gate_up, sum_bias, store_inner),
+        )
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """``matrix`` with rows one after another. A single row may call itself contiguous whatever its strides say."""
+    matrix = matrix.contiguous()
+    return matrix if matrix.stride(0) == matrix.shape[1] else matrix.as_strided(matrix.shape, (matrix.shape[1], 1))
+
+
+def _is_aligned(width: int, depth: int, *operands: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes, in half precision."""
+    return width % 8 == 0 and depth % 8 == 0 and not any(t.data_ptr() % 16 for t in operands)
 
 
 def _candidates(
-    shipped: dict[str, tuple[TileConfig, ...]], operands: tuple[Tensor, ...], rows: int, width: int, depth: int
+    shipped: dict[str, tuple[TileConfig, ...]], first: Tensor, rows: int, width: int, is_aligned: bool
 ) -> list[choose.Candidate]:
     """The configurations that can run this shape, the rule's choice first."""
     unfused = choose.Candidate(UNFUSED, UNFUSED)
-    first = operands[0]
     if first.element_size() != 2:
         return [unfused]
-    aligned = width % 8 == 0 and depth % 8 == 0 and all(t.data_ptr() % 16 == 0 for t in operands)
-    has_tma = aligned and target.capability(first.device) // 10 in target.TMA_CAPABILITIES
+    has_tma = is_aligned and target.capability(first.device) // 10 in target.TMA_CAPABILITIES
     # The first configuration with a tile for every multiprocessor; short of that, the one with the most tiles.
     wanted, rows = target.num_processors(first.device), choose.bucket(rows)
     configs = sorted(
@@ -376,7 +383,7 @@ def _candidates(
     )
     fused = [choose.Candidate(name_of(config), config) for config in configs]
     # Rows that are no multiple of 16 bytes are read 2 bytes at a time: there cuBLAS comes first.
-    return [*fused, unfused] if aligned else [unfused, *fused]
+    return [*fused, unfused] if is_aligned else [unfused, *fused]
 
 
 def pieces_of(config: TileConfig, store_inner: bool) -> int:

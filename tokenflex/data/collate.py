@@ -29,7 +29,7 @@ class PackedBatch:
     visual_positions: [V] places of the placeholders. logits_positions: [L] places whose logits are needed.
     targets: [L] the tokens to predict there. weights: [L] float32, the loss weight of each.
     is_dummy_image: there was no image; `images` holds one blank so that the vision encoder runs on every rank.
-    sample_ids: [S] which samples. total_weight: of the whole optimizer step, over all ranks. skipped: a record (shard, key,
+    pool_plan: the kernels' plan of the tiles' pooling, or None. sample_ids: [S] which samples. total_weight: of the whole optimizer step, over all ranks. skipped: a record (shard, key,
     offset, reason, detail, sample) of each sample that has a substitute.
     """
 
@@ -47,19 +47,21 @@ class PackedBatch:
     sample_ids: torch.Tensor
     total_weight: float
     skipped: tuple[dict[str, Any], ...] = ()
+    pool_plan: Any = None
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The batch with its tensors on `device`; copies overlap with compute where the memory is pinned."""
-        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._moved(lambda item: item.to(device, non_blocking=True))
 
     def pin_memory(self) -> "PackedBatch":
         """Called by torch's DataLoader where the copy goes to a GPU."""
-        return self._with_tensors(torch.Tensor.pin_memory)
+        return self._moved(lambda item: item.pin_memory())
 
-    def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PackedBatch":
+    def _moved(self, change: Callable[[Any], Any]) -> "PackedBatch":
+        """With every tensor, and the plan of the pooling, changed."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors: dict[str, Any] = {name: change(value) for name, value in values.items() if torch.is_tensor(value)}
-        return replace(self, **tensors)
+        moved: dict[str, Any] = {name: change(item) for name, item in values.items() if hasattr(item, "pin_memory")}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,10 +129,13 @@ def collate(
     loss_weighting: str,
     total_weight: float,
     blank_count: int,
+    *,
+    plan_of: Callable[[list[int]], Any] | None = None,
 ) -> PackedBatch:
     """`PreparedSample`s of a micro-batch -> `PackedBatch`.
 
-    `blank_count` is the visual-token count of the blank image that stands in where no sample has an image.
+    `blank_count` is the visual-token count of the blank image that stands in where no sample has an image. `plan_of` makes
+    a pooling plan of the tiles' counts (`TokenAdaptiveProjector.plan_maker`).
     """
     weight_of = LOSS_WEIGHTS[loss_weighting]
     lengths = [len(sample.input_ids) for sample in samples] or [1]
@@ -165,6 +170,7 @@ def collate(
             for sample, sample_id in zip(samples, sample_ids)
             if sample.problem is not None
         ),
+        pool_plan=plan_of(tile_counts) if plan_of else None,
     )
 
 

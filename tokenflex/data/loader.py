@@ -1,7 +1,7 @@
 """Planned steps -> packed batches of one rank, read and decoded by worker processes in an order that no worker changes."""
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
@@ -100,6 +100,8 @@ class PackDataset(Dataset):
         self.loss_weighting = loss_weighting
         self.blank_count = blank_count
         self.limits = limits
+        self.plan_of: Callable[[list[int]], Any] | None = None
+        """Set before the workers start: tile counts -> the plan of their pooling, which batches then carry."""
         self._files: dict[Shard, BinaryIO] = {}
 
     def sample(self, sample_id: int, num_messages: int = 0) -> Sample:
@@ -128,7 +130,13 @@ class PackDataset(Dataset):
         num_messages = np.zeros(len(plan.sample_ids), np.int64) if plan.num_messages is None else plan.num_messages
         samples = [self.prepared(*map(int, item)) for item in zip(plan.sample_ids, plan.counts, num_messages)]
         return collate(
-            samples, plan.sample_ids, self.processor, self.loss_weighting, plan.total_weight, self.blank_count
+            samples,
+            plan.sample_ids,
+            self.processor,
+            self.loss_weighting,
+            plan.total_weight,
+            self.blank_count,
+            plan_of=self.plan_of,
         )
 
     def prepared(self, sample_id: int, count: int, num_messages: int = 0) -> PreparedSample:

@@ -63,14 +63,17 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings):
         self.language_model.set_output_embeddings(new_embeddings)
 
-    def get_image_features(self, pixel_values, sides):
-        """Visual tokens [V, D] of images [B, 3, H, W], image b pooled to `sides[b]` = (rows, columns), one after another."""
+    def get_image_features(self, pixel_values, sides, pool_plan=None):
+        """Visual tokens [V, D] of images [B, 3, H, W], image b pooled to `sides[b]` = (rows, columns), one after another.
+
+        A `pool_plan` says the same to the fused kernels; `sides` may then be None.
+        """
         config = self.config
         features_PC = patch_features(
             self.vision_tower, pixel_values, config.vision_feature_layer, config.vision_position_embedding
         )
         grid = patch_grid(config.vision_config, *pixel_values.shape[-2:])
-        return self.projector(features_PC, [grid] * len(pixel_values), sides)
+        return self.projector(features_PC, [grid] * len(pixel_values), sides, pool_plan)
 
     def forward(
         self,
@@ -87,6 +90,7 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
         visual_positions=None,
         is_dummy_image=False,
         num_tiles=None,
+        pool_plan=None,
         **kwargs,
     ):
         """Logits of text with images spliced in where `input_ids` holds `image_token_id`.
@@ -99,6 +103,7 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 what the runs' lengths say.
             visual_positions: [V] places of the placeholders in the flattened `input_ids`; found from it by default.
             is_dummy_image: the images belong to no token; they only keep every rank of a ZeRO-3 job in step.
+            pool_plan: what `projector.plan_maker` made of the tiles' counts; stands for `num_visual_tokens` and `num_tiles`.
             labels: [B, T] with -100 where nothing is learned; the mean loss of the rest is returned.
 
         Raises:
@@ -107,8 +112,11 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
-            sides = self._sides(num_visual_tokens, _tiles(num_tiles, pixel_values), input_ids)
-            visual_VD = self.get_image_features(pixel_values.to(inputs_embeds.dtype), sides).to(inputs_embeds.dtype)
+            sides = None
+            if pool_plan is None:
+                sides = self._sides(num_visual_tokens, _tiles(num_tiles, pixel_values), input_ids)
+            visual_VD = self.get_image_features(pixel_values.to(inputs_embeds.dtype), sides, pool_plan)
+            visual_VD = visual_VD.to(inputs_embeds.dtype)
             if is_dummy_image:
                 inputs_embeds = inputs_embeds + 0.0 * visual_VD.sum()
             else:

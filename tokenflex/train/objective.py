@@ -89,6 +89,7 @@ def model_inputs(batch: PackedBatch, normalise: Callable[[torch.Tensor], torch.T
         "position_ids": batch.position_ids,
         "pixel_values": normalise(batch.images),
         "num_visual_tokens": batch.tile_counts,
+        "pool_plan": batch.pool_plan,
         "visual_positions": batch.visual_positions,
         "is_dummy_image": batch.is_dummy_image,
         "cu_seq_lens_q": batch.cu_seq_lens,

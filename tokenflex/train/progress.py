@@ -18,6 +18,8 @@ class Progress:
     """Optimizer steps done, skipped ones included."""
     position: dict = field(default_factory=lambda: {"epoch": 0, "step": 0})
     """The next step in the data, as `Position.as_dict` writes it."""
+    data: str = ""
+    """Digest of the data that the position is in; empty in checkpoints from before it was kept."""
     num_skipped: int = 0
     """Steps that moved nothing, because something was wrong with them."""
     bad: list[list[int]] = field(default_factory=list)

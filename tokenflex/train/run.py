@@ -12,6 +12,7 @@ from .. import failpoints, parallel
 from ..checkpoint import EarlyCheck, tags
 from ..config import RunConfig, save_config
 from ..data import batch_loader
+from ..data.identity import after_change, check_same_data
 from ..data.loader import micro_batches, num_micro_steps
 from ..data.sources import DataRun, open_data, source_configs
 from ..errors import UserError
@@ -45,6 +46,7 @@ def run_training(
     ds_config: dict,
     ranks: Ranks,
     fresh: bool = False,
+    accept_new_data: bool = False,
     say: Callable[[str], None] = print,
 ) -> bool:
     """Train (or go on training) a configured run and export its model.
@@ -56,6 +58,8 @@ def run_training(
         recipe: the configuration as it was written, which the run's folder and its checkpoints remember.
         config: the same with every part and source resolved to where it lies (`corpus.resolve_embedded`).
         ds_config: DeepSpeed's, from `parallel.load_ds_config`.
+        fresh: begin anew, removing the run's checkpoints.
+        accept_new_data: go on with other data than the checkpoints', from the next epoch.
         say: prints on rank 0.
 
     Raises:
@@ -65,7 +69,7 @@ def run_training(
     failpoints.enter(ranks.rank)
     with StopRequest() as stop, SoleWriter(layout, ranks), watched(layout, config.train, ranks) as heartbeat:
         run = Run(recipe, config, ds_config, ranks, heartbeat, say)
-        run.prepare(fresh)
+        run.prepare(fresh, accept_new_data)
         run.build()
         run.resume()
         is_complete = run.train(stop)
@@ -118,7 +122,7 @@ class Run:
         self.metrics = Metrics()
         self.record_event = EventLog(self.layout, ranks)
 
-    def prepare(self, fresh: bool = False) -> None:
+    def prepare(self, fresh: bool = False, accept_new_data: bool = False) -> None:
         """The run's folder, its data: processor, indexes, planner, data set.
 
         Raises:
@@ -131,7 +135,12 @@ class Run:
         processor = build_processor(self.config.model, self.config.budget)
         for note in check_template(processor):
             self.say(f"template  {note}")
-        self.data = open_data(self.config, processor, self.ranks, self.say)
+        before = self.layout if tags(self.layout.checkpoints) else _layout_branched_from(self.recipe)
+        identity = before.data if before else None
+        self._accepts_new_data = accept_new_data
+        self._data_before = json.loads(identity.read_text()) if identity and identity.exists() else None
+        date = self._data_before["render_date"] if self._data_before else ""
+        self.data = open_data(self.config, processor, self.ranks, self.say, date)
 
     def build(self) -> None:
         """The model, under the engine, and what a step minimises."""
@@ -144,6 +153,8 @@ class Run:
         num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         self.rates = Schedule([group["lr"] for group in groups], config.train.num_steps, config.optimizer)
         self.engine = parallel.Engine(model, make_adamw(groups, config.optimizer), self.ds_config, self.ranks)
+        projector, on_device = self.engine.model.projector, torch.empty(0, device=self.ranks.device)
+        self.data.dataset.plan_of = projector.plan_maker(self.engine.model.patch_grid, on_device)
         failpoints.install_hooks(self.engine.model)
         failpoints.hit("init")
         self.say(
@@ -161,14 +172,35 @@ class Run:
             recipe=self.recipe,
             folder=self.layout.checkpoints,
             heartbeat=self.heartbeat,
+            settle_data=self.settle_data,
             record_event=self.record_event,
             name_of=self.data.dataset.name_of,
             say=self.say,
         )
         start(self.state, self.layout, self.config.train.resume_from, self._check)
+        self.state.progress.data = self.data.identity["digest"]
+        self.ranks.on_main(lambda: write_whole(self.layout.data, json.dumps(self.data.identity, indent=1)))
         first = next(self.data.planner.steps_from(self.state.progress.data_position()))
         self.ranks.check_same_plan(first.digest(), "the first step to run")  # different packs could hang it
         self.observers = self._observers()
+
+    def settle_data(self, progress: Progress) -> None:
+        """See that a restored position is in the data that are there; where they are others, go to their next epoch.
+
+        Raises:
+            UserError: they are others, and that was not accepted.
+        """
+        now = self.data.identity
+        if progress.data in ("", now["digest"]):
+            return
+        if not self._accepts_new_data:
+            before = self._data_before
+            if before is None or before["digest"] != progress.data:
+                before = {**now, "digest": progress.data}
+            check_same_data(before, now, f"run {self.layout.root}")
+        progress.position = after_change(progress.data_position()).as_dict()
+        progress.data = now["digest"]
+        self.say(f"new data  accepted: going on at epoch {progress.position['epoch']}")
 
     def _observers(self) -> list[Observer]:
         config, counts = self.config, self.engine.model.config.trained_num_visual_tokens
@@ -247,11 +279,15 @@ def prepare_folder(layout: RunLayout, recipe: RunConfig, fresh: bool) -> None:
     plan = plan_settings(recipe)
     if tags(layout.checkpoints):
         _check_plan(layout, plan, "set it back, choose another name=..., or begin anew with --fresh")
-    elif recipe.train.resume_from:
-        folder, _ = other_run(recipe.train.resume_from)
-        _check_plan(RunLayout(folder.parent), plan, "a position in its data means nothing here: set it as there")
+    elif other := _layout_branched_from(recipe):
+        _check_plan(other, plan, "a position in its data means nothing here: set it as there")
     write_whole(layout.plan, json.dumps(plan, indent=1))
     save_config(recipe, layout.config)
+
+
+def _layout_branched_from(recipe):
+    """The run that `train.resume_from` names, or None."""
+    return RunLayout(other_run(recipe.train.resume_from)[0].parent) if recipe.train.resume_from else None
 
 
 def _check_plan(layout, plan, mend):

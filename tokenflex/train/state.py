@@ -36,6 +36,7 @@ class RunState:
     """The engine, the progress and their checkpoints. Every rank has one; every method is collective.
 
     recipe: the configuration as it was written, which checkpoints carry. folder: of the checkpoints. heartbeat: this rank's.
+    settle_data: (progress) -> nothing, or refuses it: whether a restored position means anything in the data that are there.
     record_event: writes down what happened, on rank 0. name_of: (sample id) -> the words by which a person finds it. say:
     prints on rank 0.
     """
@@ -44,6 +45,7 @@ class RunState:
     recipe: RunConfig
     folder: Path
     heartbeat: Heartbeat
+    settle_data: Callable[[Progress], None]
     record_event: Callable[[dict], None]
     name_of: Callable[[int], str]
     say: Callable[[str], None]
@@ -237,6 +239,7 @@ class RunState:
             read_slices(folder, manifest, slices, self.ranks.rank)
             self._fill_buffers(manifest, folder)
         self.progress = Progress.from_dict(manifest.progress)
+        self.settle_data(self.progress)
         if manifest.num_ranks == self.ranks.num_ranks:
             with ShardReader(folder / shard_name(self.ranks.rank, self.ranks.num_ranks)) as reader:
                 set_random_states({name: reader.tensor("random", name) for name in reader.names("random")})
