@@ -1,6 +1,7 @@
 """A run in stages: what can be added from outside, and the ways to begin."""
 
 import json
+import shutil
 
 from conftest import ROOT, TINY, run_ranks, train_ranks
 
@@ -61,3 +62,30 @@ def test_what_cannot_be_branched_off_is_refused_in_one_line(tmp_path, cache_dir,
         assert end.status == 2, end.output[-2000:]
         (line,) = [line for line in end.output.splitlines() if line.startswith("error: ")]
         assert part in line
+
+
+def test_shards_that_have_changed_are_refused_until_they_are_accepted(tmp_path, cache_dir, corpus):
+    """A place in the data means nothing in other data: with --accept-new-data the run goes on at its next epoch."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (first,) = (corpus / "train").glob("*.tar")
+    shutil.copy(first, shards / "0.tar")
+    common = ["launch/train.py", "--config", TINY, f"output_dir={tmp_path}", f"data.cache_dir={cache_dir}"]
+    common += [
+        f"data.train={shards}",
+        f"model.tokenizer={corpus}/tokenizer",
+        "train.save_every=1",
+        "train.log_samples=true",
+    ]
+    (end,) = run_ranks(1, [*common, "train.num_steps=1"])
+    assert end.status == 0, end.output[-2000:]
+    shutil.copy(corpus / "eval" / "shard-00000.tar", shards / "1.tar")
+    (end,) = run_ranks(1, [*common, "train.num_steps=2"])
+    (line,) = [line for line in end.output.splitlines() if line.startswith("error: ")]
+    assert end.status == 2 and "1 shards added (1.tar)" in line and "--accept-new-data" in line
+    (end,) = run_ranks(1, [*common, "train.num_steps=2", "--accept-new-data"])
+    assert end.status == 0 and "going on at epoch 1" in end.output, end.output[-2000:]
+    trace = [json.loads(line) for line in (tmp_path / "tiny" / "samples-0.jsonl").read_text().splitlines()]
+    assert [step["position"] for step in trace] == [[0, 0], [1, 0]]
+    (end,) = run_ranks(1, [*common, "train.num_steps=3"])
+    assert end.status == 0, "what was accepted once is the run's own from then on"
