@@ -90,6 +90,10 @@ class RemoteShard:
         if path.exists():
             os.utime(path)  # the cache drops what was used longest ago
             return path
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: {error.strerror}; set data.cache_dir to a folder that can be written") from None
         with only_one_inside(folder / f"{name}.lock"):  # one process of a node fetches, the others wait for it
             if not path.exists():
                 for left in folder.glob(f"{name}.*.tmp"):  # of a process that was killed: nobody else is inside
