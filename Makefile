@@ -1,5 +1,7 @@
 # make train   installs what is missing, builds the embedded corpus, trains, evaluates, exports
 # make test    installs what is missing, runs the CPU test suite
+# make check   lint and the fast tests, in under two minutes on two cores: before every commit
+# make docs    the documentation site, into build/docs
 # make test-reliability   kills, failing disks, damage, hangs: the long form; writes docs/reliability.md's table
 # ARGS="..."   is handed on: make train ARGS="train.num_steps=200", make test ARGS="-k packing"
 
@@ -9,7 +11,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: train test test-slurm test-templates test-quickstart test-reliability bench-decode bench-packing gpu bench lint clean
+.PHONY: train test check docs test-slurm test-templates test-quickstart test-reliability bench-decode bench-packing gpu bench lint clean
 
 train: $(VENV)/installed
 	deepspeed launch/train.py --ds_config configs/zero3.json $(ARGS)
@@ -45,6 +47,21 @@ test-reliability: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+# what starts no ranks and trains no model
+FAST_TESTS := tests/test_structure.py tests/test_docs.py tests/test_budget.py tests/config tests/plan/test_plan.py tests/data/test_shards.py \
+              tests/train/test_schedule.py tests/train/test_metrics.py tests/laws/test_packing.py tests/laws/test_pooling.py
+check: lint
+	$(BIN)/python -m pytest -q -n 2 -m "not gpu and not slow" $(FAST_TESTS) $(ARGS)
+
+# a warning (a broken link, a docstring that does not parse) is an error
+docs: $(VENV)/docs-installed
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs $(ARGS)
+	@echo "build/docs/index.html"
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	@touch $@
 
 $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 10) <= v < (3, 13) else f"error: {sys.executable} is Python {v.major}.{v.minor}; TokenFLEX runs on 3.10 to 3.12: make PYTHON=python3.12 ...")'
