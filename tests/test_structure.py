@@ -78,6 +78,8 @@ def test_the_exported_model_code_stands_alone():
         "PIL",
         "numpy",
         "math",
+        "functools",
+        "inspect",
         "re",
         "dataclasses",
         "pathlib",

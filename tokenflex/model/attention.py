@@ -57,7 +57,7 @@ def packed_attention(
     output = packed_backend(query.device.type)(
         query, key, value, cu_seq_lens, max_length, scaling, dropout, sliding_window, softcap, s_aux
     )
-    return output.unsqueeze(0), None
+    return output.unsqueeze(0).contiguous(), None
 
 
 def _refuse_unknown(module, query, key, attention_mask, kwargs):
@@ -101,6 +101,22 @@ def _chunked(module, cu_seq_lens, max_length):
     begins, ends = cu_seq_lens[:-1].tolist(), cu_seq_lens[1:].tolist()
     cuts = [place for begin, end in zip(begins, ends) for place in range(begin, end, chunk)]
     return torch.tensor([*cuts, ends[-1]], dtype=cu_seq_lens.dtype, device=cu_seq_lens.device), chunk
+
+
+def packing(cu_seq_lens, max_length, num_tokens):
+    """What tells a language model where the samples of a pack begin, as arguments of its forward.
+
+    Attention reads `cu_seq_lens_*`; convolutions and states of hybrid models also read `seq_idx`, each token's sample.
+    """
+    places = torch.arange(num_tokens, device=cu_seq_lens.device, dtype=cu_seq_lens.dtype)
+    return {
+        "cu_seq_lens_q": cu_seq_lens,
+        "cu_seq_lens_k": cu_seq_lens,
+        "max_length_q": max_length,
+        "max_length_k": max_length,
+        "seq_idx": torch.searchsorted(cu_seq_lens[1:], places, right=True, out_int32=True)[None],
+        "use_cache": False,
+    }
 
 
 @functools.lru_cache

@@ -1,5 +1,6 @@
 """One micro-step: a packed batch through the model to its share of the step's loss."""
 
+from ..model.attention import packing
 from .loss import answering_losses, weighted_cross_entropy, weighted_sum
 
 
@@ -28,9 +29,5 @@ def model_inputs(batch, normalise):
         "num_visual_tokens": batch.counts,
         "visual_positions": batch.visual_positions,
         "is_dummy_image": batch.is_dummy_image,
-        "cu_seq_lens_q": batch.cu_seq_lens,
-        "cu_seq_lens_k": batch.cu_seq_lens,
-        "max_length_q": batch.max_length,
-        "max_length_k": batch.max_length,
-        "use_cache": False,
+        **packing(batch.cu_seq_lens, batch.max_length, batch.input_ids.shape[1]),
     }
