@@ -162,6 +162,8 @@ def test_the_exported_model_code_stands_alone():
         "PIL",
         "numpy",
         "math",
+        "functools",
+        "inspect",
         "re",
         "datetime",
         "dataclasses",

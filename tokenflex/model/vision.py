@@ -5,23 +5,64 @@ their output (class and register tokens come first, convolutional encoders answe
 images of another size than they were built for.
 """
 
+import functools
+import inspect
+
 import torch
 
 
 def patch_stride(vision_config):
-    """Pixels per patch side: the patch size of a ViT, the total stride of a convolutional encoder."""
-    patch = getattr(vision_config, "patch_size", 4)  # a ResNet's stem: convolution and pooling, each by 2
+    """Pixels per side of a feature's patch: the patch size of a ViT, the total stride of an encoder that shrinks its map.
+
+    Raises:
+        ValueError: the configuration does not tell.
+    """
+    patch = getattr(vision_config, "patch_size", 4 if is_hierarchical(vision_config) else None)  # 4: a ResNet's stem
     patch = patch[0] if isinstance(patch, (tuple, list)) else patch
-    if hasattr(
-        vision_config, "hidden_sizes"
-    ):  # ConvNeXt, ResNet and their kin: every stage after the first halves the grid
-        return patch * 2 ** (len(vision_config.hidden_sizes) - 1)
-    return patch
+    if not isinstance(patch, int):
+        raise ValueError(
+            f"a vision encoder of type {vision_config.model_type} does not tell its patch_size; choose another"
+        )
+    if merges_patches(vision_config):
+        return patch * vision_config.spatial_merge_size
+    return patch * 2 ** (_num_stages(vision_config) - 1)  # every stage after the first halves the grid
+
+
+def is_hierarchical(vision_config):
+    """Whether features come from a map that shrinks from stage to stage, each feature seeing far beyond its patch."""
+    return _num_stages(vision_config) > 1
+
+
+def _num_stages(vision_config):
+    """Stages of ConvNeXt, ResNet and their kin (`hidden_sizes`), of Swin and its kin (`embed_dim`, `depths`); 1 for ViTs."""
+    if isinstance(getattr(vision_config, "hidden_sizes", None), (list, tuple)):
+        return len(vision_config.hidden_sizes)
+    has_stages = hasattr(vision_config, "embed_dim") and isinstance(
+        getattr(vision_config, "depths", None), (list, tuple)
+    )
+    return len(vision_config.depths) if has_stages else 1
+
+
+def merges_patches(vision_config):
+    """Whether this is a tower of the Qwen-VL family: patches come as rows, and square blocks of them leave as one feature."""
+    return hasattr(vision_config, "spatial_merge_size") and hasattr(vision_config, "temporal_patch_size")
 
 
 def patch_width(vision_config):
-    """Width C of the patch features."""
-    return vision_config.hidden_sizes[-1] if hasattr(vision_config, "hidden_sizes") else vision_config.hidden_size
+    """Width C of the patch features.
+
+    Raises:
+        ValueError: the configuration does not tell.
+    """
+    if isinstance(getattr(vision_config, "hidden_sizes", None), (list, tuple)):
+        return vision_config.hidden_sizes[-1]
+    names = ["out_hidden_size", "hidden_size"] if merges_patches(vision_config) else ["hidden_size"]
+    width = next((getattr(vision_config, name, None) for name in names if getattr(vision_config, name, None)), None)
+    if width is None:
+        raise ValueError(
+            f"a vision encoder of type {vision_config.model_type} does not tell its hidden_size; choose another"
+        )
+    return width
 
 
 def patch_grid(vision_config, height, width):
@@ -71,19 +112,26 @@ def _sine_axes(rows, columns, width):
 
 def _patch_features(vision_tower, pixel_values, layer):
     config = vision_tower.config
-    height, width = pixel_values.shape[-2:]
-    rows, columns = patch_grid(config, height, width)
+    rows, columns = patch_grid(config, *pixel_values.shape[-2:])
+    if merges_patches(config):
+        if layer != -1:
+            raise ValueError(
+                f"vision_feature_layer is {layer}; a tower of type {config.model_type} has its last layer only"
+            )
+        return vision_tower(**_merged_inputs(vision_tower, pixel_values), return_dict=True).pooler_output
     outputs = vision_tower(
-        **_inputs(config, pixel_values, rows, columns), output_hidden_states=layer != -1, return_dict=True
+        **_inputs(vision_tower, pixel_values, rows, columns), output_hidden_states=layer != -1, return_dict=True
     )
     hidden = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
     if hidden.dim() == 4:
         return hidden.flatten(2).transpose(1, 2).flatten(0, 1)
-    return hidden[:, hidden.shape[1] - rows * columns :].flatten(0, 1)  # class and register tokens come first
+    first = max(0, hidden.shape[1] - rows * columns)
+    return hidden[:, first:].flatten(0, 1)  # class and register tokens come first
 
 
-def _inputs(config, pixel_values, rows, columns):
+def _inputs(vision_tower, pixel_values, rows, columns):
     """The encoder's own arguments; position embeddings are interpolated where the image has not the encoder's size."""
+    config = vision_tower.config
     if config.model_type == "siglip2_vision_model":
         stride = config.patch_size
         patches = pixel_values.unflatten(2, (rows, stride)).unflatten(4, (columns, stride))  # B 3 rows s columns s
@@ -93,7 +141,30 @@ def _inputs(config, pixel_values, rows, columns):
             "pixel_attention_mask": torch.ones(batch, rows * columns, dtype=torch.long, device=pixel_values.device),
             "spatial_shapes": torch.tensor([[rows, columns]] * batch, device=pixel_values.device),
         }
-    if config.model_type in ("siglip_vision_model", "clip_vision_model"):
-        resized = pixel_values.shape[-2:] != (config.image_size, config.image_size)
-        return {"pixel_values": pixel_values, "interpolate_pos_encoding": bool(resized)}
+    if "interpolate_pos_encoding" in _arguments(type(vision_tower)):
+        size = config.image_size
+        size = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+        return {"pixel_values": pixel_values, "interpolate_pos_encoding": tuple(pixel_values.shape[-2:]) != size}
     return {"pixel_values": pixel_values}
+
+
+@functools.lru_cache
+def _arguments(tower_class):
+    return frozenset(inspect.signature(tower_class.forward).parameters)
+
+
+def _merged_inputs(vision_tower, pixel_values):
+    """Images as a Qwen-VL tower wants them: patches one after another, block by block, each repeated over the frames of one
+    temporal patch; and the patches per frame, column and row of each image."""
+    config = vision_tower.config
+    stride, merge = config.patch_size, config.spatial_merge_size
+    batch, channels, height, width = pixel_values.shape
+    rows, columns = height // stride, width // stride
+    blocks = pixel_values.reshape(batch, channels, rows // merge, merge, stride, columns // merge, merge, stride)
+    blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(
+        6
+    )  # B, block row, block column, row, column, 3, frame, s, s
+    frames = blocks.expand(*(-1,) * 6, config.temporal_patch_size, -1, -1)
+    name = "pixel_values" if "pixel_values" in _arguments(type(vision_tower)) else "hidden_states"
+    grid = torch.tensor([[1, rows, columns]] * batch, device=pixel_values.device)
+    return {name: frames.reshape(batch * rows * columns, -1), "grid_thw": grid}

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from ..data.collate import PackedBatch
+from ..model.attention import packing
 from .loss import answering_losses, weighted_cross_entropy, weighted_sum
 
 
@@ -92,9 +93,5 @@ def model_inputs(batch: PackedBatch, normalise: Callable[[torch.Tensor], torch.T
         "pool_plan": batch.pool_plan,
         "visual_positions": batch.visual_positions,
         "is_dummy_image": batch.is_dummy_image,
-        "cu_seq_lens_q": batch.cu_seq_lens,
-        "cu_seq_lens_k": batch.cu_seq_lens,
-        "max_length_q": batch.max_length,
-        "max_length_k": batch.max_length,
-        "use_cache": False,
+        **packing(batch.cu_seq_lens, batch.max_length, batch.input_ids.shape[1]),
     }
