@@ -50,7 +50,8 @@ def read_header(data: bytes, limits: Limits) -> ImageHeader:
         if orientation >= 5:
             width, height = height, width
         repairs = _repairs(image, orientation)
-        return ImageHeader(image.format, width, height, repairs)
+        # a photo with a second one behind it, as many phones write, is a JPEG whose first image counts
+        return ImageHeader("JPEG" if image.format == "MPO" else image.format, width, height, repairs)
 
 
 def verify_image(data: bytes, limits: Limits) -> ImageHeader:

@@ -23,6 +23,8 @@ REASONS = {
     "json": "the JSON is broken, not UTF-8, nested too deeply, or not an object with messages",
     "message": "a message of an unknown role, or content that is neither text nor a list of text and image items",
     "template": "the chat template does not write the conversation as it is, or no answer where one is asked for",
+    "field": "a field that changes what is said or shown, and cannot be used",
+    "media": "a video, sound or another medium that is no image",
     "image-tags": "not one image per image tag",
     "image-missing": "the image file is not there",
     "image-path": "an absolute path, a path with `..`, or a URL of a scheme that is not on the allow-list",
@@ -52,6 +54,8 @@ REPAIRS = {
     "tag-as-text": "an image tag in a conversation without images: it stays text",
     "answer-first-dropped": "answers before the first question, left out",
     "turns-joined": "several messages of one role in a row, joined",
+    "number-as-text": "an answer that is a number, written out",
+    "first-answer": "several answers, of which the first is taken",
     "id-shared": "another record has the same id and other content; both are kept",
 }
 """What is put right, and how."""
@@ -112,13 +116,15 @@ class Limits:
 class Tally:
     """Samples seen, good, skipped by reason and repaired by kind; sums over shards and ranks.
 
-    A sample is skipped or good; a good one may carry several repairs. `skipped + repaired` counts samples once each.
+    A sample is skipped or good; a good one may carry several repairs. `skipped + repaired` counts samples once each. `unread`
+    counts the fields of foreign records that a conversion left unread and does not know as bookkeeping.
     """
 
     def __init__(self) -> None:
         self.num_samples = self.num_repaired = 0
         self.skipped: Counter[str] = Counter()
         self.repairs: Counter[str] = Counter()
+        self.unread: Counter[str] = Counter()
 
     @property
     def num_skipped(self) -> int:
@@ -143,9 +149,12 @@ class Tally:
         self.num_repaired += other.num_repaired
         self.skipped += other.skipped
         self.repairs += other.repairs
+        self.unread += other.unread
 
     def to_json(self) -> dict[str, Any]:
+        unread = {"unread": dict(self.unread.most_common())} if self.unread else {}
         return {
+            **unread,
             "num_samples": self.num_samples,
             "num_good": self.num_good,
             "num_skipped": self.num_skipped,
@@ -159,6 +168,7 @@ class Tally:
         tally = cls()
         tally.num_samples, tally.num_repaired = record["num_samples"], record["num_repaired"]
         tally.skipped, tally.repairs = Counter(record["skipped"]), Counter(record["repairs"])
+        tally.unread = Counter(record.get("unread", {}))
         return tally
 
     def lines(self) -> list[str]:
@@ -166,4 +176,5 @@ class Tally:
         head = f"{self.num_samples} samples: {self.num_good} good ({self.num_repaired} of them repaired), {self.num_skipped} skipped"
         lines = [f"  skipped  {number:8d}  {name}: {REASONS[name]}" for name, number in self.skipped.most_common()]
         lines += [f"  repaired {number:8d}  {name}: {REPAIRS[name]}" for name, number in self.repairs.most_common()]
+        lines += [f"  unread   {number:8d}  the field {name!r}" for name, number in self.unread.most_common(20)]
         return [head, *lines]

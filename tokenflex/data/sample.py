@@ -127,7 +127,7 @@ def parse_message(message: Any) -> Message:
             )
     if message["role"] == "assistant" and any(item["type"] == "image" for item in content):
         raise BadSample("message", "an assistant message holds an image; only text can be learned")
-    return {"role": message["role"], "content": content}
+    return {"role": message["role"], "content": content, **_weight(message)}
 
 
 def encoded(processor: Any, messages: list[Message], lengths: list[int]) -> Any:
@@ -144,12 +144,24 @@ def encoded(processor: Any, messages: list[Message], lengths: list[int]) -> Any:
         raise BadSample("template", str(error)) from None
 
 
+def _weight(message: Message) -> Message:
+    """`{"weight": 0}` for an answer that its `weight` or `loss` takes out of training, else nothing.
+
+    Raises:
+        BadSample: another weight than 0 or 1.
+    """
+    given = [message[key] for key in ("weight", "loss") if message.get(key) is not None]
+    if any(not isinstance(value, (bool, int, float)) or value not in (0, 1) for value in given):
+        raise BadSample("message", f"a message has the weight {given[0]!r:.40}; wanted 0 or 1")
+    return {"weight": 0} if message["role"] == "assistant" and 0 in given else {}
+
+
 def has_answer(messages: list[Message]) -> bool:
-    """Whether there is assistant text to learn from."""
+    """Whether there is assistant text to learn from, of which no weight of 0 says that it is context."""
     return any(
         item["type"] == "text" and item["text"].strip()
         for message in messages
-        if message["role"] == "assistant"
+        if message["role"] == "assistant" and message.get("weight") != 0
         for item in message["content"]
     )
 
