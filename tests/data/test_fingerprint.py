@@ -4,13 +4,17 @@ import copy
 import datetime
 import json
 
+import numpy as np
 import pytest
 from test_places import build, data  # noqa: F401  a fixture
 from test_shards import LIMITS, good, write_shard
 
+from tokenflex.data import PackDataset
 from tokenflex.data import index as index_module
-from tokenflex.data.index import fingerprint, load_or_build_index, tells_date
+from tokenflex.data.index import fingerprint, load_index, load_or_build_index, tells_date
+from tokenflex.data.loader import MicroBatchPlan
 from tokenflex.data.sources import locate_sources, settle_date
+from tokenflex.plan import Position
 
 LONG = [
     {"role": "user", "content": [{"type": "text", "text": "digit at B3 " * 40}]},
@@ -131,3 +135,20 @@ def test_an_index_of_an_earlier_release_is_found_by_its_fingerprint(processor):
     expected = "-".join(hashlib.sha256(part.encode()).hexdigest()[:8] for part in parts)
     processor.encode(LONG, [])
     assert fingerprint(processor) == expected
+
+
+def test_samples_keep_their_lengths_on_another_day(data, dated):  # noqa: F811
+    """Lengths counted as on one day are those that are read on any other: the template sees the run's date, not the clock's."""
+    located = locate_sources(data)
+    dated.chat_template = dated.chat_template.replace("%d %b %Y", "%A, the %d of %B %Y")
+    for date in ("2024-07-26", "2025-09-03"):
+        first, later = copy.copy(dated), copy.copy(dated)
+        settle_date(first, located, data, date)
+        index = load_index(build(data, first), located[0].shards, first)
+        settle_date(later, located, data, date)  # as a run that goes on does
+        batch = PackDataset(index, later, "sqrt", 4, LIMITS).batch(
+            MicroBatchPlan(Position(), True, np.arange(len(index)), np.where(index.num_tiles > 0, 4, 0), 1.0)
+        )
+        assert not batch.skipped
+        day = datetime.date.fromisoformat(date)
+        assert f"{day:%A}, the {day:%d} of {day:%B %Y}" in later.tokenizer.decode(batch.input_ids[0])
