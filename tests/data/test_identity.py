@@ -138,6 +138,8 @@ def test_other_sources_and_another_order_are_named(folder, processor):
     turned["sources"][0]["shards"].reverse()
     turned["digest"] = "other"
     assert changes(before, turned) == [f"{folder}/a: the shards come in another order"]
+    with pytest.raises(UserError, match="its samples are others than those that are remembered"):
+        check_same_data({**before, "digest": "other"}, before, "run x")  # known by its digest alone
 
 
 def test_a_run_that_goes_on_another_day_keeps_its_date(folder, processor, dated):  # noqa: F811

@@ -49,7 +49,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         lines.append(f"there were {len(before['sources'])} sources, there are {len(now['sources'])}")
     for was, source in zip(before["sources"], now["sources"]):
         lines += [f"{source['name']}: {line}" for line in _changes_of_source(was, source)]
-    return lines
+    return lines or ["its samples are others than those that are remembered"]
 
 
 def _changes_of_source(was: dict[str, Any], source: dict[str, Any]) -> list[str]:
