@@ -5,15 +5,18 @@ mpirun -n 8 python launch/index.py --config recipe.yaml
 python launch/index.py 'data.train=[/data/shards]' --rebuild
 """
 
+import argparse
 import sys
+from collections.abc import Sequence
 
-from tokenflex.cli.launching import entry_point, print_check
+from tokenflex.cli.launching import Say, entry_point, print_check
 from tokenflex.cli.options import launch_parser
 from tokenflex.config import load_config
 from tokenflex.corpus import resolve_embedded
 
 
-def parse(argv):
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
     parser = launch_parser(__doc__)
     parser.add_argument(
         "--rebuild", action="store_true", help="read every shard again, for another tokenizer, template or tiling"
@@ -21,7 +24,8 @@ def parse(argv):
     return parser.parse_intermixed_args(argv)
 
 
-def main(arguments, say):
+def main(arguments: argparse.Namespace, say: Say) -> int:
+    """Build the index; returns the exit status."""
     config = load_config(arguments.config, arguments.overrides)
     if arguments.check:
         return print_check(config)

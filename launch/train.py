@@ -5,16 +5,19 @@ deepspeed launch/train.py --ds_config configs/zero3.json
 deepspeed launch/train.py --ds_config configs/zero3.json --config recipe.yaml train.num_steps=200
 """
 
+import argparse
 import sys
+from collections.abc import Sequence
 
-from tokenflex.cli.launching import entry_point, print_check
+from tokenflex.cli.launching import Say, entry_point, print_check
 from tokenflex.cli.options import QUICKSTART, launch_parser
 from tokenflex.config import describe, load_config
 from tokenflex.corpus import resolve_embedded
 from tokenflex.layout import DONE, REQUEUE, RunLayout
 
 
-def parse(argv):
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
     parser = launch_parser(__doc__, "configuration keys, with the defaults that a recipe overrides:\n\n" + describe())
     parser.add_argument(
         "--ds_config",
@@ -33,7 +36,8 @@ def parse(argv):
     return parser.parse_intermixed_args(argv)
 
 
-def main(arguments, say):
+def main(arguments: argparse.Namespace, say: Say) -> int:
+    """Train, and evaluate what came of it; returns the exit status."""
     from tokenflex import parallel
 
     recipe = load_config(arguments.config, arguments.overrides)

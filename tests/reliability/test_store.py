@@ -100,7 +100,7 @@ def save_over(folder, step, num_ranks):
     for rank, writer in enumerate(writers):
         writer.start(named_pieces(state_of(step, num_ranks, rank), rank, num_ranks), {}, {"step": step})
         writer._thread.join()
-    writers[0].ranks.gather = lambda value: [w._result for w in writers] if isinstance(value, dict) else [value]
+    writers[0].ranks.all_gather = lambda value: [w._result for w in writers] if isinstance(value, dict) else [value]
     assert not writers[0].finish().problem
 
 

@@ -3,13 +3,14 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 
 from tqdm import tqdm
 
-from .options import add_debug, add_limits, add_workers, positive
+from .options import Commands, add_debug, add_limits, add_workers, positive
 
 
-def add_to(commands) -> None:
+def add_to(commands: Commands) -> None:
     """Add the command to a parser's sub-commands."""
     command = commands.add_parser(
         "convert",
@@ -53,7 +54,7 @@ def add_to(commands) -> None:
     command.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace, say) -> int:
+def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
     from ..data import Limits
     from ..errors import UserError
     from ..prepare.convert import Options, convert, first_skipped

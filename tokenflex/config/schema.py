@@ -37,7 +37,7 @@ class BudgetConfig(Section):
     """Change of the probabilities over training: points `[samples seen, [p, ...]]`, linear in between; empty keeps them."""
 
     @model_validator(mode="after")
-    def _check(self):
+    def _check(self) -> "BudgetConfig":
         if len(set(self.num_visual_tokens)) != len(self.num_visual_tokens) or not self.num_visual_tokens:
             raise ValueError(f"num_visual_tokens is {list(self.num_visual_tokens)}; it must hold distinct counts")
         for probabilities in (self.probabilities, *(p for _, p in self.schedule)):
@@ -188,7 +188,7 @@ class DataConfig(Section):
     filled with tokens that teach nothing, and each is logged."""
 
     @model_validator(mode="after")
-    def _check(self):
+    def _check(self) -> "DataConfig":
         if self.packs_per_step % self.lockstep_packs:
             raise ValueError(
                 f"lockstep_packs={self.lockstep_packs} does not divide packs_per_step={self.packs_per_step}"

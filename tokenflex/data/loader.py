@@ -1,7 +1,7 @@
 """Planned steps -> packed batches of one rank, read and decoded by worker processes in an order that no worker changes."""
 
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
@@ -191,7 +191,7 @@ class PackDataset(Dataset):
 
 def batch_loader(
     dataset: PackDataset, plans: Iterable[MicroBatchPlan], num_workers: int, pin_memory: bool
-) -> Iterator[tuple[MicroBatchPlan, PackedBatch]]:
+) -> Generator[tuple[MicroBatchPlan, PackedBatch], None, None]:
     """Iterate (MicroBatchPlan, PackedBatch) in the order of `plans`, whatever the number of workers.
 
     Raises:

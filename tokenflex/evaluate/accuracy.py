@@ -3,21 +3,44 @@
 import json
 import logging
 from collections import Counter
+from collections.abc import Callable, Sequence
+from os import PathLike
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ..config import EvaluateConfig, RunConfig
 from ..data import Limits
 from ..data.remote import locate_shards
+from ..data.sample import Sample
 from ..errors import UserError
 from ..export import is_exported, loading_code
 from ..layout import RunLayout
+from ..model import TokenFlexProcessor
+from ..parallel import Ranks
 from .questions import read_questions
-from .report import accuracy_table, plot_accuracy
+from .report import EvaluationRecord, accuracy_table, plot_accuracy
+
+Hits = Counter[tuple[str, int]]
+"""Questions by (task, visual-token count)."""
 
 
-def evaluate_run(config, ranks, say, model_folder=None):
+class Answering(Protocol):
+    """What evaluation uses of a model: transformers' `generate`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    def generate(self, **inputs: Any) -> torch.Tensor:
+        """Token ids [B, L] of prompts and answers, for the processor's inputs and settings of generation."""
+
+
+def evaluate_run(
+    config: RunConfig, ranks: Ranks, say: Callable[[str], None], model_folder: str | PathLike | None = None
+) -> dict[str, dict[str, float]]:
     """Evaluate the exported model of a run on its evaluation shards, all ranks together; print table, plot and loading code.
 
     Writes `accuracy.json` and `accuracy.png` into the run's folder. Returns {task: {count: accuracy}} on every rank.
@@ -41,7 +64,7 @@ def evaluate_run(config, ranks, say, model_folder=None):
     right, asked = evaluate_model(model, processor, samples[ranks.rank :: ranks.num_ranks], config.evaluate, say)
     accuracy, totals = _over_ranks(right, asked, config.evaluate.num_visual_tokens, ranks)
     if ranks.is_main:
-        record = {
+        record: EvaluationRecord = {
             "accuracy": accuracy,
             "num_questions": totals,
             "num_bad_samples": len(questions.problems),
@@ -55,18 +78,25 @@ def evaluate_run(config, ranks, say, model_folder=None):
     return accuracy
 
 
-def exact_match(answer, expected):
+def exact_match(answer: str, expected: str) -> bool:
     """Whether an answer is the expected one but for case and surrounding space."""
     return answer.strip().casefold() == expected.strip().casefold()
 
 
-def evaluate_model(model, processor, samples, settings, say=lambda text: None):
+def evaluate_model(
+    model: Answering,
+    processor: TokenFlexProcessor,
+    samples: Sequence[Sample],
+    settings: EvaluateConfig,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[Hits, Hits]:
     """Right answers and questions asked, as two counters over (task, count).
 
     Samples without an image are asked once and counted at every count. `settings` is the configuration's evaluate section.
     """
     logging.getLogger(type(model).__module__).setLevel(logging.ERROR)  # untrained counts are the point of the table
-    right, asked = Counter(), Counter()
+    right: Hits = Counter()
+    asked: Hits = Counter()
     for with_images in (True, False):
         group = [sample for sample in samples if bool(sample.images) == with_images]
         for count in settings.num_visual_tokens if with_images else settings.num_visual_tokens[:1]:
@@ -78,9 +108,11 @@ def evaluate_model(model, processor, samples, settings, say=lambda text: None):
     return right, asked
 
 
-def _hits(model, processor, samples, count, settings):
+def _hits(
+    model: Answering, processor: TokenFlexProcessor, samples: Sequence[Sample], count: int, settings: EvaluateConfig
+) -> list[bool]:
     """Per sample, whether its last message is answered exactly."""
-    hits = []
+    hits: list[bool] = []
     for begin in range(0, len(samples), settings.batch_size):
         batch = samples[begin : begin + settings.batch_size]
         prompts = [sample.messages_with_images()[:-1] for sample in batch]
@@ -94,7 +126,9 @@ def _hits(model, processor, samples, count, settings):
     return hits
 
 
-def _over_ranks(right, asked, counts, ranks):
+def _over_ranks(
+    right: Hits, asked: Hits, counts: Sequence[int], ranks: Ranks
+) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
     """{task: {count: accuracy}} and {task: questions} from every rank's counters."""
     names = ranks.all_gather(sorted({task for task, _ in asked}))
     tasks = sorted({task for some in names for task in some})

@@ -5,16 +5,18 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import UserError
 from .environment import Launch
 from .ranks import Ranks
-from .slices import before_loading, held_slices, num_updates, publish_weights, set_num_updates
+from .slices import Slice, before_loading, held_slices, num_updates, publish_weights, set_num_updates
 
 OURS = {
     "train_batch_size": "data.packs_per_step",
@@ -28,7 +30,7 @@ OURS = {
 """Keys of a DeepSpeed configuration that this trainer derives from its own, and from which of its keys."""
 
 
-def load_ds_config(path):
+def load_ds_config(path: str | PathLike) -> dict[str, Any]:
     """A DeepSpeed JSON file as a dict.
 
     Raises:
@@ -48,7 +50,9 @@ def load_ds_config(path):
     return config
 
 
-def resolve_ds_config(config, precision, num_micro_steps, max_grad_norm):
+def resolve_ds_config(
+    config: dict[str, Any], precision: str, num_micro_steps: int, max_grad_norm: float
+) -> dict[str, Any]:
     """The DeepSpeed configuration that is run: the file's, plus what this trainer decides."""
     resolved = {key: value for key, value in config.items() if key not in OURS}
     resolved.update(
@@ -62,7 +66,7 @@ def resolve_ds_config(config, precision, num_micro_steps, max_grad_norm):
     return resolved
 
 
-def quiet_libraries():
+def quiet_libraries() -> None:
     """Keep the libraries' running commentary out of the progress bar; warnings that matter and errors stay.
 
     Call it before anything imports DeepSpeed, which looks for its accelerator (and comments on it) when imported.
@@ -110,7 +114,7 @@ def join_ranks(launch: Launch) -> Ranks:
 
 
 @contextlib.contextmanager
-def sharded_loading(ds_config):
+def sharded_loading(ds_config: dict[str, Any]) -> Iterator[object]:
     """Within this context transformers loads pretrained weights straight into ZeRO-3 shards (a no-op for other stages)."""
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -119,7 +123,7 @@ def sharded_loading(ds_config):
     yield handle
 
 
-def zero_stage(ds_config):
+def zero_stage(ds_config: dict[str, Any]) -> int:
     """ZeRO stage 0 to 3 of a DeepSpeed configuration."""
     return ds_config.get("zero_optimization", {}).get("stage", 0)
 
@@ -150,7 +154,7 @@ class Engine:
         self,
         model: torch.nn.Module,
         make_optimizer: Callable[[Callable[[], bool]], torch.optim.Optimizer],
-        ds_config: dict,
+        ds_config: dict[str, Any],
         ranks: Ranks,
     ):
         import deepspeed
@@ -161,7 +165,9 @@ class Engine:
         self.ranks, self.device, self.ds_config = ranks, ranks.device, ds_config
         # At stage 0 in bf16 DeepSpeed runs the optimizer once to make it create its state: that would decay the weights.
         self._is_ready = False
-        self._veto, self._answer, self._norm = None, None, float("nan")
+        self._veto: Callable[[float], str] | None = None
+        self._answer: str | None = None
+        self._norm = float("nan")
         self._optimizer = make_optimizer(self._should_skip)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=ds_config)
         self._is_ready = True
@@ -176,7 +182,8 @@ class Engine:
         """Number format of the forward pass."""
         return torch.bfloat16 if self.ds_config["bf16"]["enabled"] else torch.float32
 
-    def __call__(self, **inputs):
+    def __call__(self, **inputs: Any) -> Any:
+        """The model's forward pass."""
         return self._engine(**inputs)
 
     def train(self) -> None:
@@ -224,28 +231,28 @@ class Engine:
             self._answer = self._veto(self._norm)
         return bool(self._answer)
 
-    def slices(self):
+    def slices(self) -> list[Slice]:
         """What this rank holds of every parameter and its optimizer state: a list of `Slice`s, live."""
         return held_slices(self._engine, self._optimizer, self.ranks.rank)
 
     @property
-    def num_updates(self):
+    def num_updates(self) -> int:
         """How many times the optimizer has moved the weights."""
         return num_updates(self._optimizer)
 
     @contextlib.contextmanager
-    def loading(self, updates):
+    def loading(self, updates: int) -> Iterator[list[Slice]]:
         """Within this context `slices()` may be written to; afterwards every rank works with what was written."""
         before_loading(self._engine)
         yield self.slices()
         set_num_updates(self._optimizer, updates)
         publish_weights(self._engine)
 
-    def full_state(self):
+    def full_state(self) -> dict[str, torch.Tensor]:
         """Full weights by name on rank 0's CPU (an empty dict elsewhere); every rank must call it."""
         import deepspeed
 
-        state = {}
+        state: dict[str, torch.Tensor] = {}
         for name, parameter in self.model.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 if self.ranks.rank == 0:
@@ -254,6 +261,6 @@ class Engine:
             state.update({name: buffer.detach().cpu() for name, buffer in self.model.named_buffers()})
         return state
 
-    def close(self):
+    def close(self) -> None:
         """Free what the engine holds; the process group stays."""
         self._engine.destroy()

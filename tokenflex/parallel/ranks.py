@@ -1,7 +1,7 @@
 """The ranks of a job, and the one way to reduce, gather and agree over them."""
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -50,7 +50,7 @@ class Ranks:
 
     def all_gather(self, value: T) -> list[T]:
         """Every rank's `value` (plain, small), as a list on every rank."""
-        values = [None] * self.num_ranks
+        values: list[Any] = [None] * self.num_ranks
         torch.distributed.all_gather_object(values, value, group=self._group)
         return values
 
@@ -78,7 +78,8 @@ class Ranks:
         Raises:
             UserError: what it raised on rank 0, on every rank, so that none waits for the others.
         """
-        result = error = None
+        result: Any = None
+        error: str | None = None
         if self.is_main:
             try:
                 result = function()

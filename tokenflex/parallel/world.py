@@ -2,12 +2,13 @@
 
 import os
 import socket
+from collections.abc import Mapping, Sequence
 
 from ..errors import UserError
 from .ranks import Ranks
 
 
-def check_world(ranks: Ranks, environment=os.environ) -> str:
+def check_world(ranks: Ranks, environment: Mapping[str, str] = os.environ) -> str:
     """One line on the ranks of this job and their nodes, after every rank has checked it. Every rank must call it.
 
     Under slurm/job.py the number of ranks and the nodes must be those of the job's allocation.
@@ -36,7 +37,7 @@ def check_world(ranks: Ranks, environment=os.environ) -> str:
     return text
 
 
-def _ranks(names, node):
+def _ranks(names: Sequence[str], node: str) -> str:
     ranks = [rank for rank, name in enumerate(names) if name == node]
     is_block = ranks == list(range(ranks[0], ranks[-1] + 1)) and len(ranks) > 1
     return f"{ranks[0]}-{ranks[-1]}" if is_block else " ".join(map(str, ranks))

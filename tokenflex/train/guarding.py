@@ -20,17 +20,18 @@ class SoleWriter:
     """
 
     def __init__(self, layout: RunLayout, ranks: Ranks):
-        self.layout, self.ranks, self._lock = layout, ranks, None
+        self.layout, self.ranks = layout, ranks
+        self._lock: RunLock | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> "SoleWriter":
         self.ranks.on_main(self._acquire)
         return self
 
-    def _acquire(self):
+    def _acquire(self) -> None:
         self.layout.root.mkdir(parents=True, exist_ok=True)
         self._lock = RunLock(self.layout.root)
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         if self._lock:
             self._lock.release()
 

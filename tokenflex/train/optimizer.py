@@ -1,7 +1,8 @@
 """Which parameters are trained, in which groups, and an optimizer that can be kept from running."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -19,11 +20,12 @@ class VetoableAdamW(torch.optim.AdamW):
     the optimizer.
     """
 
-    def __init__(self, params, should_skip: Callable[[], bool], **settings):
+    def __init__(self, params: Iterable, should_skip: Callable[[], bool], **settings: Any):
         self._should_skip = should_skip
         super().__init__(params, **settings)
 
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Move the weights, unless told not to."""
         return None if self._should_skip() else super().step(closure)
 
 

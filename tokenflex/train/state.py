@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from .. import __version__
 from ..checkpoint import (
     CheckpointWriter,
@@ -120,7 +122,8 @@ class RunState:
     def save(self) -> None:
         """Begin to copy the state and to write it, in the background."""
         self.heartbeat.phase("save", self.recipe.train.startup_timeout_s)
-        self._note(self.writer.start(*self._tensors(), self.progress.to_dict()))
+        lasting, passing = self._tensors()
+        self._note(self.writer.start(lasting, passing, self.progress.to_dict()))
 
     def before_update(self) -> None:
         """Weights and moments are about to change: wait until what is being saved of them has been copied."""
@@ -181,7 +184,7 @@ class RunState:
     def _remove_newer(self, step):
         """The steps after `step` will be run anew: what was saved of them is of a past that led nowhere."""
         for tag in tags(self.folder):
-            if step_of(tag) > step:
+            if (step_of(tag) or 0) > step:
                 remove_folder(self.folder / tag)
 
     def _note(self, saved):
@@ -202,7 +205,7 @@ class RunState:
                 f"{saved.problem}; free space or set output_dir, then give the same command"
             )
 
-    def _tensors(self):
+    def _tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """({name: live tensor} that lasts until the next update, {name: tensor} that may change before) of this rank."""
         lasting = named_pieces(self.engine.slices(), self.ranks.rank, self.ranks.num_ranks)
         passing = {f"random/{name}": state for name, state in random_states().items()}

@@ -3,7 +3,7 @@
 import functools
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,21 +20,21 @@ from .observers import Observer
 from .progress import Progress, StepOutcome
 from .state import RunState
 
-Batches = Iterator[tuple[MicroBatchPlan, PackedBatch]]
+Batches = Generator[tuple[MicroBatchPlan, PackedBatch], None, None]
 
 
 class StopRequest:
     """Set by SIGINT, SIGTERM and SIGUSR1 (SLURM's warning before the time limit); looked at once per step, so a stop always
     falls between two steps."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.is_set = False
 
-    def __enter__(self):
+    def __enter__(self) -> "StopRequest":
         self._previous = {name: signal.signal(name, self._set) for name in STOP_SIGNALS}
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         for name, handler in self._previous.items():
             signal.signal(name, handler)
 
@@ -46,7 +46,7 @@ class StopRequest:
 class Trainer:
     """The parts of a run that a step needs, and the loop over its steps. Every rank has one.
 
-    open_batches: (progress) -> this rank's micro-batches from there on; its iterator has `close()`. rates: (step) -> one
+    open_batches: (progress) -> this rank's micro-batches from there on. rates: (step) -> one
     learning rate per optimizer group. observers: told what happens, in this order.
     """
 
@@ -100,7 +100,8 @@ class Trainer:
         engine, state, step = self.engine, self.state, self.state.progress.step
         enter = state.heartbeat.phase
         state.heartbeat.step(step)
-        total, parts = torch.zeros((), dtype=torch.float64, device=engine.device), {}
+        total = torch.zeros((), dtype=torch.float64, device=engine.device)
+        parts: dict[str, torch.Tensor] = {}
         ids, micro, rates = [], 0, self.rates(step)
         while True:
             failpoints.at(step, micro)
