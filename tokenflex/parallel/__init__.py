@@ -2,6 +2,7 @@
 
 from .engine import (
     Engine,
+    gathered,
     load_ds_config,
     quiet_libraries,
     resolve_ds_config,
@@ -20,6 +21,7 @@ __all__ = [
     "Launch",
     "Ranks",
     "check_world",
+    "gathered",
     "join",
     "load_ds_config",
     "quiet_libraries",

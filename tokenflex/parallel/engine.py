@@ -103,6 +103,16 @@ def sharded_loading(ds_config):
     yield handle
 
 
+@contextlib.contextmanager
+def gathered(parameters):
+    """Within this context parameters that are sharded are whole on every rank, to be read; every rank must enter it."""
+    import deepspeed
+
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+        yield
+
+
 def zero_stage(ds_config):
     """ZeRO stage 0 to 3 of a DeepSpeed configuration."""
     return ds_config.get("zero_optimization", {}).get("stage", 0)

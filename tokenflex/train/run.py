@@ -104,7 +104,7 @@ def _train_and_export(config, ds_config, launch, ranks, device, num_accumulated,
     torch.manual_seed(config.train.seed)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     loading = functools.partial(parallel.sharded_loading, ds_config)
-    model = build_model(config.model, config.budget, processor, dtype, loading)
+    model = build_model(config.model, config.budget, processor, dtype, loading, parallel.gathered)
     optimizer, peak_rates = build_optimizer(model, config.optimizer)
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     engine = parallel.Engine(model, optimizer, ds_config, launch, device)
