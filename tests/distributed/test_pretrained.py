@@ -26,6 +26,62 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "tiny" / "metrics.jsonl").read_text().splitlines()]
 
 
+def settings_of(stage, folder):
+    """A DeepSpeed configuration of this ZeRO stage that shards whatever it can."""
+    config = json.loads((ROOT / "configs" / "zero3.json").read_text())
+    config["zero_optimization"] = {"stage": stage}
+    if stage == 3:
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path = folder / f"zero{stage}.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bare_tokenizer(tmp_path_factory, corpus):
+    """The corpus's tokenizer, and how many tokens it has: the language models below have exactly as many rows."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(corpus / "tokenizer")
+    return corpus / "tokenizer", len(tokenizer)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_added_image_tokens_grow_a_pretrained_model_at_every_stage(is_tied, bare_tokenizer, tmp_path, cache_dir):
+    """One rank with whole weights and two with shards: same losses, new rows the mean of the old, exports that reload."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig
+
+    from tokenflex.model import TokenFlexForConditionalGeneration  # noqa: F401  its Auto classes
+
+    folder, num_tokens = bare_tokenizer
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    source = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, vocab_size=num_tokens, tie_word_embeddings=is_tied))
+    source.save_pretrained(tmp_path / "text")
+    overrides = [
+        f"model.text={tmp_path}/text",
+        f"model.tokenizer={folder}",
+        "model.image_tokens=['<pic>','<PIC>','</pic>']",
+        "model.add_image_tokens=true",
+        "optimizer.text.train=false",
+        "train.num_steps=1",
+    ]
+    train_ranks(1, tmp_path / "a", cache_dir, *overrides, ds_config=settings_of(2, tmp_path))
+    train_ranks(2, tmp_path / "b", cache_dir, *overrides, ds_config=settings_of(3, tmp_path))
+    for whole, sharded in zip(losses(tmp_path / "a"), losses(tmp_path / "b"), strict=True):
+        assert abs(whole - sharded) < 1e-5, (whole, sharded)
+    for run in ("a", "b"):
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / run / "tiny" / "model", dtype="auto")
+        assert model.config.text_config.vocab_size == num_tokens + 3
+        pairs = [(model.get_input_embeddings(), source.get_input_embeddings())]
+        pairs += [(model.get_output_embeddings(), source.get_output_embeddings())]
+        assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == is_tied
+        for ours, theirs in pairs:
+            assert torch.equal(ours.weight[:num_tokens], theirs.weight)
+            mean = theirs.weight.mean(0).expand(3, -1)
+            torch.testing.assert_close(ours.weight[num_tokens:], mean, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("start", ["parts", "whole"])
 def test_sharded_loading_trains_as_whole_loading(start, folders, tmp_path, cache_dir, corpus):
     overrides = {

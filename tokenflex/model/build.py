@@ -11,6 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..errors import UserError
 from .attention import PACKED, register_packed_attention
 from .configuration_tokenflex import TokenFlexConfig
+from .grow import grow_vocabulary
 from .image_processing_tokenflex import TokenFlexImageProcessor
 from .liger import apply_liger
 from .modeling_tokenflex import TokenFlexForConditionalGeneration
@@ -98,11 +99,12 @@ def _template(name, tokenizer, source):
         ) from None
 
 
-def build_model(model, budget, processor, dtype, loading=contextlib.nullcontext):
+def build_model(model, budget, processor, dtype, loading=contextlib.nullcontext, gathered=contextlib.nullcontext):
     """The model of a run, in training mode with packed attention.
 
-    Pretrained parts are loaded within `loading()`, which may shard them as they come; every weight must be found in the
-    checkpoint. Parts from scratch are built whole: their start must be the same on any number of ranks.
+    Pretrained parts are loaded within `loading()`, which may shard them as they come; within `gathered(parameters)` they are
+    whole again. Every weight must be found in the checkpoint. Parts from scratch are built whole: their start must be the same
+    on any number of ranks. `num_added_tokens` of what is returned says how many rows its embedding has grown by.
 
     Raises:
         UserError: a part that cannot be loaded, or that lacks weights; `model.liger=on` where it cannot be.
@@ -117,8 +119,11 @@ def build_model(model, budget, processor, dtype, loading=contextlib.nullcontext)
     built.config.default_num_visual_tokens = max(budget.num_visual_tokens)
     built.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     built.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-    if len(processor.tokenizer) > built.get_input_embeddings().num_embeddings:
-        built.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
+    try:
+        built.num_added_tokens = grow_vocabulary(built.language_model, len(processor.tokenizer), gathered)
+    except ValueError as error:
+        raise UserError(f"model.text: {error}") from None
+    built.config.text_config.vocab_size = built.get_input_embeddings().num_embeddings
     built.language_model.set_attn_implementation(PACKED)
     apply_liger(built.language_model, model.liger)
     if model.gradient_checkpointing:

@@ -3,6 +3,7 @@
 from .engine import (
     Engine,
     Update,
+    gathered,
     join_ranks,
     load_ds_config,
     quiet_libraries,
@@ -22,6 +23,7 @@ __all__ = [
     "Ranks",
     "Update",
     "check_world",
+    "gathered",
     "join",
     "join_ranks",
     "load_ds_config",

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -121,6 +121,16 @@ def sharded_loading(ds_config: dict[str, Any]) -> Iterator[object]:
     # transformers holds it weakly: it is alive exactly as long as this frame keeps it.
     handle = HfDeepSpeedConfig(ds_config) if zero_stage(ds_config) == 3 else None
     yield handle
+
+
+@contextlib.contextmanager
+def gathered(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Within this context parameters that are sharded are whole on every rank, to be read; every rank must enter it."""
+    import deepspeed
+
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+        yield
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:

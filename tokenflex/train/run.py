@@ -148,7 +148,7 @@ class Run:
         torch.manual_seed(config.train.seed)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         loading = functools.partial(parallel.sharded_loading, self.ds_config)
-        model = build_model(config.model, config.budget, self.data.processor, dtype, loading)
+        model = build_model(config.model, config.budget, self.data.processor, dtype, loading, parallel.gathered)
         groups = parameter_groups(model, config.optimizer)
         num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         self.rates = Schedule([group["lr"] for group in groups], config.train.num_steps, config.optimizer)
