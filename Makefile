@@ -73,13 +73,10 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 clean:
 	rm -rf $(VENV) runs build *.egg-info
 
-# GPU tests and kernel microbenchmarks on a machine with no more than torch, Triton and pytest, in under ten minutes;
-# writes docs/results/kernels-<device>.json and .svg. No conftest: it belongs to the trainer and its packages.
-GPU_TESTS := tests/kernels/test_kernel_gpu.py tests/model/test_attention.py tests/model/test_liger.py \
-             tests/benchmarks/kernels/test_bench_kernels.py
-gpu bench: export BENCH_SECONDS ?= 300
+# The kernels on a GPU, on a machine with no more than torch, Triton and pytest, in under ten minutes: right, tests, figures.
+# Writes kernels-gpu.json after every case, under $OUT or docs/results; without a GPU it fails. ARGS="--stages A" runs a part
 gpu bench:
-	PYTHONPATH=kernels:. timeout --foreground -k 20 -s INT 570 python3 -m pytest -s --noconftest -m "gpu and not slow" $(GPU_TESTS) $(ARGS)
+	python3 tests/kernels/gpu_run.py $(ARGS)
 
 # Packing beside other packers; writes docs/results/packing.json and .svg. ARGS="--lengths FILE.npz" takes your lengths
 bench-packing: $(VENV)/installed build/peers/installed

@@ -10,6 +10,7 @@ from .geometry import PoolPlan, pool_plan
 from .ops import adaptive_pool, pooled_swiglu, splice_rows, swiglu
 from .reference import Linear, Norm
 from .target import is_available
+from .warm import warm_up
 
 __all__ = [
     "Linear",
@@ -25,4 +26,5 @@ __all__ = [
     "set_tuning",
     "splice_rows",
     "swiglu",
+    "warm_up",
 ]

@@ -46,6 +46,7 @@ class _State:
         self.timings_ms: dict[str, dict[str, float]] = {}
         self.dropped: dict[str, dict[str, str]] = {}
         self.pinned: dict[str, str] = {}
+        self.left_out: set[tuple[str, str]] = set()
         self.resolved: dict[tuple, Any] = {}  # key -> configuration that was compared in this process
 
 
@@ -95,6 +96,14 @@ def pinned(kernel: str, name: str) -> Iterator[None]:
         _state.resolved.clear()
 
 
+def leave_out(kernel: str, name: str) -> None:
+    """Never run ``kernel``'s configuration ``name`` in this process, unless it is pinned."""
+    if name == UNFUSED:
+        raise ValueError(f"{UNFUSED} is what the others are compared with; it cannot be left out")
+    _state.left_out.add((kernel, name))
+    _state.resolved.clear()
+
+
 def key(kernel: str, tensor: Tensor, rows: int, *shape: Any) -> tuple:
     """What a choice is made for; row counts of one ``bucket`` share it."""
     return (kernel, tensor.device, tensor.dtype, bucket(rows), *shape)
@@ -131,7 +140,8 @@ def _resolve(key: tuple, candidates: Sequence[Candidate], launch: Callable[[Any]
             raise KeyError(f"{kernel} is pinned to {name!r}, but this shape has only {sorted(by_name)}")
         _state.resolved[key] = by_name[name]
         return by_name[name]
-    text = text_of(key)
+    candidates = [c for c in candidates if (kernel, c.name) not in _state.left_out]
+    by_name, text = dict(candidates), text_of(key)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # Nothing can be compared or timed under capture: what needs no trust runs, and a later plain call chooses.
         return by_name.get(UNFUSED, candidates[0].config)

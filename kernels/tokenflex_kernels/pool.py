@@ -28,10 +28,11 @@ class PoolConfig(NamedTuple):
     span: int = 0
 
 
-CONFIGS = (PoolConfig(1, 1), PoolConfig(1, 2), PoolConfig(2, 2), PoolConfig(4, 4), PoolConfig(8, 4, 128))
+CONFIGS = (PoolConfig(1, 2), PoolConfig(2, 2), PoolConfig(4, 4), PoolConfig(8, 4, 128))
 INTERPRETED = PoolConfig(256, 4)  # Triton's interpreter takes as long for one row as for many
 MAX_VALUES = 64  # float32 sums per thread: more would spill
 SHARED_ROW_WIDTH = 4096  # channels of a program at most; a wider row is spanned by several, or normalised by torch
+MAX_REGISTERS = 255  # said out loud: the assembler otherwise spills a few to fit more of these small blocks
 CELLS_UNROLLED = 8  # widest line read in one unrolled step; wider ones loop
 
 
@@ -58,12 +59,13 @@ def _window(index, size, side, RESIZE: tl.constexpr, TRANSPOSED: tl.constexpr):
         else:
             first = _divide(index * per * step, by_span)
             last = _divide(((index + 1) * per - 1) * step + span - 1, by_span)
-        return first, last - first + 1
-    if TRANSPOSED:
+    elif TRANSPOSED:
         first = _divide(index * side, by_size)
-        return first, _divide((index + 1) * side + size - 1, by_size) - first
-    first = _divide(index * size, by_side)
-    return first, _divide((index + 1) * size + side - 1, by_side) - first
+        last = _divide((index + 1) * side + size - 1, by_size) - 1
+    else:
+        first = _divide(index * size, by_side)
+        last = _divide((index + 1) * size + side - 1, by_side) - 1
+    return first, last - first + 1
 
 
 @triton.jit
@@ -88,17 +90,21 @@ def _share(token, patch, size, side, RESIZE: tl.constexpr):
         high = _divide(at + span + step - 1, by_step) - 1
         rise = _rising(tl.maximum(begin, low), tl.minimum(end, middle), at, step, span)
         fall = _rising(tl.maximum(begin, middle + 1), tl.minimum(end, high), -at, -step, span)
-        return rise + fall, (per * span).to(tl.float32)
-    count = _divide((token + 1) * size + side - 1, by_side) - _divide(token * size, by_side)
-    return 1.0, count.to(tl.float32)
+        parts, whole = rise + fall, (per * span).to(tl.float32)
+    else:
+        whole = (_divide((token + 1) * size + side - 1, by_side) - _divide(token * size, by_side)).to(tl.float32)
+        parts = whole * 0.0 + 1.0
+    return parts, whole
 
 
 @triton.jit
 def _share_of(index, inner, size, side, RESIZE: tl.constexpr, TRANSPOSED: tl.constexpr):
     """``_share`` of output ``index`` and ``inner``, which lies in its window."""
     if TRANSPOSED:
-        return _share(inner, index, size, side, RESIZE)
-    return _share(index, inner, size, side, RESIZE)
+        parts, whole = _share(inner, index, size, side, RESIZE)
+    else:
+        parts, whole = _share(index, inner, size, side, RESIZE)
+    return parts, whole
 
 
 @triton.jit
@@ -352,7 +358,7 @@ def launch(
         channels, eps, ROWS=config.rows, SPAN=span, P0=p0, P1=p1, P2=p2, CELLS=8 if cells == 7 else cells,
         POOL=plan is not None, RESIZE=is_resize, TRANSPOSED=transposed, NORM=norm is not None,
         HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, STORE_HAT=rstd is not None,
-        num_warps=config.num_warps, **OPTIONS,
+        num_warps=config.num_warps, maxnreg=MAX_REGISTERS, **OPTIONS,
     )  # fmt: skip
     return out, hat, rstd
 
@@ -387,7 +393,9 @@ def pool(
         empty = source.new_empty(num_rows, width)
         keep = norm is not None and norm.keep
         return empty, empty if keep else None, empty.new_empty(num_rows, dtype=torch.float32) if keep else None
-    shape = (width, 0, False, transposed) if plan is None else (width, plan.cells, plan.is_resize, transposed)
+    shape = (width, 0, False, False)
+    if plan is not None:
+        shape = (width, plan.patch_cells if transposed else plan.cells, plan.is_resize, transposed)
     flags = (0,) if norm is None else (1, norm.scale is not None, norm.shift is not None, norm.keep)
     key = choose.key("pool", source, num_rows, *shape, *flags)
     with choose.on_device(source):

@@ -43,9 +43,8 @@ def test_every_shape_rounds_once(grid, side, mode):
                 assert error <= 1.05 * relative_error(peer, exact)
 
 
-@pytest.mark.parametrize("config", [c for c in pool.CONFIGS if c.num_warps != 1], ids=pool.name_of)
+@pytest.mark.parametrize("config", pool.CONFIGS, ids=pool.name_of)
 def test_every_configuration_and_width(config):
-    """Warps mean nothing here: those of one are those of two."""
     grids, sides = [(3, 5), (1, 1), (2, 2)], [(2, 3), (1, 1), (3, 2)]
     for dtype, channels in ((torch.float32, 1), (torch.bfloat16, 3), (torch.float16, 141)):
         features, grad = random_case(grids, sides, channels, dtype)
