@@ -56,7 +56,8 @@ def main(arguments: argparse.Namespace, say: Say) -> int:
     config = resolve_embedded(recipe, say)
     ranks = parallel.join_ranks(launch)
     say(f"world     {parallel.check_world(ranks)}")
-    if not run_training(recipe, config, ds_config, ranks, arguments.fresh, arguments.accept_new_data, say):
+    options = {"fresh": arguments.fresh, "accept_new_data": arguments.accept_new_data, "say": say}
+    if not run_training(recipe, config, ds_config, ranks, **options):
         say(f"stopped   and saved in {RunLayout.of(config).checkpoints}; the same command goes on from there")
         return REQUEUE
     if config.evaluate.at_end and config.data.evaluation:

@@ -20,6 +20,8 @@ class Progress:
     """The next step in the data, as `Position.as_dict` writes it."""
     data: str = ""
     """Digest of the data that the position is in; empty in checkpoints from before it was kept."""
+    kernel_choices: dict | None = None
+    """Which configuration of every kernel the run began with, so that it sums in the same order to its end; None on a CPU."""
     num_skipped: int = 0
     """Steps that moved nothing, because something was wrong with them."""
     bad: list[list[int]] = field(default_factory=list)

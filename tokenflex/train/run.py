@@ -24,6 +24,7 @@ from ..parallel import Heartbeat, Ranks
 from ..plan.planner import PLANNER_VERSION
 from .bad_samples import BadSampleLog
 from .guarding import SoleWriter, watched
+from .kernel_choices import settle, shapes_of
 from .loss import fused_loss_head
 from .metric_log import EventLog, MetricLog, SampleTrace
 from .metrics import Metrics
@@ -45,6 +46,7 @@ def run_training(
     config: RunConfig,
     ds_config: dict,
     ranks: Ranks,
+    *,
     fresh: bool = False,
     accept_new_data: bool = False,
     say: Callable[[str], None] = print,
@@ -179,6 +181,10 @@ class Run:
         )
         start(self.state, self.layout, self.config.train.resume_from, self._check)
         self.state.progress.data = self.data.identity["digest"]
+        data, counts = self.config.data, self.config.budget.num_visual_tokens
+        shapes = shapes_of(counts, data.max_images_per_pack * data.packs_per_micro_batch)
+        choices = settle(self.engine.model, shapes, self.ranks, self.state.progress.kernel_choices)
+        self.state.progress.kernel_choices = choices
         self.ranks.on_main(lambda: write_whole(self.layout.data, json.dumps(self.data.identity, indent=1)))
         first = next(self.data.planner.steps_from(self.state.progress.data_position()))
         self.ranks.check_same_plan(first.digest(), "the first step to run")  # different packs could hang it
