@@ -199,3 +199,19 @@ def test_no_broad_except_and_no_silent_pass():
 def test_every_module_says_why_it_exists():
     for path, _ in modules():
         assert ast.get_docstring(ast.parse(Path(path).read_text())), path
+
+
+def test_limits_are_always_stated():
+    """A default argument is how two readers of the same shards come to read them by different rules."""
+    for path, node in functions():
+        defaults = [*node.args.defaults, *(default for default in node.args.kw_defaults if default)]
+        assert not any("Limits" in ast.unparse(default) for default in defaults), f"{path}:{node.lineno} {node.name}"
+
+
+def test_processes_are_started_in_one_way():
+    """Spawned, never forked: torch's and gloo's threads are alive wherever an index or a conversion is begun."""
+    for path, parts in modules():
+        if parts != ("files",):
+            names = {".".join(target) for target in imports(path, parts)}
+            assert not names & {"multiprocessing", "concurrent.futures.ProcessPoolExecutor"}, path
+            assert "ProcessPoolExecutor" not in path.read_text(), path
