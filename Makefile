@@ -46,7 +46,7 @@ test-reliability: $(VENV)/installed
 	$(BIN)/python tests/reliability/report.py
 
 lint: $(VENV)/installed
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 # what starts no ranks and trains no model
 FAST_TESTS := tests/test_structure.py tests/test_docs.py tests/test_budget.py tests/config tests/plan/test_plan.py tests/data/test_shards.py \
