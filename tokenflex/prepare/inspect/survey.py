@@ -9,7 +9,7 @@ from ...budget import keyed_uniform
 from ...data.images import read_header
 from ...data.problems import BadSample, Tally
 from ...data.sample import encoded
-from ...data.scan import scan_shard
+from ...data.scan import count_samples, scan_shard
 from ...errors import UserError
 from ..validate import check_sample
 
@@ -45,6 +45,8 @@ class Survey:
     tiles: list = field(default_factory=list)
     turns: list = field(default_factory=list)
     sizes: list = field(default_factory=list)
+    num_held: int = 0
+    """Samples that the shards hold, counted or not."""
 
 
 def survey_shards(shards, processor, limits, *, num_shown=24, max_samples=5000, seed=0, progress=None):
@@ -63,6 +65,7 @@ def survey_shards(shards, processor, limits, *, num_shown=24, max_samples=5000, 
                     drawn.offer(survey.tally.num_samples - 1, surveyed)
                 if progress:
                     progress(1)
+            survey.num_held += count_samples(shard)
         except OSError as error:
             raise UserError(f"{shard}: {error.strerror}; give the path of a tar file") from None
     if not survey.tally.num_good:
