@@ -1,11 +1,13 @@
 """From the configuration's model section to a model and its processor: pretrained parts, parts from scratch, or both."""
 
 import contextlib
+import difflib
 import functools
+import inspect
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import UserError
@@ -19,6 +21,8 @@ from .processing_tokenflex import TokenFlexProcessor, default_template, missing_
 from .template import check_template
 from .vision import patch_grid
 
+HOUSEKEEPING = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
+"""What a configuration file holds beside the model's own settings."""
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 
 
@@ -222,7 +226,42 @@ def _part_config(key, part, trust_remote_code):
         raise UserError(
             f"{key}: model_type is {model_type!r}; wanted a model type of transformers, for example siglip_vision_model or qwen3"
         )
-    return _load(key, model_type, lambda: CONFIG_MAPPING[model_type](**values))
+    make = CONFIG_MAPPING[model_type]
+    config = _load(key, model_type, lambda: make(**values))
+    default = make()
+    known = {*default.to_dict(), *_signature(config), *getattr(config, "attribute_map", {}), *HOUSEKEEPING}
+    for name in values:
+        if isinstance(vars(config).get(name), PretrainedConfig):
+            _check_inner(f"{key}.{name}", vars(config)[name], vars(default).get(name))
+        elif name not in known:
+            # older names of a setting change another one; a name that is not known is kept, and nobody would read it
+            others = {other: value for other, value in values.items() if other != name}
+            without = _load(key, model_type, lambda: make(**others))  # noqa: B023
+            if {**without.to_dict(), name: config.to_dict().get(name)} == config.to_dict():
+                raise _unknown_name(key, name, config)
+    return config
+
+
+def _check_inner(key, config, default):
+    """Whether a configuration within a part's knows every name that it is given.
+
+    Raises:
+        UserError: it does not; the nearest is named.
+    """
+    known = {*type(config)().to_dict(), *_signature(config), *HOUSEKEEPING, *(default.to_dict() if default else ())}
+    unknown = next((name for name in config.to_diff_dict() if name not in known), None)
+    if unknown is not None:
+        raise _unknown_name(key, unknown, config)
+
+
+def _signature(config):
+    return inspect.signature(type(config).__init__).parameters.keys() - {"self", "kwargs"}
+
+
+def _unknown_name(key, name, config):
+    near = difflib.get_close_matches(name, [*type(config)().to_dict(), *_signature(config)], n=1, cutoff=0.4)
+    hint = f"did you mean {key}.{near[0]}?" if near else "see transformers' documentation of that class"
+    return UserError(f"unknown key {key}.{name}: {type(config).__name__} does not know it; {hint}")
 
 
 def _load(key, source, load):
