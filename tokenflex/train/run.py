@@ -21,6 +21,7 @@ from ..errors import OtherRankFailed, UserError
 from ..export import export_model
 from ..layout import RunLayout
 from ..model import build_model, build_processor
+from ..model.probe import probe
 from ..plan import Planner, Position
 from ..plan.planner import PLANNER_VERSION
 from .bad_samples import BadSampleLog
@@ -108,6 +109,9 @@ def _train_and_export(config, ds_config, launch, ranks, device, num_accumulated,
     optimizer, peak_rates = build_optimizer(model, config.optimizer)
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     engine = parallel.Engine(model, optimizer, ds_config, launch, device)
+    if config.model.probe:
+        heart.phase("probe", config.train.startup_timeout_s)
+        probe(engine.model, engine, device, config.data.pack_length)
     install_faults(engine.model)
     failpoints.hit("init")
     say(
