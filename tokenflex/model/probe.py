@@ -29,6 +29,7 @@ WHAT_WORKS = (
 
 PART_ERRORS = (
     TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError, AssertionError, ImportError,
+    ArithmeticError,
 )  # fmt: skip
 """What a part raises that cannot be used this way; a lack of memory is none of them."""
 
