@@ -25,11 +25,14 @@ def main():
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    chosen = set(sys.argv[1:])
+    kinds = [name for name in sys.argv[1:] if name in ("text", "vision")] or ["text", "vision"]
+    chosen = set(sys.argv[1:]) - set(kinds)
     for name, types, tried in (
         ("text", zoo.text_types(), zoo.try_text),
         ("vision", zoo.vision_types(), zoo.try_vision),
     ):
+        if name not in kinds:
+            continue
         rows = {}
         for model_type in types:
             if not chosen or model_type in chosen:

@@ -117,6 +117,9 @@ class ModelConfig(Section):
     """The tokenizer's tokens before, in place of, and after an image (Qwen: <|vision_start|> <|image_pad|> <|vision_end|>)."""
     add_image_tokens: bool = False
     """Add image tokens that the tokenizer lacks (the embedding grows where it must)."""
+    probe: bool = True
+    """Before the first step, try whether the parts do in a pack what they do alone (some forward passes). Off, a part that does
+    not is trained all the same: samples that see each other, attention without its window or cap, features out of order."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     trust_remote_code: bool = False

@@ -29,6 +29,7 @@ WHAT_WORKS = (
 
 PART_ERRORS = (
     TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError, AssertionError, ImportError,
+    ArithmeticError,
 )  # fmt: skip
 """What a part raises that cannot be used this way; a lack of memory is none of them."""
 
@@ -196,12 +197,11 @@ class _Probe:
             alone = self._forward([ids], images, packed=False)
             difference = _difference(packed[number], alone)
             if not difference <= TOLERANCE[self.model.dtype]:
-                limits = [limit for limit in self.limits if limit < len(ids) or number >= 2]
-                mend = f"; with data.pack_length={limits[0]} no sample is longer than its window" if limits else ""
+                limit = f"; with data.pack_length={self.limits[0]} no sample is so long" if self.limits else ""
                 raise _text_error(
                     text,
                     f"a sample of {len(ids)} tokens in a pack is {difference:.2g} off the same sample alone "
-                    f"(logits, relative; {TOLERANCE[self.model.dtype]:g} is rounding){mend}",
+                    f"(logits, relative; {TOLERANCE[self.model.dtype]:g} is rounding){limit}",
                 )
         text.set_attn_implementation(PACKED)
 

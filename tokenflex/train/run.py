@@ -20,6 +20,7 @@ from ..export import export_model
 from ..files import write_whole
 from ..layout import RunLayout
 from ..model import build_model, build_processor, check_template
+from ..model.probe import probe
 from ..parallel import Heartbeat, Ranks
 from ..plan.planner import PLANNER_VERSION
 from .bad_samples import BadSampleLog
@@ -164,6 +165,9 @@ class Run:
             f"{self.ranks.device.type}, ZeRO stage {parallel.zero_stage(self.ds_config)}, {self.grad_accum_steps} micro-steps "
             "per step"
         )
+        if config.model.probe:
+            self.heartbeat.phase("probe", config.train.startup_timeout_s)
+            probe(self.engine.model, self.engine, self.ranks.device, config.data.pack_length)
         head = fused_loss_head(self.engine.model.language_model, config.train.fused_loss, self.ranks.device)
         self.objective = Objective(self.engine, self.data.processor.image_processor.normalised, head)
 
