@@ -388,7 +388,7 @@ def _candidates(
     wanted, rows = target.num_processors(first.device), choose.bucket(rows)
     configs = sorted(
         shipped["tma" if has_tma else "pointer"],
-        key=lambda c: max(wanted - triton.cdiv(rows, c.m) * triton.cdiv(width, c.n), 0),
+        key=lambda c: max(wanted - target.cdiv(rows, c.m) * target.cdiv(width, c.n), 0),
     )
     fused = [choose.Candidate(name_of(config), config) for config in configs]
     # Rows that are no multiple of 16 bytes are read 2 bytes at a time: there cuBLAS comes first.
@@ -415,13 +415,13 @@ def launch_gated(
         gate_up = torch.mm(tokens, weight.T) if bias is None else torch.addmm(bias, tokens, weight.T)
         if inner is not None:
             rows, columns, num_warps = ELEMENTWISE
-            grid = (triton.cdiv(num_rows, rows) * triton.cdiv(width, columns),)
+            grid = (target.cdiv(num_rows, rows) * target.cdiv(width, columns),)
             swiglu_rows[grid](
                 gate_up, inner, num_rows, width, ROWS=rows, COLUMNS=columns, num_warps=num_warps, **OPTIONS
             )
         return inner, gate_up if store_gate_up else None
     gate_up = tokens.new_empty(num_rows, 2 * width) if store_gate_up else None
-    tiles = triton.cdiv(num_rows, config.m) * triton.cdiv(width, config.n)
+    tiles = target.cdiv(num_rows, config.m) * target.cdiv(width, config.n)
     options = dict(
         BM=config.m, BN=config.n, BK=config.k, GROUP=GROUP_M, HAS_BIAS=bias is not None,
         STORE_INNER=store_inner, STORE_GATE_UP=store_gate_up, num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
@@ -449,17 +449,17 @@ def launch_dgated(
     tile_rows = ELEMENTWISE.rows if config == UNFUSED else config.m
     sums = None
     if sum_bias:
-        sums = torch.empty(triton.cdiv(num_rows, tile_rows), 2 * width, dtype=torch.float32, device=d_out.device)
+        sums = torch.empty(target.cdiv(num_rows, tile_rows), 2 * width, dtype=torch.float32, device=d_out.device)
     options = dict(HAS_BIAS=sum_bias, STORE_INNER=store_inner, **OPTIONS)
     if config == UNFUSED:
         rows, columns, num_warps = ELEMENTWISE
-        grid = (triton.cdiv(num_rows, rows) * triton.cdiv(width, columns),)
+        grid = (target.cdiv(num_rows, rows) * target.cdiv(width, columns),)
         swiglu_grad_rows[grid](
             torch.mm(d_out, weight), gate_up, d_gate_up, inner, sums, num_rows, width,
             ROWS=rows, COLUMNS=columns, num_warps=num_warps, **options,
         )  # fmt: skip
         return d_gate_up, inner, None if sums is None else sums.sum(0)
-    tiles = triton.cdiv(num_rows, config.m) * triton.cdiv(width, config.n)
+    tiles = target.cdiv(num_rows, config.m) * target.cdiv(width, config.n)
     options |= {"BM": config.m, "BN": config.n, "BK": config.k, "GROUP": GROUP_M}
     options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if config.path == "pointer":
