@@ -4,6 +4,7 @@ The defaults are those of a real run (SigLIP-so400m + Qwen2.5 as in the paper); 
 model that trains on two CPU cores.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -26,7 +27,7 @@ class Section(BaseModel):
 Paths = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
-def as_probabilities(shares):
+def as_probabilities(shares: Sequence[float]) -> tuple[float, ...]:
     """Shares as probabilities: whole numbers are weights (2, 3, 5), fractions are 1 together but for their rounding.
 
     What sums to 1 within 1e-6 stays as it is to the bit.
