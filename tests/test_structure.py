@@ -106,16 +106,26 @@ LONG = {
 }
 """Functions of more than 50 lines, and why they stay whole."""
 MANY_ARGUMENTS = {
+    **dict.fromkeys(
+        [
+            f"tokenflex/model/attention.py:{name}"
+            for name in (
+                "_flash_attn",
+                "_sdpa_per_sample",
+                "_torch_varlen",
+                "causal_varlen",
+                "stated",
+                "varlen_with_sinks",
+            )
+        ],
+        "one signature for all backends, in the terms of torch's and flash-attn's own",
+    ),
     "tokenflex/model/attention.py:packed_attention": "transformers' signature of an attention",
-    "tokenflex/model/attention.py:causal_varlen": "torch's signature of an attention",
-    "tokenflex/model/attention.py:_sdpa_per_sample": "the same",
-    "tokenflex/model/attention.py:_torch_varlen": "the same",
-    "tokenflex/model/attention.py:flash": "the same",
+    "tokenflex/model/attention.py:forward": "an autograd function's, of the same arguments",
     "tokenflex/model/configuration_tokenflex.py:__init__": "every field of the exported configuration",
-    "tokenflex/model/image_processing_tokenflex.py:__init__": "every field of the exported processor",
     "tokenflex/model/modeling_tokenflex.py:forward": "transformers' signature of a model",
-    "tokenflex/model/modeling_tokenflex.py:prepare_inputs_for_generation": "transformers' signature",
     "tokenflex/model/processing_tokenflex.py:__init__": "every field of the exported processor",
+    "tokenflex/model/processing_tokenflex.py:apply_chat_template": "transformers' signature",
 }
 """Functions of more than 6 arguments (self and keyword-only ones apart), and why."""
 

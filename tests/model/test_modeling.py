@@ -234,6 +234,18 @@ def test_going_on_from_a_folder_runs_no_code_of_that_folder(exported, tmp_path, 
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("key, value", [
+    ("pooling_mode", "resize"), ("vision_position_embedding", "sine2d"), ("image_size", (48, 48)), ("projector_multiplier", 2),
+    ("vision_feature_layer", -2),
+])  # fmt: skip
+def test_a_recipe_that_says_otherwise_of_the_model_it_goes_on_from_is_refused(
+    key, value, exported, tiny_config, processor
+):
+    section = tiny_config.model.model_copy(update={"init_from": str(exported[0]), key: value})
+    with pytest.raises(UserError, match=f"model.{key}=.*the model of model.init_from=.* has "):
+        build_model(section, tiny_config.budget, processor, torch.float32)
+
+
 @pytest.mark.parametrize("section, part", [
     ({"vision": "/nowhere/siglip"}, "model.vision: .*nowhere/siglip cannot be loaded"),
     ({"vision": {"model_type": "resnext"}}, "model.vision: model_type is 'resnext'"),

@@ -173,9 +173,9 @@ def _composed(model, budget, processor, dtype, loading):
     )
     tower = language = None
     if isinstance(model.vision, str):
-        tower = _pretrained("model.vision", AutoModel, model.vision, vision, dtype, model, loading)
+        tower = _pretrained("model.vision", AutoModel, vision, dtype, model, loading)
     if isinstance(model.text, str):
-        language = _pretrained("model.text", AutoModelForCausalLM, model.text, text, dtype, model, loading)
+        language = _pretrained("model.text", AutoModelForCausalLM, text, dtype, model, loading)
     return TokenFlexForConditionalGeneration(config, vision_tower=tower, language_model=language).to(dtype)
 
 
@@ -185,10 +185,34 @@ def _initialised_from(model, dtype, loading):
             model.init_from, dtype=dtype, output_loading_info=True
         )
     _check_complete("model.init_from", model.init_from, info)
+    _check_same_model(model, built.config)
     return built
 
 
-def _pretrained(key, auto_class, source, config, dtype, model, loading):
+def _check_same_model(model, config):
+    """That a recipe says of a model that it goes on from what the model is; the processor is made of the recipe.
+
+    Raises:
+        UserError: it says something else; the key and both values are named.
+    """
+    has = {
+        "image_size": (config.image_height, config.image_width),
+        "pooling_mode": config.pooling_mode,
+        "projector_multiplier": config.projector_multiplier,
+        "vision_position_embedding": config.vision_position_embedding,
+        "vision_feature_layer": config.vision_feature_layer,
+    }
+    for key, value in has.items():
+        if getattr(model, key) != value:
+            shown = list(value) if isinstance(value, tuple) else value
+            raise UserError(
+                f"model.{key}={getattr(model, key)}: the model of model.init_from={model.init_from} has {shown}; set model.{key}={shown}, "
+                "or build the model of its parts (model.vision, model.text)"
+            )
+
+
+def _pretrained(key, auto_class, config, dtype, model, loading):
+    source = getattr(model, key.removeprefix("model."))
     options = {"config": config, "dtype": dtype, "trust_remote_code": model.trust_remote_code}
     load = functools.partial(auto_class.from_pretrained, source, output_loading_info=True, **options)
     try:
