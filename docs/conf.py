@@ -133,6 +133,12 @@ def as_restructured_text(app, what, name, obj, options, lines) -> None:
     lines[:] = re.sub("\x00(\\d+)\x00", lambda match: kept[int(match[1])], text).split("\n")
 
 
+def is_skipped(app, what, name, obj, skip, options) -> bool | None:
+    """Fields of named tuples that say no more than that they are fields."""
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
 def setup(app) -> None:
     app.connect("builder-inited", write_reference)
+    app.connect("autodoc-skip-member", is_skipped)
     app.connect("autodoc-process-docstring", as_restructured_text, priority=400)  # before napoleon
