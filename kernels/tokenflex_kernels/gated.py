@@ -130,7 +130,7 @@ def gated_tma(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, NUM_PROGRAMS: tl.constexpr,
     HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr, STORE_GATE_UP: tl.constexpr,
 ):  # fmt: skip
-    """tokens [M, K], weight [2, N, K] -> inner [M, N] and gate_up [M, 2, N]; all but ``bias`` [2N] are descriptors.
+    """tokens [M, K], weight [2, N, K] -> inner [M, 1, N] and gate_up [M, 2, N]; all but ``bias`` [2N] are descriptors.
 
     One box [2, BN, BK] of the weight is one operand of 2 BN columns: a single wgmma m64n256k16 does both halves.
     """
@@ -152,9 +152,11 @@ def gated_tma(
             gate += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
             up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
         if STORE_GATE_UP:
-            gate_up.store([row, 0, column], _box(gate, up, BM, BN, gate_up.dtype))
+            # One after the other, all of one shape: they share the little memory that the pipeline leaves.
+            gate_up.store([row, 0, column], tl.reshape(round_to(gate, gate_up.dtype), (BM, 1, BN)))
+            gate_up.store([row, 1, column], tl.reshape(round_to(up, gate_up.dtype), (BM, 1, BN)))
         if STORE_INNER:
-            inner.store([row, column], round_to(_swiglu(gate, up), inner.dtype))
+            inner.store([row, 0, column], tl.reshape(round_to(_swiglu(gate, up), inner.dtype), (BM, 1, BN)))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -433,7 +435,7 @@ def launch_gated(
     gated_tma[(min(tiles, programs),)](
         TensorDescriptor.from_tensor(tokens, [config.m, config.k]),
         TensorDescriptor.from_tensor(weight.view(2, width, depth), [2, config.n, config.k]),
-        bias, _descriptor(inner, [config.m, config.n]), _halves_of(gate_up, config.m, config.n),
+        bias, _parts_of(inner, 1, config.m, 1, config.n), _parts_of(gate_up, 2, config.m, 1, config.n),
         num_rows, width, depth, NUM_PROGRAMS=programs, **options,
     )  # fmt: skip
     return inner, gate_up
@@ -470,7 +472,7 @@ def launch_dgated(
         dgated_tma[(min(tiles, programs),)](
             TensorDescriptor.from_tensor(d_out, [config.m, config.k]),
             TensorDescriptor.from_tensor(weight, [config.k, config.n]),
-            _halves_of(gate_up, config.m, strip), _halves_of(d_gate_up, config.m, strip),
+            _parts_of(gate_up, 2, config.m, 2, strip), _parts_of(d_gate_up, 2, config.m, 2, strip),
             _descriptor(inner, [config.m, strip]),
             sums, num_rows, width, depth, NUM_PROGRAMS=programs, PIECES=config.pieces, **options,
         )  # fmt: skip
@@ -481,8 +483,8 @@ def _descriptor(tensor: Tensor | None, block: list[int]) -> TensorDescriptor | N
     return None if tensor is None else TensorDescriptor.from_tensor(tensor, block)
 
 
-def _halves_of(gate_up: Tensor | None, rows: int, columns: int) -> TensorDescriptor | None:
-    """Boxes [rows, 2, columns] of gate and up side by side."""
-    if gate_up is None:
+def _parts_of(tensor: Tensor | None, parts: int, rows: int, at_once: int, columns: int) -> TensorDescriptor | None:
+    """Boxes [rows, at_once, columns] of a [tokens, parts, H] view."""
+    if tensor is None:
         return None
-    return TensorDescriptor.from_tensor(gate_up.view(gate_up.shape[0], 2, -1), [rows, 2, columns])
+    return TensorDescriptor.from_tensor(tensor.view(tensor.shape[0], parts, -1), [rows, at_once, columns])

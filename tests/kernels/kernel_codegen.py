@@ -139,9 +139,9 @@ def gated_cases(path, dtype):
                 constants["NUM_PROGRAMS"] = 132 * config.per_sm
                 signature = dict(sizes, tokens=_descriptor(dtype, config.m, config.k),
                                  weight=_descriptor(dtype, 2, config.n, config.k),
-                                 inner=_descriptor(dtype, config.m, config.n))  # fmt: skip
+                                 inner=_descriptor(dtype, config.m, 1, config.n))  # fmt: skip
                 if training:
-                    signature["gate_up"] = _descriptor(dtype, config.m, 2, config.n)
+                    signature["gate_up"] = _descriptor(dtype, config.m, 1, config.n)
             else:
                 kernel = gated.gated_pointer
                 signature = dict(sizes, tokens=f"*{dtype}", weight=f"*{dtype}", inner=f"*{dtype}")
