@@ -34,6 +34,7 @@ class TileConfig(NamedTuple):
     num_stages: int
     per_sm: int = 1  # persistent programs on one streaming multiprocessor
     pieces: int = 1
+    major: int = 0  # the only major compute capability that it is for; 0: every
 
 
 class ElementwiseConfig(NamedTuple):
@@ -64,7 +65,7 @@ GATED_CONFIGS: dict[str, tuple[TileConfig, ...]] = {
 DGATED_CONFIGS: dict[str, tuple[TileConfig, ...]] = {
     "tma": (
         TileConfig("tma", 128, 128, 64, 8, 4, pieces=2),
-        TileConfig("tma", 256, 128, 64, 8, 3, pieces=4),
+        TileConfig("tma", 256, 128, 64, 8, 3, pieces=4, major=9),  # spills on 10.0
         TileConfig("tma", 64, 128, 64, 4, 4, pieces=4),
     ),
     "pointer": (
@@ -378,6 +379,11 @@ def _is_aligned(width: int, depth: int, *operands: Tensor) -> bool:
     return width % 8 == 0 and depth % 8 == 0 and not any(t.data_ptr() % 16 for t in operands)
 
 
+def configs_for(shipped: dict[str, tuple[TileConfig, ...]], path: str, capability: int) -> list[TileConfig]:
+    """Those of ``shipped`` that go by ``path`` and are for ``capability`` (90 for 9.0)."""
+    return [config for config in shipped[path] if config.major in (0, capability // 10)]
+
+
 def _candidates(
     shipped: dict[str, tuple[TileConfig, ...]], first: Tensor, rows: int, width: int, is_aligned: bool
 ) -> list[choose.Candidate]:
@@ -385,11 +391,12 @@ def _candidates(
     unfused = choose.Candidate(UNFUSED, UNFUSED)
     if first.element_size() != 2:
         return [unfused]
-    has_tma = is_aligned and target.capability(first.device) // 10 in target.TMA_CAPABILITIES
+    capability = target.capability(first.device)
+    has_tma = is_aligned and capability // 10 in target.TMA_CAPABILITIES
     # The first configuration with a tile for every multiprocessor; short of that, the one with the most tiles.
     wanted, rows = target.num_processors(first.device), choose.bucket(rows)
     configs = sorted(
-        shipped["tma" if has_tma else "pointer"],
+        configs_for(shipped, "tma" if has_tma else "pointer", capability),
         key=lambda c: max(wanted - target.cdiv(rows, c.m) * target.cdiv(width, c.n), 0),
     )
     fused = [choose.Candidate(name_of(config), config) for config in configs]
