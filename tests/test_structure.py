@@ -84,6 +84,7 @@ def test_the_exported_model_code_stands_alone():
         "PIL",
         "numpy",
         "math",
+        "functools",
         "re",
         "dataclasses",
         "pathlib",
