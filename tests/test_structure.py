@@ -237,6 +237,7 @@ def test_the_exported_model_code_stands_alone():
         "dataclasses",
         "pathlib",
         "io",
+        "base64",
         "simplejpeg",
         "tokenflex_kernels",
     }
