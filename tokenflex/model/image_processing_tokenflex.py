@@ -100,6 +100,12 @@ class TokenFlexImageProcessor(BaseImageProcessor):
             pixels, num_tiles = pixels.numpy(), num_tiles.numpy()
         return BatchFeature({"pixel_values": pixels, "num_tiles": num_tiles}, tensor_type=return_tensors)
 
+    def save_pretrained(self, *args, **kwargs):
+        """Write the configuration and its code; the addresses of the code are of the files alone, not of this object."""
+        saved = super().save_pretrained(*args, **kwargs)
+        vars(self).pop("auto_map", None)
+        return saved
+
     def _for_call(self, kwargs):
         """The processor with what a call sets, which is this one where it sets nothing."""
         given = {name: value for name, value in kwargs.items() if value is not None}

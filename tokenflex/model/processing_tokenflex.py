@@ -144,14 +144,7 @@ class TokenFlexProcessor(ProcessorMixin):
         if text is None:
             return pixels
         texts = [text] if isinstance(text, str) else list(text)
-        tag = "".join(self._image_tokens())
-        tags = re.compile(f"{re.escape(tag)}|{re.escape(self.image_token)}")
-        num_tags = sum(len(tags.findall(prompt)) for prompt in texts)
-        if num_tags != len(images):
-            raise ValueError(
-                f"the text has {num_tags} image tags {tag} but {len(images)} images came; the number of {self.image_token} "
-                "tokens in the prompts should be the same as the number of images: each image needs one tag"
-            )
+        tags = self._tags(texts, len(images))
         lengths = iter(self._run_lengths(self.counts(num_visual_tokens, len(images)), pixels))
         rows, spans = [], []
         for prompt in texts:
@@ -166,6 +159,22 @@ class TokenFlexProcessor(ProcessorMixin):
         if settings["return_text_replacement_offsets"]:
             batch["text_replacement_offsets"] = spans
         return batch
+
+    def _tags(self, texts, num_images):
+        """A pattern of the image tags in prompts.
+
+        Raises:
+            ValueError: not one per image.
+        """
+        tag = "".join(self._image_tokens())
+        tags = re.compile(f"{re.escape(tag)}|{re.escape(self.image_token)}")
+        num_tags = sum(len(tags.findall(prompt)) for prompt in texts)
+        if num_tags != num_images:
+            raise ValueError(
+                f"the text has {num_tags} image tags {tag} but {num_images} images came; the number of {self.image_token} "
+                "tokens in the prompts should be the same as the number of images: each image needs one tag"
+            )
+        return tags
 
     def _prompt_ids(self, piece):
         return self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
@@ -277,17 +286,12 @@ class TokenFlexProcessor(ProcessorMixin):
         Raises:
             TypeError: a keyword that neither the template nor the processor knows.
         """
-        is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        conversations = conversation if is_batch else [conversation]
+        conversations, is_batch = _as_batch(conversation)
         template = self._template(chat_template)
         options, calls = self._template_options(template, kwargs)
         rendered = [self._pieces(messages, add_generation_prompt, template, options) for messages in conversations]
         if not tokenize:
-            tag = "".join(self._image_tokens())
-            texts = [
-                "".join(marks.sub(tag, piece.text) if piece.message >= 0 else piece.text for piece in pieces)
-                for pieces, _, marks in rendered
-            ]
+            texts = [self._as_text(pieces, marks) for pieces, _, marks in rendered]
             return texts if is_batch else texts[0]
         settings = self._settings({"return_tensors": return_tensors, **(processor_kwargs or {}), **calls})
         images = [
@@ -304,6 +308,10 @@ class TokenFlexProcessor(ProcessorMixin):
             masks.append([int(is_target) for is_target in encoded.is_target])
         batch = self._batch(rows, pixels, settings, masks if return_assistant_tokens_mask else None)
         return batch if return_dict else batch["input_ids"]
+
+    def _as_text(self, pieces, marks):
+        tag = "".join(self._image_tokens())
+        return "".join(marks.sub(tag, piece.text) if piece.message >= 0 else piece.text for piece in pieces)
 
     def _template_options(self, template, kwargs):
         """Keywords parted into variables of the template and keywords of `__call__`."""
@@ -582,6 +590,12 @@ class TokenFlexProcessor(ProcessorMixin):
         for part in (self, self.image_processor):
             vars(part).pop("auto_map", None)
         return saved
+
+
+def _as_batch(conversation):
+    """(list of conversations, whether it came as one)."""
+    is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
+    return (conversation if is_batch else [conversation]), is_batch
 
 
 def missing_tokens(tokenizer, tokens):
