@@ -1,33 +1,26 @@
-"""Transformers' own tests of processors and image processors, held against ours.
+"""transformers' own mixins for processors and image processors over ours; `make test-transformers` fetches and runs them.
 
-They lie in the source distribution of the installed release, under build/transformers-tests; `make test-transformers` puts it
-there. Without it there is nothing to run. What is skipped, and why, stands in `SKIPPED`.
+What is skipped, and why, stands in `SKIPPED`.
 """
 
 import sys
 import types
 import unittest
+from pathlib import Path
 from unittest.mock import patch
 
-import pytest
-from conftest import ROOT
 from PIL import Image
 
-FOLDER = ROOT / "build" / "transformers-tests"
-if not (FOLDER / "tests" / "test_processing_common.py").exists():
-    pytest.skip("no build/transformers-tests: run make test-transformers", allow_module_level=True)
+BUILD = Path(__file__).parents[2] / "build"
+PICTURE = BUILD / "picture.png"
+sys.path[:0] = [str(BUILD), str(BUILD / "test_packages")]
+Image.effect_noise((64, 48), 90).convert("RGB").save(PICTURE)
+addresses = types.ModuleType("fetch_hub_objects_for_ci")  # of their repository: the address of a test file -> a path
+addresses.url_to_local_path = lambda url: str(PICTURE)
+sys.modules.setdefault("fetch_hub_objects_for_ci", addresses)
 
-sys.path += [str(FOLDER / "tests"), str(FOLDER / "packages")]
-fetched = types.ModuleType("fetch_hub_objects_for_ci")
-"""Stands in for the module of their repository that turns addresses of test files into paths."""
-PICTURE = ROOT / "build" / "coco_sample.png"
-if not PICTURE.exists():
-    Image.effect_noise((64, 48), 90).convert("RGB").save(PICTURE)
-fetched.url_to_local_path = lambda url: str(PICTURE)
-sys.modules.setdefault("fetch_hub_objects_for_ci", fetched)
-
-from test_image_processing_common import ImageProcessingTester, ImageProcessingTestMixin  # noqa: E402
-from test_processing_common import ProcessorTesterMixin  # noqa: E402
+from transformers_tests.test_image_processing_common import ImageProcessingTester, ImageProcessingTestMixin  # noqa: E402
+from transformers_tests.test_processing_common import ProcessorTesterMixin  # noqa: E402
 
 from tokenflex.corpus.tokenizer import build_tokenizer  # noqa: E402
 from tokenflex.model import TokenFlexImageProcessor, TokenFlexProcessor  # noqa: E402
