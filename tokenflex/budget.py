@@ -5,11 +5,13 @@ length is known before an image is decoded, every rank agrees without talking, a
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
-def keyed_uniform(seed, epoch, sample_ids):
+def keyed_uniform(seed: int, epoch: int, sample_ids: ArrayLike) -> np.ndarray:
     """Uniform numbers in [0, 1) that depend on (seed, epoch, sample id) alone: [S] int64 ids -> [S] float64.
 
     A counter-based generator (two rounds of the SplitMix64 finaliser), vectorised; no state is carried.
@@ -19,13 +21,29 @@ def keyed_uniform(seed, epoch, sample_ids):
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def mix64(x):
+def mix64(x: np.ndarray) -> np.ndarray:
     """SplitMix64: [N] uint64 -> [N] uint64, a bijection whose outputs look independent (Steele et al., 2014)."""
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return x ^ (x >> np.uint64(31))
+
+
+class BudgetSettings(Protocol):
+    """The budget section of a configuration; see `tokenflex.config.BudgetConfig`."""
+
+    @property
+    def num_visual_tokens(self) -> tuple[int, ...]:
+        """The trained counts."""
+
+    @property
+    def probabilities(self) -> tuple[float, ...]:
+        """One per count."""
+
+    @property
+    def schedule(self) -> tuple[tuple[int, tuple[float, ...]], ...]:
+        """Points (samples seen, probabilities)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +58,12 @@ class VisualTokenBudget:
     probabilities: tuple[float, ...]
     schedule: tuple[tuple[int, tuple[float, ...]], ...] = ()
 
-    def probabilities_at(self, samples_seen):
+    @classmethod
+    def of(cls, config: BudgetSettings) -> "VisualTokenBudget":
+        """The distribution that a configuration's budget section states."""
+        return cls(counts=config.num_visual_tokens, probabilities=config.probabilities, schedule=config.schedule)
+
+    def probabilities_at(self, samples_seen: ArrayLike) -> np.ndarray:
         """Probability of each count after `samples_seen` samples: [S] -> [S, counts]."""
         samples_seen = np.asarray(samples_seen, dtype=np.float64)
         if not self.schedule:
@@ -49,7 +72,7 @@ class VisualTokenBudget:
         columns = zip(*(probabilities for _, probabilities in self.schedule))
         return np.stack([np.interp(samples_seen, places, column) for column in columns], axis=-1)
 
-    def draw(self, seed, epoch, sample_ids, samples_seen):
+    def draw(self, seed: int, epoch: int, sample_ids: ArrayLike, samples_seen: ArrayLike) -> np.ndarray:
         """Counts of samples by the inverse distribution function of their keyed uniform: [S] ids -> [S] int64.
 
         `samples_seen` [S] is each sample's place in the training order, which a schedule looks at.

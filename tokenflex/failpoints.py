@@ -14,8 +14,13 @@ import errno
 import os
 import signal
 import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 POINTS = (
     "init",
@@ -61,25 +66,26 @@ class Fault:
 class _State:
     """This process' place in the job and the faults that await it."""
 
-    def __init__(self):
-        self.faults = []
+    def __init__(self) -> None:
+        self.faults: list[Fault] = []
         self.rank = 0
-        self.step = self.micro = None
+        self.step: int | None = None
+        self.micro: int | None = None
         self.lock = threading.Lock()
 
 
-def _parse(text):
+def _parse(text: str) -> Fault:
     what, *conditions = text.split(",")
     action, _, point = what.partition("@")
-    values = dict(condition.split("=") for condition in conditions)
-    numbers = {name: int(values.pop(name)) for name in ("step", "micro", "count") if name in values}
-    return Fault(action, point, **values, **numbers)
+    values: dict[str, Any] = dict(condition.split("=") for condition in conditions)
+    values |= {name: int(values[name]) for name in ("step", "micro", "count") if name in values}
+    return Fault(action, point, **values)
 
 
 _state = _State()
 
 
-def read_environment():
+def read_environment() -> None:
     """Take up the faults that TOKENFLEX_FAULTS names; done once when this module is imported, and again after a fork."""
     _state.faults = [_parse(text) for text in os.environ.get("TOKENFLEX_FAULTS", "").split(";") if text]
 
@@ -87,12 +93,12 @@ def read_environment():
 read_environment()
 
 
-def is_active():
+def is_active() -> bool:
     """Whether any fault awaits this process."""
     return bool(_state.faults)
 
 
-def enter(rank):
+def enter(rank: int) -> None:
     """Say which rank this is, once it is known."""
     if _state.faults:
         _state.rank = rank
@@ -102,32 +108,32 @@ def enter(rank):
             Path(folder, f"{rank}.tmp").rename(Path(folder, f"{rank}.pid"))
 
 
-def at(step, micro=None):
+def at(step: int, micro: int | None = None) -> None:
     """Say which step (and micro-step) comes."""
     if _state.faults:
         _state.step, _state.micro = step, micro
 
 
-def hit(point, step=None):
+def hit(point: str, step: int | None = None) -> None:
     """Pass a named point; a fault that awaits it strikes. `step` where the caller's is not the loop's."""
     if _state.faults:
         for fault in _due(point, ACTIONS, step):
             _strike(fault)
 
 
-def corrupt(point, tensor):
+def corrupt(point: str, tensor: "torch.Tensor") -> "torch.Tensor":
     """`tensor`, or NaN in its place where a `nan` fault awaits this point ("loss", "activation", "gradient")."""
     if _state.faults and _due(point, ("nan",)):
         return tensor * float("nan")
     return tensor
 
 
-def skips(point):
+def skips(point: str) -> bool:
     """Whether a `skip` fault awaits this point: the caller leaves out what the others do."""
     return bool(_state.faults) and bool(_due(point, ("skip",)))
 
 
-def io_limit(operation, num_bytes=0):
+def io_limit(operation: str, num_bytes: int = 0) -> int:
     """How many of `num_bytes` an operation may do: all of them, or half where a short write is due.
 
     Raises:
@@ -143,7 +149,7 @@ def io_limit(operation, num_bytes=0):
 
 
 @contextlib.contextmanager
-def planned(*faults):
+def planned(*faults: Fault) -> Iterator[None]:
     """Within this context the given `Fault`s await this process (for tests in one process)."""
     before, _state.faults = _state.faults, list(faults)
     try:
@@ -152,7 +158,7 @@ def planned(*faults):
         _state.faults = before
 
 
-def _due(point, actions, step=None):
+def _due(point: str, actions: Sequence[str], step: int | None = None) -> list[Fault]:
     """The faults of these kinds that strike at this passing."""
     due = []
     with _state.lock:
@@ -174,16 +180,30 @@ def _due(point, actions, step=None):
     return due
 
 
-def _strike(fault):
+def _strike(fault: Fault) -> None:
     if fault.action == "raise":
         raise ArithmeticError(f"raised on purpose at {fault.point}")
     number = SIGNALS[fault.action]
     folder = os.environ.get("TOKENFLEX_FAULTS_DIR")
-    victims = [os.getpid()] if fault.rank == str(_state.rank) or not folder else []
-    if not victims:
+    if fault.rank == str(_state.rank) or not folder:
+        victims = [os.getpid()]
+    else:
         pids = {path.stem: int(path.read_text()) for path in Path(folder).glob("*.pid")}
         victims = [pid for rank, pid in pids.items() if fault.rank in ("all", rank)]
         victims.sort(key=lambda pid: pid == os.getpid())  # oneself last
     for pid in victims:
         with contextlib.suppress(ProcessLookupError):  # it is gone already, as was wanted
             os.kill(pid, number)
+
+
+def install_hooks(model: "torch.nn.Module") -> None:
+    """Points inside the forward and backward pass of a model with a `projector`; without faults nothing is hooked."""
+    if not is_active():
+        return
+
+    def backward_hook(module, grad_inputs, grad_outputs):
+        hit("mid-backward")
+        return tuple(None if grad is None else corrupt("gradient", grad) for grad in grad_inputs)
+
+    model.projector.register_full_backward_hook(backward_hook)
+    model.projector.register_forward_hook(lambda module, inputs, output: corrupt("activation", output))

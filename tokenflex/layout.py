@@ -7,6 +7,7 @@ import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 # Exit statuses: what they say to whoever started the process, and which of them means "start me again".
 
@@ -47,6 +48,18 @@ def step_of(tag: str) -> int | None:
     return int(match[1]) if match else None
 
 
+class RunSettings(Protocol):
+    """What the place of a run depends on; see `tokenflex.config.RunConfig`."""
+
+    @property
+    def output_dir(self) -> str:
+        """Folder of all runs."""
+
+    @property
+    def name(self) -> str:
+        """Of the run."""
+
+
 @dataclass(frozen=True)
 class RunLayout:
     """Where a run keeps what, below its folder `root`."""
@@ -54,7 +67,7 @@ class RunLayout:
     root: Path
 
     @classmethod
-    def of(cls, config) -> "RunLayout":
+    def of(cls, config: RunSettings) -> "RunLayout":
         """The layout of a configured run: `<output_dir>/<name>`."""
         return cls(Path(config.output_dir).expanduser() / config.name)
 
@@ -82,6 +95,11 @@ class RunLayout:
     def plan(self) -> Path:
         """The settings that decide the order of the data."""
         return self.root / "plan.json"
+
+    @property
+    def data(self) -> Path:
+        """What the samples were that the run was last started with."""
+        return self.root / "data.json"
 
     @property
     def metrics(self) -> Path:

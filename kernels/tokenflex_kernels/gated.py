@@ -19,7 +19,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import choose, target
-from .rounding import OPTIONS, matmul, round_to
+from .choose import UNFUSED
+from .rounding import OPTIONS, fast_reciprocal, matmul, round_to
 
 
 class TileConfig(NamedTuple):
@@ -43,7 +44,6 @@ class ElementwiseConfig(NamedTuple):
     num_warps: int
 
 
-UNFUSED = "unfused"
 ELEMENTWISE = ElementwiseConfig(16, 128, 4)  # 16 bytes of a half-precision row per thread and turn
 
 # Shared memory allows 99 KiB on 8.6, 8.9 and 12.x (the pointer configurations stay under that), 163 KiB on 8.0 and
@@ -60,11 +60,11 @@ GATED_CONFIGS: dict[str, tuple[TileConfig, ...]] = {
         TileConfig("pointer", 64, 64, 32, 4, 4),
     ),
 }
+# In strips, or the epilogue spills; 128 x 256 does even in four, 16 bytes under Triton 3.6.
 DGATED_CONFIGS: dict[str, tuple[TileConfig, ...]] = {
-    # In one piece, 128 x 128 spills 1.3 KB a thread; in four it needs 180 registers (triton 3.6 and 3.9, 9.0 and 10.0).
     "tma": (
-        TileConfig("tma", 128, 128, 64, 8, 4, pieces=4),
-        TileConfig("tma", 128, 64, 64, 8, 3, per_sm=2, pieces=4),
+        TileConfig("tma", 128, 128, 64, 8, 4, pieces=2),
+        TileConfig("tma", 256, 128, 64, 8, 3, pieces=4),
         TileConfig("tma", 64, 128, 64, 4, 4, pieces=4),
     ),
     "pointer": (
@@ -94,25 +94,43 @@ def _split_columns(tile):
 
 
 @triton.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-x)) with the fast reciprocal: two units in the last place of float32, a fifth of the instructions."""
+    return fast_reciprocal(1.0 + tl.exp2(x * -1.4426950408889634))
+
+
+@triton.jit
 def _swiglu(gate, up):
-    return gate * tl.sigmoid(gate) * up
+    return gate * _sigmoid(gate) * up
 
 
 @triton.jit
 def _swiglu_grads(d_inner, gate, up):
     """(d_gate, d_up, silu(gate) * up) for inner = silu(gate) * up, in float32."""
-    s = tl.sigmoid(gate)
+    s = _sigmoid(gate)
     h = gate * s
     return d_inner * up * (s + h * (1.0 - s)), d_inner * h, h * up
 
 
 @triton.jit
+def _halves(box, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, 2, COLUMNS], a box of a [tokens, 2, H] view, as its gate and its up in float32."""
+    return tl.split(tl.permute(box.to(tl.float32), (0, 2, 1)))
+
+
+@triton.jit
+def _box(gate, up, ROWS: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.constexpr):
+    """The reverse: one store for both."""
+    return tl.permute(tl.join(round_to(gate, dtype), round_to(up, dtype)), (0, 2, 1))
+
+
+@triton.jit(do_not_specialize=["M"])
 def gated_tma(
-    tokens, weight, bias, inner, gate_out, up_out, M, N, K,
+    tokens, weight, bias, inner, gate_up, M, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, NUM_PROGRAMS: tl.constexpr,
     HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr, STORE_GATE_UP: tl.constexpr,
 ):  # fmt: skip
-    """tokens [M, K], weight [2, N, K] -> inner [M, N] and gate, up [M, N]; all but ``bias`` [2N] are descriptors.
+    """tokens [M, K], weight [2, N, K] -> inner [M, N] and gate_up [M, 2, N]; all but ``bias`` [2N] are descriptors.
 
     One box [2, BN, BK] of the weight is one operand of 2 BN columns: a single wgmma m64n256k16 does both halves.
     """
@@ -134,13 +152,12 @@ def gated_tma(
             gate += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
             up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
         if STORE_GATE_UP:
-            gate_out.store([row, column], round_to(gate, gate_out.dtype))
-            up_out.store([row, column], round_to(up, up_out.dtype))
+            gate_up.store([row, 0, column], _box(gate, up, BM, BN, gate_up.dtype))
         if STORE_INNER:
             inner.store([row, column], round_to(_swiglu(gate, up), inner.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gated_pointer(
     tokens, weight, bias, inner, gate_up, M, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -176,14 +193,14 @@ def gated_pointer(
 
 
 @triton.jit
-def _dgated_epilogue(
-    d_inner, gate, up, d_gate, d_up, inner, bias_sums, tile_m, row, column, N,
-    BN: tl.constexpr, HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr,
+def _dgated_strip(
+    d_inner, gate_up, d_gate_up, inner, bias_sums, tile_m, row, column, N,
+    BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr,
 ):  # fmt: skip
     """Turn ``d_inner`` [BM, BN] at (row, column) into dGate, dUp, S and this row tile's share of the bias gradient."""
-    dg, du, s = _swiglu_grads(d_inner, gate.load([row, column]).to(tl.float32), up.load([row, column]).to(tl.float32))
-    d_gate.store([row, column], round_to(dg, d_gate.dtype))
-    d_up.store([row, column], round_to(du, d_up.dtype))
+    gate, up = _halves(gate_up.load([row, 0, column]), BM, BN)
+    dg, du, s = _swiglu_grads(d_inner, gate, up)
+    d_gate_up.store([row, 0, column], _box(dg, du, BM, BN, d_gate_up.dtype))
     if STORE_INNER:
         inner.store([row, column], round_to(s, inner.dtype))
     if HAS_BIAS:
@@ -194,12 +211,35 @@ def _dgated_epilogue(
 
 
 @triton.jit
+def _dgated_epilogue(
+    d_inner, gate_up, d_gate_up, inner, bias_sums, tile_m, row, column, N,
+    BM: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr, HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr,
+):  # fmt: skip
+    """``_dgated_strip`` in PIECES (1, 2 or 4) strips of columns, one after the other: fewer registers at a time."""
+    if PIECES == 1:
+        _dgated_strip(
+            d_inner, gate_up, d_gate_up, inner, bias_sums, tile_m, row, column, N, BM, BN, HAS_BIAS, STORE_INNER
+        )
+    else:
+        HALF: tl.constexpr = BN // 2
+        left, right = _split_columns(d_inner)
+        _dgated_epilogue(
+            left, gate_up, d_gate_up, inner, bias_sums, tile_m, row, column, N,
+            BM, HALF, PIECES // 2, HAS_BIAS, STORE_INNER,
+        )  # fmt: skip
+        _dgated_epilogue(
+            right, gate_up, d_gate_up, inner, bias_sums, tile_m, row, column + HALF, N,
+            BM, HALF, PIECES // 2, HAS_BIAS, STORE_INNER,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M"])
 def dgated_tma(
-    d_out, weight, gate, up, d_gate, d_up, inner, bias_sums, M, N, K,
+    d_out, weight, gate_up, d_gate_up, inner, bias_sums, M, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, NUM_PROGRAMS: tl.constexpr,
     PIECES: tl.constexpr, HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr,
 ):  # fmt: skip
-    """d_out [M, K], weight [K, N], gate, up [M, N] -> d_gate, d_up, inner [M, N]; bias_sums [cdiv(M, BM), 2N].
+    """d_out [M, K], weight [K, N], gate_up [M, 2, N] -> d_gate_up [M, 2, N], inner [M, N]; bias_sums [cdiv(M, BM), 2N].
 
     All but ``bias_sums`` are descriptors; rows and columns past the end read as 0, and so add 0 to the bias sums.
     """
@@ -212,47 +252,16 @@ def dgated_tma(
         acc = tl.zeros((BM, BN), tl.float32)
         for k in range(tl.cdiv(K, BK)):
             acc = matmul(d_out.load([row, k * BK]), weight.load([k * BK, column]), acc)
-        if PIECES == 1:
-            _dgated_epilogue(
-                acc, gate, up, d_gate, d_up, inner, bias_sums, tile_m, row, column, N, BN, HAS_BIAS, STORE_INNER
-            )
-        else:
-            left, right = _split_columns(acc)
-            if PIECES == 2:
-                _dgated_epilogue(
-                    left, gate, up, d_gate, d_up, inner, bias_sums, tile_m, row, column, N,
-                    BN // 2, HAS_BIAS, STORE_INNER,
-                )  # fmt: skip
-                _dgated_epilogue(
-                    right, gate, up, d_gate, d_up, inner, bias_sums, tile_m, row, column + BN // 2, N,
-                    BN // 2, HAS_BIAS, STORE_INNER,
-                )  # fmt: skip
-            else:
-                first, second = _split_columns(left)
-                third, fourth = _split_columns(right)
-                _dgated_epilogue(
-                    first, gate, up, d_gate, d_up, inner, bias_sums, tile_m, row, column, N,
-                    BN // 4, HAS_BIAS, STORE_INNER,
-                )  # fmt: skip
-                _dgated_epilogue(
-                    second, gate, up, d_gate, d_up, inner, bias_sums, tile_m, row, column + BN // 4, N,
-                    BN // 4, HAS_BIAS, STORE_INNER,
-                )  # fmt: skip
-                _dgated_epilogue(
-                    third, gate, up, d_gate, d_up, inner, bias_sums, tile_m, row, column + BN // 2, N,
-                    BN // 4, HAS_BIAS, STORE_INNER,
-                )  # fmt: skip
-                _dgated_epilogue(
-                    fourth, gate, up, d_gate, d_up, inner, bias_sums, tile_m, row, column + 3 * (BN // 4), N,
-                    BN // 4, HAS_BIAS, STORE_INNER,
-                )  # fmt: skip
+        _dgated_epilogue(
+            acc, gate_up, d_gate_up, inner, bias_sums, tile_m, row, column, N, BM, BN, PIECES, HAS_BIAS, STORE_INNER
+        )
 
 
 @triton.jit
 def _store_grads(
     d_inner, gate_up, d_gate_up, inner, bias_sums, tile_m, m, n, M, N, HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr
 ):
-    """``_dgated_epilogue`` through pointers; ``d_inner`` is 0 wherever m >= M or n >= N."""
+    """``_dgated_strip`` through pointers; ``d_inner`` is 0 wherever m >= M or n >= N."""
     inside = (m < M)[:, None] & (n < N)[None, :]
     row = m.to(tl.int64)[:, None] * N
     at = 2 * row + n[None, :]
@@ -269,7 +278,7 @@ def _store_grads(
         tl.store(sums_at + N, tl.sum(tl.where(inside, du, 0.0), 0), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def dgated_pointer(
     d_out, weight, gate_up, d_gate_up, inner, bias_sums, M, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -293,7 +302,7 @@ def dgated_pointer(
     _store_grads(acc, gate_up, d_gate_up, inner, bias_sums, tile_m, m, n, M, N, HAS_BIAS, STORE_INNER)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def swiglu_rows(gate_up, inner, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """gate_up [M, 2N] -> inner = silu(gate) * up [M, N]."""
     blocks = tl.cdiv(N, COLUMNS)
@@ -306,7 +315,7 @@ def swiglu_rows(gate_up, inner, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr)
     tl.store(inner + row + n[None, :], round_to(_swiglu(gate, up), inner.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def swiglu_grad_rows(
     d_inner, gate_up, d_gate_up, inner, bias_sums, M, N,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr,
@@ -325,20 +334,16 @@ def gated(
     tokens: Tensor, weight: Tensor, bias: Tensor | None, store_inner: bool, store_gate_up: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """silu(gate) * up [M, H] and the packed [gate | up] [M, 2H] of tokens [M, C] and weight [2H, C], as asked for."""
-    tokens, weight = tokens.contiguous(), weight.contiguous()
-    candidates = _candidates(GATED_CONFIGS, (tokens, weight), tokens.shape[0], weight.shape[0] // 2, tokens.shape[1])
-    key = choose.key(
-        "gated",
-        tokens,
-        tokens.shape[1],
-        weight.shape[0] // 2,
-        int(store_inner),
-        int(store_gate_up),
-        rows=tokens.shape[0],
-    )
-    launch = lambda config: launch_gated(config, tokens, weight, bias, store_inner, store_gate_up)  # noqa: E731
+    tokens, weight = _dense(tokens), _dense(weight)
+    num_rows, width, depth = tokens.shape[0], weight.shape[0] // 2, tokens.shape[1]
+    is_aligned = _is_aligned(width, depth, tokens, weight)
+    key = choose.key("gated", tokens, num_rows, depth, width, bias is not None, store_inner, store_gate_up, is_aligned)
     with choose.on_device(tokens):
-        return choose.run(key, candidates, launch, tokens.device)
+        return choose.run(
+            key,
+            lambda: _candidates(GATED_CONFIGS, tokens, num_rows, width, is_aligned),
+            lambda config: launch_gated(config, tokens, weight, bias, store_inner, store_gate_up),
+        )
 
 
 def dgated(
@@ -348,26 +353,37 @@ def dgated(
 
     d_out [M, D], weight [D, H], gate_up [M, 2H].
     """
-    d_out, weight = d_out.contiguous(), weight.contiguous()
-    candidates = _candidates(DGATED_CONFIGS, (d_out, weight, gate_up), d_out.shape[0], weight.shape[1], weight.shape[0])
-    key = choose.key(
-        "dgated", d_out, weight.shape[0], weight.shape[1], int(sum_bias), int(store_inner), rows=d_out.shape[0]
-    )
-    launch = lambda config: launch_dgated(config, d_out, weight, gate_up, sum_bias, store_inner)  # noqa: E731
+    d_out, weight = _dense(d_out), _dense(weight)
+    num_rows, (depth, width) = d_out.shape[0], weight.shape
+    is_aligned = _is_aligned(width, depth, d_out, weight, gate_up)
+    key = choose.key("dgated", d_out, num_rows, depth, width, sum_bias, store_inner, is_aligned)
     with choose.on_device(d_out):
-        return choose.run(key, candidates, launch, d_out.device)
+        return choose.run(
+            key,
+            lambda: _candidates(DGATED_CONFIGS, d_out, num_rows, width, is_aligned),
+            lambda config: launch_dgated(config, d_out, weight, gate_up, sum_bias, store_inner),
+        )
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """``matrix`` with rows one after another. A single row may call itself contiguous whatever its strides say."""
+    matrix = matrix.contiguous()
+    return matrix if matrix.stride(0) == matrix.shape[1] else matrix.as_strided(matrix.shape, (matrix.shape[1], 1))
+
+
+def _is_aligned(width: int, depth: int, *operands: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes, in half precision."""
+    return width % 8 == 0 and depth % 8 == 0 and not any(t.data_ptr() % 16 for t in operands)
 
 
 def _candidates(
-    shipped: dict[str, tuple[TileConfig, ...]], operands: tuple[Tensor, ...], rows: int, width: int, depth: int
+    shipped: dict[str, tuple[TileConfig, ...]], first: Tensor, rows: int, width: int, is_aligned: bool
 ) -> list[choose.Candidate]:
     """The configurations that can run this shape, the rule's choice first."""
     unfused = choose.Candidate(UNFUSED, UNFUSED)
-    first = operands[0]
     if first.element_size() != 2:
         return [unfused]
-    aligned = width % 8 == 0 and depth % 8 == 0 and all(t.data_ptr() % 16 == 0 for t in operands)
-    has_tma = aligned and target.capability(first.device) // 10 in target.TMA_CAPABILITIES
+    has_tma = is_aligned and target.capability(first.device) // 10 in target.TMA_CAPABILITIES
     # The first configuration with a tile for every multiprocessor; short of that, the one with the most tiles.
     wanted, rows = target.num_processors(first.device), choose.bucket(rows)
     configs = sorted(
@@ -376,12 +392,7 @@ def _candidates(
     )
     fused = [choose.Candidate(name_of(config), config) for config in configs]
     # Rows that are no multiple of 16 bytes are read 2 bytes at a time: there cuBLAS comes first.
-    return [*fused, unfused] if aligned else [unfused, *fused]
-
-
-def pieces_of(config: TileConfig, store_inner: bool) -> int:
-    """Column strips of the epilogue: half as many when S is not stored, which needs fewer registers as it is."""
-    return config.pieces if store_inner else max(config.pieces // 2, 1)
+    return [*fused, unfused] if is_aligned else [unfused, *fused]
 
 
 def name_of(config: TileConfig) -> str:
@@ -419,12 +430,10 @@ def launch_gated(
         gated_pointer[(tiles,)](tokens, weight, bias, inner, gate_up, num_rows, width, depth, **options)
         return inner, gate_up
     programs = target.num_processors(tokens.device) * config.per_sm  # compiled in; small batches launch fewer
-    tile = [config.m, config.n]
-    gate, up = (None, None) if gate_up is None else (gate_up[:, :width], gate_up[:, width:])
     gated_tma[(min(tiles, programs),)](
         TensorDescriptor.from_tensor(tokens, [config.m, config.k]),
         TensorDescriptor.from_tensor(weight.view(2, width, depth), [2, config.n, config.k]),
-        bias, _descriptor(inner, tile), _descriptor(gate, tile), _descriptor(up, tile),
+        bias, _descriptor(inner, [config.m, config.n]), _halves_of(gate_up, config.m, config.n),
         num_rows, width, depth, NUM_PROGRAMS=programs, **options,
     )  # fmt: skip
     return inner, gate_up
@@ -457,17 +466,23 @@ def launch_dgated(
         dgated_pointer[(tiles,)](d_out, weight, gate_up, d_gate_up, inner, sums, num_rows, width, depth, **options)
     else:
         programs = target.num_processors(d_out.device) * config.per_sm
-        pieces = pieces_of(config, store_inner)
-        tile = [config.m, config.n // pieces]
+        strip = config.n // config.pieces
         dgated_tma[(min(tiles, programs),)](
             TensorDescriptor.from_tensor(d_out, [config.m, config.k]),
             TensorDescriptor.from_tensor(weight, [config.k, config.n]),
-            _descriptor(gate_up[:, :width], tile), _descriptor(gate_up[:, width:], tile),
-            _descriptor(d_gate_up[:, :width], tile), _descriptor(d_gate_up[:, width:], tile), _descriptor(inner, tile),
-            sums, num_rows, width, depth, NUM_PROGRAMS=programs, PIECES=pieces, **options,
+            _halves_of(gate_up, config.m, strip), _halves_of(d_gate_up, config.m, strip),
+            _descriptor(inner, [config.m, strip]),
+            sums, num_rows, width, depth, NUM_PROGRAMS=programs, PIECES=config.pieces, **options,
         )  # fmt: skip
     return d_gate_up, inner, None if sums is None else sums.sum(0)
 
 
 def _descriptor(tensor: Tensor | None, block: list[int]) -> TensorDescriptor | None:
     return None if tensor is None else TensorDescriptor.from_tensor(tensor, block)
+
+
+def _halves_of(gate_up: Tensor | None, rows: int, columns: int) -> TensorDescriptor | None:
+    """Boxes [rows, 2, columns] of gate and up side by side."""
+    if gate_up is None:
+        return None
+    return TensorDescriptor.from_tensor(gate_up.view(gate_up.shape[0], 2, -1), [rows, 2, columns])

@@ -1,9 +1,9 @@
-"""LayerNorm, SwiGLU and the down projection with their backward, written once over two back ends.
+"""Pooling, LayerNorm, SwiGLU and the down projection with their backward, written once over two back ends.
 
-The back end, kernels or plain torch, supplies ``gated`` and ``dgated``; the products around them are torch's (cuBLAS).
-Per token, training keeps the pooled row (C values) and the packed gate and up (2H); ``recompute`` keeps only the row.
-The normalised row, S = silu(gate) * up and the LayerNorm's statistics are made again in the backward pass: all three
-are cheap, and S falls out of ``dgated``.
+The back end, kernels or plain torch, supplies ``pool`` (with the LayerNorm), ``gated`` and ``dgated``; the products
+around them are torch's (cuBLAS). Per token, training keeps one row of C values (the LayerNorm's rows before scale and
+shift, or the pooled ones where there is no LayerNorm) and the packed gate and up (2H); ``recompute`` keeps only the row.
+S = silu(gate) * up falls out of ``dgated`` once more.
 """
 
 from __future__ import annotations
@@ -14,7 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import target
+from . import reference, target
+from .geometry import PoolPlan
+
+# Rows from which frozen features take the way round the product [T, 2H] x [2H, C]: that costs 2 T flops per weight, the
+# way round 6 bytes per weight, and a GPU does 230 flops in the time of a byte (690 TFLOP/s over 3 TB/s): from 690 rows.
+SHORTCUT_ROWS = 768
+
+
+class Kept(NamedTuple):
+    """What the backward pass will want; empty tensors for what it will not."""
+
+    rows: Tensor  # [T, C]
+    rstd: Tensor  # float32 [T]
+    gate_up: Tensor  # [T, 2H]
 
 
 class Weights(NamedTuple):
@@ -29,9 +42,9 @@ class Weights(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted: the pooled rows' and each weight's."""
+    """Which gradients are wanted: the features' and each weight's."""
 
-    pooled: bool
+    features: bool
     norm_weight: bool
     norm_bias: bool
     gate_up_weight: bool
@@ -40,27 +53,37 @@ class Needs(NamedTuple):
     down_bias: bool
 
 
-def forward(pooled: Tensor, weights: Weights, has_norm: bool, eps: float, save: bool) -> tuple[Tensor, Tensor]:
-    """The projection [T, D] of pooled rows [T, C], and the packed gate and up [T, 2H], empty unless ``save``."""
-    check(pooled, weights)
-    if pooled.shape[0] == 0:
-        gate_up = pooled.new_empty(0, weights.gate_up_weight.shape[0]) if save else pooled.new_empty(0)
-        return pooled.new_empty(0, weights.down_weight.shape[0]), gate_up
-    tokens = pooled
-    if has_norm:
-        tokens = _normalise(pooled, weights.norm_weight, weights.norm_bias, eps)[0]
-    inner, gate_up = _gated(tokens, weights.gate_up_weight, weights.gate_up_bias, True, save)
-    out = F.linear(inner, weights.down_weight, weights.down_bias)
-    return out, gate_up if save else pooled.new_empty(0)
+def forward(
+    features: Tensor, plan: PoolPlan | None, weights: Weights, has_norm: bool, eps: float, keep: bool, recompute: bool
+) -> tuple[Tensor, Kept]:
+    """The projection [T, D] of features pooled by ``plan`` (or pooled already), and what backward needs if ``keep``.
+
+    ``Kept.rows`` is empty where they are the features themselves: no plan and no LayerNorm.
+    """
+    check(features, weights)
+    norm = (weights.norm_weight, weights.norm_bias, eps, keep) if has_norm else None
+    tokens, rows, rstd = _pooled(features, plan, norm)
+    if plan is not None and not has_norm:
+        rows = tokens
+    if tokens.shape[0] == 0:
+        out = tokens.new_empty(0, weights.down_weight.shape[0])
+        gate_up = None if recompute else tokens.new_empty(0, weights.gate_up_weight.shape[0])
+    else:
+        inner, gate_up = _gated(tokens, weights.gate_up_weight, weights.gate_up_bias, True, keep and not recompute)
+        out = F.linear(inner, weights.down_weight, weights.down_bias)
+    return out, Kept(*(features.new_empty(0) if x is None else x for x in (rows, rstd, gate_up)))
 
 
 def backward(
-    d_out: Tensor, pooled: Tensor, gate_up: Tensor, weights: Weights, has_norm: bool, eps: float, needs: Needs
+    d_out: Tensor, kept: Kept, plan: PoolPlan | None, weights: Weights, has_norm: bool, needs: Needs
 ) -> tuple[Tensor | None, ...]:
-    """The gradients that ``needs`` asks for, None for the others. ``gate_up`` is empty if it is to be made again."""
-    if pooled.shape[0] == 0:
-        inputs = (pooled, *weights)
-        return tuple(torch.zeros_like(x) if need else None for x, need in zip(inputs, needs, strict=True))
+    """The gradients that ``needs`` asks for, None for the others. Of ``kept`` the rows must be there."""
+    rows, rstd, gate_up = kept
+    if rows.shape[0] == 0:
+        d_features = None
+        if needs.features:
+            d_features = rows.new_zeros(0 if plan is None else plan.num_patches, rows.shape[1])
+        return (d_features, *(torch.zeros_like(x) if need else None for x, need in zip(weights, needs[1:])))
     grads: dict[str, Tensor] = {}
     if needs.down_bias:
         grads["down_bias"] = d_out.sum(0)
@@ -69,78 +92,125 @@ def backward(
 
     # With features that need no gradient (a frozen vision tower) the LayerNorm's own gradients follow from the weight's
     # product, without the product [T, 2H] x [2H, C] that would give d_tokens: a fifth of the projector's arithmetic.
-    norm_of_frozen = has_norm and not needs.pooled and (needs.norm_weight or needs.norm_bias)
-    tokens, stats = pooled, None
-    if has_norm and not (norm_of_frozen and gate_up.numel()):
-        tokens, *stats = _normalise(pooled, weights.norm_weight, weights.norm_bias, eps)
+    needs_norm = has_norm and (needs.norm_weight or needs.norm_bias)
+    is_shortcut = needs_norm and not needs.features and rows.shape[0] >= SHORTCUT_ROWS
+    tokens = None
     if gate_up.numel() == 0:
+        tokens = _affine(rows, weights, has_norm)
         gate_up = _gated(tokens, weights.gate_up_weight, weights.gate_up_bias, False, True)[1]
     d_gate_up, inner, bias_sum = _dgated(
-        d_out, weights.down_weight, gate_up, needs.gate_up_bias or norm_of_frozen, needs.down_weight
+        d_out, weights.down_weight, gate_up, needs.gate_up_bias or is_shortcut, needs.down_weight
     )
     del gate_up
     if needs.down_weight:
         grads["down_weight"] = d_out.T @ inner
     del inner
     if needs.gate_up_bias:
-        grads["gate_up_bias"] = bias_sum.to(pooled.dtype)
-    if norm_of_frozen:
-        hat = _normalise(pooled, None, None, eps)[0]
-        grads |= _grads_of_frozen_features(d_gate_up.T @ hat, bias_sum, weights)
-    elif needs.gate_up_weight:
+        grads["gate_up_bias"] = bias_sum.to(rows.dtype)
+    if is_shortcut:
+        return _finish(grads | _grads_of_frozen_features(d_gate_up.T @ rows, bias_sum, weights), needs)
+    if needs.gate_up_weight:
+        tokens = _affine(rows, weights, has_norm) if tokens is None else tokens
         grads["gate_up_weight"] = d_gate_up.T @ tokens
-    if needs.pooled:
-        d_tokens = d_gate_up @ weights.gate_up_weight
-        grads |= _norm_backward(d_tokens, pooled, stats, weights, needs) if has_norm else {"pooled": d_tokens}
-    return tuple(grads.get(name) if need else None for name, need in zip(Needs._fields, needs, strict=True))
+    del tokens
+    if needs.features or needs_norm:
+        d_rows = d_gate_up @ weights.gate_up_weight
+        if has_norm:
+            d_rows, sums = _norm_backward(d_rows, rows, rstd, weights.norm_weight, needs.features, needs_norm)
+            if needs_norm:
+                grads |= _apart(sums, rows.dtype)
+        if needs.features:
+            grads["features"] = d_rows if plan is None else _pooled(d_rows, plan, None, transposed=True)[0]
+    return _finish(grads, needs)
 
 
-def _grads_of_frozen_features(d_hat_weight: Tensor, bias_sum: Tensor, weights: Weights) -> dict[str, Tensor]:
+def _finish(grads: dict[str, Tensor], needs: Needs) -> tuple[Tensor | None, ...]:
+    return tuple(grads.get(name) if need else None for name, need in zip(Needs._fields, needs))
+
+
+def _apart(sums: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The LayerNorm's gradients from [2, C]; copies, as an operator's outputs must not share memory."""
+    return {name: row.to(dtype, copy=True) for name, row in zip(("norm_weight", "norm_bias"), sums)}
+
+
+def _grads_of_frozen_features(product: Tensor, bias_sum: Tensor, weights: Weights) -> dict[str, Tensor]:
     """Gradients of the weight and the LayerNorm from the weight's product with the rows before scale and shift.
 
     tokens = hat * scale + shift and G = hat (scale * W)' + W shift', so with E = dG' hat and e = sum of dG over rows:
-    dW = E * scale + e (x) shift; dscale = sum over W's rows of W * E; dshift = e W.
+    dW = E * scale + e (x) shift; dscale = sum over W's rows of W * E; dshift = e W. ``product`` (E) becomes dW.
     """
-    dtype = d_hat_weight.dtype
+    scale, shift, weight = weights.norm_weight, weights.norm_bias, weights.gate_up_weight
+    dtype = product.dtype
+    if target.runs_kernels(product):
+        from . import frozen
+
+        product, sums = frozen.grads(weight, product, bias_sum, scale, shift)
+        return {"gate_up_weight": product} | _apart(sums, dtype)
     exact = torch.promote_types(dtype, torch.float32)
-    weight, product, sums = weights.gate_up_weight.to(exact), d_hat_weight.to(exact), bias_sum.to(exact)
+    weight, product, sums = weight.to(exact), product.to(exact), bias_sum.to(exact)
     grads = {"norm_weight": (weight * product).sum(0).to(dtype), "norm_bias": (sums @ weight).to(dtype)}
-    if weights.norm_weight is not None:
-        product = product * weights.norm_weight.to(exact)
-    if weights.norm_bias is not None:
-        product = torch.addcmul(product, sums[:, None], weights.norm_bias.to(exact)[None, :])
+    if scale is not None:
+        product = product * scale.to(exact)
+    if shift is not None:
+        product = torch.addcmul(product, sums[:, None], shift.to(exact)[None, :])
     return grads | {"gate_up_weight": product.to(dtype)}
 
 
+def _pooled(
+    source: Tensor, plan: PoolPlan | None, norm: tuple | None, transposed: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(tokens, their rows before scale and shift, 1 / standard deviations); the last two as far as ``norm`` says."""
+    if plan is None and norm is None:
+        return source, None, None
+    if target.runs_kernels(source):
+        from . import pool
+
+        if norm is None or pool.fits_norm(source.shape[1]):
+            return pool.pool(source, plan, transposed, None if norm is None else pool.NormOf(*norm))
+        rows = source if plan is None else pool.pool(source, plan)[0]
+    else:
+        rows = source if plan is None else reference.pool(source, plan, transposed)
+    if norm is None:
+        return rows, None, None
+    scale, shift, eps, keep = norm
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    tokens = F.layer_norm(rows, rows.shape[-1:], scale, shift, eps)
+    if not keep:
+        return tokens, None, None
+    hat, rstd = reference.normalise(wide, eps)
+    return tokens, hat.to(rows.dtype), rstd
+
+
+def _affine(rows: Tensor, weights: Weights, has_norm: bool) -> Tensor:
+    """The tokens of the rows that were kept."""
+    if not has_norm:
+        return rows
+    if target.runs_kernels(rows):
+        from . import pool
+
+        if pool.fits_norm(rows.shape[1]):
+            return pool.affine_of(rows, weights.norm_weight, weights.norm_bias)
+    return reference.affine(rows, weights.norm_weight, weights.norm_bias)
+
+
 def _norm_backward(
-    d_tokens: Tensor, pooled: Tensor, stats: list[Tensor], weights: Weights, needs: Needs
-) -> dict[str, Tensor]:
-    """Gradients through the LayerNorm, by name."""
-    names = ("pooled", "norm_weight", "norm_bias")
-    wide = _wide(pooled)
-    tensors = [None if x is None else x.to(wide) for x in (weights.norm_weight, weights.norm_bias)]
-    grads = torch.ops.aten.native_layer_norm_backward(
-        d_tokens.to(wide),
-        pooled.to(wide),
-        pooled.shape[-1:],
-        *stats,
-        *tensors,
-        [getattr(needs, name) for name in names],
-    )
-    return {name: grad.to(pooled.dtype) for name, grad in zip(names, grads, strict=True) if grad is not None}
+    d_tokens: Tensor, hat: Tensor, rstd: Tensor, scale: Tensor | None, need_rows: bool, need_sums: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(gradient of the rows before the LayerNorm, [2, C] gradients of its scale and shift) from its rows ``hat``."""
+    if target.runs_kernels(hat):
+        from . import pool
 
-
-def _normalise(pooled: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm of rows, with mean and 1 / standard deviation."""
-    wide = _wide(pooled)
-    weight, bias = (None if x is None else x.to(wide) for x in (weight, bias))
-    tokens, mean, rstd = torch.native_layer_norm(pooled.to(wide), pooled.shape[-1:], weight, bias, eps)
-    return tokens.to(pooled.dtype), mean, rstd
-
-
-def _wide(pooled: Tensor) -> torch.dtype:
-    """The dtype to call torch's LayerNorm in: its CUDA statistics are float32, its CPU ones the input's dtype."""
-    return pooled.dtype if pooled.is_cuda else torch.promote_types(pooled.dtype, torch.float32)
+        if pool.fits_norm(hat.shape[1]):
+            return pool.norm_grad(d_tokens, hat, rstd, scale, need_rows, need_sums)
+    exact = torch.promote_types(hat.dtype, torch.float32)
+    d, x = d_tokens.to(exact), hat.to(exact)
+    sums = torch.stack(((d * x).sum(0), d.sum(0))) if need_sums else None
+    if not need_rows:
+        return None, sums
+    if scale is not None:
+        d = d * scale.to(exact)
+    d = (d - d.mean(1, keepdim=True) - x * (d * x).mean(1, keepdim=True)) * rstd[:, None]
+    return d.to(hat.dtype), sums
 
 
 def _gated(
@@ -174,11 +244,9 @@ def _dgated(
     return d_gate_up.to(d_out.dtype), inner, d_gate_up.sum(0) if sum_bias else None
 
 
-def check(pooled: Tensor, weights: Weights) -> None:
-    """Raise ``ValueError`` unless the weights' shapes fit the pooled rows and each other."""
-    if pooled.dim() != 2:
-        raise ValueError(f"features must be [rows, C], not {tuple(pooled.shape)}")
-    width, (double, gate_up_in) = pooled.shape[1], weights.gate_up_weight.shape
+def check(features: Tensor, weights: Weights) -> None:
+    """Raise ``ValueError`` unless the weights' shapes fit the features and each other."""
+    width, (double, gate_up_in) = features.shape[1], weights.gate_up_weight.shape
     out, down_in = weights.down_weight.shape
     if gate_up_in != width:
         raise ValueError(

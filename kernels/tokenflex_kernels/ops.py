@@ -1,79 +1,54 @@
-"""The public functions, as torch.library operators: eager, autograd, autocast, fake tensors and torch.compile.
+"""The public functions, over torch.library operators: eager, autograd, autocast, fake tensors and torch.compile.
 
-Each operator has one body per device: the Triton kernels on CUDA, the reference on the CPU (or the kernels, under
-Triton's interpreter). Backward passes are operators too, so that torch.compile never traces into a launch. Autograd
-keeps the caller's own weight tensors, never a view or copy: a weight that ZeRO-3 or FSDP frees after the forward pass
-and gathers before the backward pass is found again through its Parameter.
+Each operator has one body per device: the Triton kernels on CUDA, plain torch on the CPU (or the kernels, under Triton's
+interpreter). Backward passes are operators too, so that torch.compile never traces into a launch. They are defined
+without wrappers, and their gradients are ``torch.autograd.Function``s around them, since a call must cost the host
+little. Autograd keeps the caller's own weight tensors, never a view or copy: a weight that ZeRO-3 or FSDP frees after
+the forward pass and gathers before the backward pass is found again through its Parameter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import mlp, reference, target
-from .geometry import check_geometry, check_rows, row_windows
+from .geometry import PoolPlan
 from .reference import Linear, Norm
 
 NAMESPACE = "tokenflex_kernels"
 
 
-def adaptive_pool(
-    features: Tensor, grids: Sequence[tuple[int, int]], sides: Sequence[tuple[int, int]], mode: str = "adaptive"
-) -> Tensor:
+def adaptive_pool(features: Tensor, plan: PoolPlan) -> Tensor:
     """Pool every image's patches to its own number of visual tokens, all images in one launch.
 
     Args:
-        features: [sum(H*W), C], the images' patches one image after another, each row-major. Any strides.
-        grids: (H, W) of each image.
-        sides: (n_h, n_w) of each image; non-square, and above the grid's side, are fine.
-        mode: ``adaptive`` (average over floor/ceil windows; arXiv 2504.03154) or ``resize`` (the released projector:
-            bilinear resize with aligned corners to the next multiple of the side, then average).
+        features: [sum(H*W), C], the images' patches one image after another, each row-major. Rows may lie apart.
+        plan: what ``pool_plan`` made of the images' grids and sides, on the features' device.
 
     Returns:
         [sum(n_h*n_w), C] in the features' dtype, summed in float32.
 
     Raises:
-        ValueError: ``features`` not a matrix, a grid or side below 1, lists of unequal length, an unknown mode, or a row
-            count that differs from the grids'.
+        ValueError: ``features`` not a matrix, a row count that differs from the plan's, a plan on another device.
     """
-    _check_matrix("features", features)
-    return torch.ops.tokenflex_kernels.pool(features, _flat(grids), _flat(sides), mode)
-
-
-def swiglu(tokens: Tensor, norm: Norm | None, gate_up: Linear, down: Linear, *, recompute: bool = False) -> Tensor:
-    """LayerNorm (optional), gate and up, SiLU(gate) * up, down: [T, C] -> [T, D]. See ``pooled_swiglu``."""
-    scale, shift, eps = norm if norm is not None else (None, None, 0.0)
-    tensors = {
-        "features": tokens, "norm_weight": scale, "norm_bias": shift, "gate_up_weight": gate_up[0], "gate_up_bias": gate_up[1],
-        "down_weight": down[0], "down_bias": down[1],
-    }  # fmt: skip
-    _check_alike(tensors, autocast=_is_autocast(tokens))
-    save = (
-        torch.is_grad_enabled() and not recompute and any(t is not None and t.requires_grad for t in tensors.values())
-    )
-    return torch.ops.tokenflex_kernels.swiglu(*tensors.values(), norm is not None, eps, save)[0]
+    _check_features(features, plan)
+    if torch.is_grad_enabled() and features.requires_grad:
+        return _Pool.apply(features, *plan, False)
+    return _OPS.pool(features, *plan, False)
 
 
 def pooled_swiglu(
-    features: Tensor,
-    grids: Sequence[tuple[int, int]],
-    sides: Sequence[tuple[int, int]],
-    norm: Norm | None,
-    gate_up: Linear,
-    down: Linear,
-    *,
-    mode: str = "adaptive",
-    recompute: bool = False,
+    features: Tensor, plan: PoolPlan, norm: Norm | None, gate_up: Linear, down: Linear, *, recompute: bool = False
 ) -> Tensor:
     """The projector of TokenFLEX: pool, LayerNorm, SwiGLU, down: [sum(H*W), C] -> [sum(n_h*n_w), D].
 
     Args:
-        features, grids, sides, mode: as for ``adaptive_pool``. Features that need no gradient (a frozen vision tower)
-            skip the product and the pooling that would give it.
+        features, plan: as for ``adaptive_pool``. Features that need no gradient (a frozen vision tower) skip the product
+            and the pooling that would give it.
         norm: ``Norm(weight [C] or None, bias [C] or None, eps)``, or None for no LayerNorm.
         gate_up: ``Linear(weight [2H, C], bias [2H] or None)``, the gate's rows first.
         down: ``Linear(weight [D, H], bias [D] or None)``.
@@ -85,8 +60,41 @@ def pooled_swiglu(
     Raises:
         ValueError: as ``adaptive_pool``; weights of shapes that do not fit; tensors of several devices or dtypes.
     """
-    pooled = adaptive_pool(features, grids, sides, mode)
-    return swiglu(pooled, norm, gate_up, down, recompute=recompute)
+    _check_features(features, plan)
+    return _project(features, plan, norm, gate_up, down, recompute)
+
+
+def swiglu(tokens: Tensor, norm: Norm | None, gate_up: Linear, down: Linear, *, recompute: bool = False) -> Tensor:
+    """LayerNorm (optional), gate and up, SiLU(gate) * up, down: [T, C] -> [T, D]. See ``pooled_swiglu``."""
+    _check_matrix("features", tokens)
+    return _project(tokens, None, norm, gate_up, down, recompute)
+
+
+def _project(
+    features: Tensor, plan: PoolPlan | None, norm: Norm | None, gate_up: Linear, down: Linear, recompute: bool
+) -> Tensor:
+    scale, shift, eps = norm if norm is not None else (None, None, 0.0)
+    tensors = (features, scale, shift, *gate_up, *down)
+    is_autocast = _is_autocast(features)
+    _check_alike(_PROJECTOR, tensors, is_autocast)
+    if is_autocast and features.dtype != torch.float64:  # matmul's rule; float64 stays, as in torch
+        dtype = torch.get_autocast_dtype(features.device.type)
+        # Features keep their precision up to the end of the pooling, as torch's pooling does.
+        if plan is not None:
+            features, plan = adaptive_pool(features, plan), None
+        tensors = [None if x is None else x.to(dtype) for x in (features, *tensors[1:])]
+        with torch.autocast(features.device.type, enabled=False):
+            return _apply(tensors, plan, norm is not None, eps, recompute)
+    return _apply(tensors, plan, norm is not None, eps, recompute)
+
+
+def _apply(tensors: Any, plan: PoolPlan | None, has_norm: bool, eps: float, recompute: bool) -> Tensor:
+    table, *numbers = _NO_PLAN if plan is None else plan
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return _Project.apply(*tensors, table, *numbers, has_norm, eps, recompute)
+    return _OPS.project(*tensors, table, *numbers, has_norm, eps)
 
 
 def splice_rows(text: Tensor, visual: Tensor, positions: Tensor) -> Tensor:
@@ -104,18 +112,26 @@ def splice_rows(text: Tensor, visual: Tensor, positions: Tensor) -> Tensor:
         ValueError: shapes, dtypes or devices that do not fit; on the CPU also repeated positions.
         IndexError: on the CPU, a position outside [0, T). On CUDA that fails on the device.
     """
-    for name, tensor in (("text", text), ("visual", visual)):
-        _check_matrix(name, tensor)
+    _check_matrix("text", text)
+    _check_matrix("visual", visual)
     if positions.dtype != torch.int64 or positions.dim() != 1:
         raise ValueError(f"positions must be int64 [V], not {positions.dtype} {tuple(positions.shape)}")
     if positions.device != text.device:
         raise ValueError(f"positions are on {positions.device}, text on {text.device}: move them")
-    _check_alike({"text": text, "visual": visual}, autocast=_is_autocast(text))
-    return torch.ops.tokenflex_kernels.splice(text, visual, positions)
+    is_autocast = _is_autocast(text)
+    _check_alike(("text", "visual"), (text, visual), is_autocast)
+    if text.dtype != visual.dtype:  # under autocast: torch.cat's rule
+        dtype = torch.promote_types(text.dtype, visual.dtype)
+        text, visual = text.to(dtype), visual.to(dtype)
+    if torch.is_grad_enabled() and (text.requires_grad or visual.requires_grad):
+        return _Splice.apply(text, visual, positions)
+    return _OPS.splice(text, visual, positions)
 
 
-def _flat(pairs: Sequence[tuple[int, int]]) -> list[int]:
-    return [number for height, width in pairs for number in (height, width)]
+_PROJECTOR = (
+    "features", "norm_weight", "norm_bias", "gate_up_weight", "gate_up_bias", "down_weight", "down_bias",
+)  # fmt: skip
+_NO_PLAN = (None, 0, 0, 0, 0, False)
 
 
 def _is_autocast(tensor: Tensor) -> bool:
@@ -130,181 +146,156 @@ def _check_matrix(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be floating point, not {tensor.dtype}")
 
 
-def _check_alike(tensors: dict[str, Tensor | None], autocast: bool) -> None:
+def _check_features(features: Tensor, plan: PoolPlan) -> None:
+    _check_matrix("features", features)
+    reference.check_rows("features", features.shape[0], plan.num_patches, "grids")
+    if plan.table.device != features.device:
+        raise ValueError(f"the plan is on {plan.table.device}, features on {features.device}: plan.to(features.device)")
+
+
+def _check_alike(names: tuple[str, ...], tensors: Any, is_autocast: bool) -> None:
     """Raise unless all share the first one's device and, outside autocast, its dtype."""
-    (first_name, first), *others = tensors.items()
-    for name, tensor in others:
+    first = tensors[0]
+    device, dtype = first.device, first.dtype
+    for name, tensor in zip(names, tensors):
         if tensor is None:
             continue
-        if tensor.device != first.device:
-            raise ValueError(f"{name} is on {tensor.device}, {first_name} on {first.device}: move one of them")
-        if tensor.dtype != first.dtype and not autocast:
-            raise ValueError(
-                f"{name} is {tensor.dtype}, {first_name} {first.dtype}: cast one of them, or use torch.autocast"
-            )
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, {names[0]} on {device}: move one of them")
+        if tensor.dtype != dtype and not is_autocast:
+            raise ValueError(f"{name} is {tensor.dtype}, {names[0]} {dtype}: cast one of them, or use torch.autocast")
 
 
+# ----------------------------------------------------------------------------------------------------------- operators
+
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_PLAN = "SymInt num_patches, SymInt num_tokens, SymInt cells, SymInt patch_cells, bool is_resize"
 _WEIGHTS = (
     "Tensor? norm_weight, Tensor? norm_bias, Tensor gate_up_weight, Tensor? gate_up_bias, Tensor down_weight, "
     "Tensor? down_bias"
 )
 
 
-def _operator(name: str, schema: str) -> Callable[[Callable], Any]:
-    """Register a function as an operator that changes none of its inputs.
+def _operator(name: str, schema: str) -> Callable[[Callable], Callable]:
+    """Register a function as an operator that changes none of its inputs, for CPU and CUDA tensors alike.
 
-    The schema is written out: what torch infers from annotations depends on its release and on Python's.
+    Under autocast it runs with autocast off: the bodies' own products must not be cast again.
     """
-    return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=(), schema=schema)
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def register(function: Callable) -> Callable:
+        def without_autocast(device_type: str) -> Callable:
+            def call(*args):
+                with torch.autocast(device_type, enabled=False):
+                    return getattr(_OPS, name)(*args)
+
+            return call
+
+        for device_type in ("cpu", "cuda"):
+            _LIBRARY.impl(name, function, device_type.upper())
+            _LIBRARY.impl(name, without_autocast(device_type), "Autocast" + device_type.upper())
+        return function
+
+    return register
 
 
-# ---------------------------------------------------------------------------------------------------------------- pool
+def _fake(name: str) -> Callable[[Callable], Callable]:
+    return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=_LIBRARY)
 
 
-@_operator("pool", "(Tensor features, SymInt[] grids, SymInt[] sides, str mode) -> Tensor")
-def _pool(features: Tensor, grids: Sequence[int], sides: Sequence[int], mode: str) -> Tensor:
-    if not target.runs_kernels(features):
-        return reference.pool(features, grids, sides, mode)
-    check_geometry(grids, sides, mode)
-    check_rows(features.shape[0], grids, "features")
+@_operator("pool", f"(Tensor source, Tensor table, {_PLAN}, bool transposed) -> Tensor")
+def _pool(source, table, num_patches, num_tokens, cells, patch_cells, is_resize, transposed):
+    plan = PoolPlan(table, num_patches, num_tokens, cells, patch_cells, is_resize)
+    if not target.runs_kernels(source):
+        return reference.pool(source, plan, transposed)
     from . import pool
 
-    windows = row_windows(tuple(grids), tuple(sides), mode, False, features.device)
-    return pool.pool(features, windows, uniform=mode == "adaptive")
+    return pool.pool(source, plan, transposed)[0]
 
 
-@_operator("pool_backward", "(Tensor grad, SymInt[] grids, SymInt[] sides, str mode) -> Tensor")
-def _pool_backward(grad: Tensor, grids: Sequence[int], sides: Sequence[int], mode: str) -> Tensor:
-    if not target.runs_kernels(grad):
-        return reference.pool_backward(grad, grids, sides, mode)
-    from . import pool
-
-    return pool.pool(grad, row_windows(tuple(grids), tuple(sides), mode, True, grad.device), uniform=False)
+@_fake("pool")
+def _(source, table, num_patches, num_tokens, cells, patch_cells, is_resize, transposed):
+    return source.new_empty(num_patches if transposed else num_tokens, source.shape[1])
 
 
-def _num_rows(flat: Sequence[int]) -> int:
-    return sum(flat[i] * flat[i + 1] for i in range(0, len(flat), 2))
-
-
-@_pool.register_fake
-def _(features: Tensor, grids: Sequence[int], sides: Sequence[int], mode: str) -> Tensor:
-    return features.new_empty(_num_rows(sides), features.shape[1])
-
-
-@_pool_backward.register_fake
-def _(grad: Tensor, grids: Sequence[int], sides: Sequence[int], mode: str) -> Tensor:
-    return grad.new_empty(_num_rows(grids), grad.shape[1])
-
-
-def _pool_setup(ctx, inputs, output) -> None:
-    ctx.geometry = inputs[1:]
-
-
-# The map is linear, so each of the two is the other's gradient; that also gives second derivatives.
-_pool.register_autograd(
-    lambda ctx, grad: (torch.ops.tokenflex_kernels.pool_backward(grad, *ctx.geometry), None, None, None),
-    setup_context=_pool_setup,
-)
-_pool_backward.register_autograd(
-    lambda ctx, grad: (torch.ops.tokenflex_kernels.pool(grad, *ctx.geometry), None, None, None),
-    setup_context=_pool_setup,
-)
-
-# -------------------------------------------------------------------------------------------------------------- swiglu
-
-
-@_operator("swiglu", f"(Tensor pooled, {_WEIGHTS}, bool has_norm, float eps, bool save) -> (Tensor, Tensor)")
-def _swiglu(
-    pooled: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    gate_up_weight: Tensor,
-    gate_up_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    has_norm: bool,
-    eps: float,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
+@_operator("project", f"(Tensor features, {_WEIGHTS}, Tensor? table, {_PLAN}, bool has_norm, float eps) -> Tensor")
+def _project_only(
+    features, norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias,
+    table, num_patches, num_tokens, cells, patch_cells, is_resize, has_norm, eps,
+):  # fmt: skip
     weights = mlp.Weights(norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias)
-    return mlp.forward(pooled, weights, has_norm, eps, save)
+    plan = None if table is None else PoolPlan(table, num_patches, num_tokens, cells, patch_cells, is_resize)
+    return mlp.forward(features, plan, weights, has_norm, eps, False, False)[0]
 
 
-@_swiglu.register_fake
-def _(pooled, norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias, has_norm, eps, save):
-    out = pooled.new_empty(pooled.shape[0], down_weight.shape[0])
-    return out, pooled.new_empty(pooled.shape[0], gate_up_weight.shape[0]) if save else pooled.new_empty(0)
+@_fake("project")
+def _(
+    features, norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias,
+    table, num_patches, num_tokens, cells, patch_cells, is_resize, has_norm, eps,
+):  # fmt: skip
+    return features.new_empty(features.shape[0] if table is None else num_tokens, down_weight.shape[0])
 
 
 @_operator(
-    "swiglu_backward",
-    f"(Tensor grad, Tensor pooled, Tensor gate_up, {_WEIGHTS}, bool has_norm, float eps, bool[] needs) -> Tensor[]",
+    "project_training",
+    f"(Tensor features, {_WEIGHTS}, Tensor? table, {_PLAN}, bool has_norm, float eps, bool recompute) "
+    "-> (Tensor out, Tensor rows, Tensor rstd, Tensor gate_up)",
 )
-def _swiglu_backward(
-    grad: Tensor,
-    pooled: Tensor,
-    gate_up: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    gate_up_weight: Tensor,
-    gate_up_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    has_norm: bool,
-    eps: float,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+def _project_training(
+    features, norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias,
+    table, num_patches, num_tokens, cells, patch_cells, is_resize, has_norm, eps, recompute,
+):  # fmt: skip
     weights = mlp.Weights(norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias)
-    grads = mlp.backward(grad, pooled, gate_up, weights, has_norm, eps, mlp.Needs(*needs))
-    return [grad for grad in grads if grad is not None]
+    plan = None if table is None else PoolPlan(table, num_patches, num_tokens, cells, patch_cells, is_resize)
+    out, kept = mlp.forward(features, plan, weights, has_norm, eps, True, recompute)
+    return (out, *kept)
 
 
-@_swiglu_backward.register_fake
+@_fake("project_training")
 def _(
-    grad,
-    pooled,
-    gate_up,
-    norm_weight,
-    norm_bias,
-    gate_up_weight,
-    gate_up_bias,
-    down_weight,
-    down_bias,
-    has_norm,
-    eps,
-    needs,
-):
-    inputs = (pooled, norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias)
-    return [x.new_empty(x.shape) for x, need in zip(inputs, needs, strict=True) if need]
-
-
-def _swiglu_setup(ctx, inputs, output) -> None:
-    *tensors, ctx.has_norm, ctx.eps, _ = inputs
-    gate_up = output[1]
-    ctx.mark_non_differentiable(gate_up)
-    ctx.set_materialize_grads(False)  # or autograd would fill a [T, 2H] of zeros for gate_up
-    # The inputs themselves: for a Parameter that means the Parameter, whatever storage it has by then.
-    ctx.save_for_backward(gate_up, *tensors)
-
-
-def _swiglu_grad(ctx, grad: Tensor | None, _unused: None) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:7])
-    if grad is None or not any(needs):
-        return (None,) * 10
-    gate_up, pooled, *weights = ctx.saved_tensors
-    grads = iter(
-        torch.ops.tokenflex_kernels.swiglu_backward(grad, pooled, gate_up, *weights, ctx.has_norm, ctx.eps, needs)
+    features, norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias,
+    table, num_patches, num_tokens, cells, patch_cells, is_resize, has_norm, eps, recompute,
+):  # fmt: skip
+    num_rows = features.shape[0] if table is None else num_tokens
+    rstd = torch.float64 if features.dtype == torch.float64 else torch.float32
+    return (
+        features.new_empty(num_rows, down_weight.shape[0]),
+        features.new_empty(num_rows, features.shape[1]) if has_norm or table is not None else features.new_empty(0),
+        features.new_empty(num_rows, dtype=rstd) if has_norm else features.new_empty(0),
+        features.new_empty(0) if recompute else features.new_empty(num_rows, gate_up_weight.shape[0]),
     )
-    return (*(next(grads) if need else None for need in needs), None, None, None)
 
 
-_swiglu.register_autograd(_swiglu_grad, setup_context=_swiglu_setup)
+@_operator(
+    "project_backward",
+    f"(Tensor grad, Tensor rows, Tensor rstd, Tensor gate_up, {_WEIGHTS}, Tensor? table, {_PLAN}, bool has_norm, "
+    "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _project_backward(
+    grad, rows, rstd, gate_up, norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias,
+    table, num_patches, num_tokens, cells, patch_cells, is_resize, has_norm, needs,
+):  # fmt: skip
+    """``needs`` has bit i for the i-th of the seven inputs; the gradients of the others are empty."""
+    weights = mlp.Weights(norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias)
+    plan = None if table is None else PoolPlan(table, num_patches, num_tokens, cells, patch_cells, is_resize)
+    wanted = mlp.Needs(*(bool(needs >> i & 1) for i in range(7)))
+    grads = mlp.backward(grad, mlp.Kept(rows, rstd, gate_up), plan, weights, has_norm, wanted)
+    return tuple(rows.new_empty(0) if x is None else x for x in grads)
 
-# -------------------------------------------------------------------------------------------------------------- splice
+
+@_fake("project_backward")
+def _(
+    grad, rows, rstd, gate_up, norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias,
+    table, num_patches, num_tokens, cells, patch_cells, is_resize, has_norm, needs,
+):  # fmt: skip
+    num_rows = rows.shape[0] if table is None else num_patches
+    weights = (norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias)
+    sizes = [(num_rows, rows.shape[1]), *(x.shape if x is not None else (0,) for x in weights)]
+    return tuple(rows.new_empty(size if needs >> i & 1 else (0,)) for i, size in enumerate(sizes))
 
 
 @_operator("splice", "(Tensor text, Tensor visual, Tensor positions) -> Tensor")
-def _splice(text: Tensor, visual: Tensor, positions: Tensor) -> Tensor:
+def _splice(text, visual, positions):
     if visual.shape[1] != text.shape[1]:
         raise ValueError(f"visual rows are {visual.shape[1]} wide, text rows {text.shape[1]}")
     if visual.shape[0] != positions.shape[0]:
@@ -320,8 +311,13 @@ def _splice(text: Tensor, visual: Tensor, positions: Tensor) -> Tensor:
     return splice.splice(text, visual, positions)
 
 
+@_fake("splice")
+def _(text, visual, positions):
+    return text.new_empty(text.shape)
+
+
 @_operator("splice_backward", "(Tensor grad, Tensor positions, bool need_text, bool need_visual) -> (Tensor, Tensor)")
-def _splice_backward(grad: Tensor, positions: Tensor, need_text: bool, need_visual: bool) -> tuple[Tensor, Tensor]:
+def _splice_backward(grad, positions, need_text, need_visual):
     if target.runs_kernels(grad):
         from . import splice
 
@@ -332,65 +328,74 @@ def _splice_backward(grad: Tensor, positions: Tensor, need_text: bool, need_visu
     )
 
 
-@_splice.register_fake
-def _(text: Tensor, visual: Tensor, positions: Tensor) -> Tensor:
-    return text.new_empty(text.shape)
-
-
-@_splice_backward.register_fake
-def _(grad: Tensor, positions: Tensor, need_text: bool, need_visual: bool) -> tuple[Tensor, Tensor]:
+@_fake("splice_backward")
+def _(grad, positions, need_text, need_visual):
     d_text = grad.new_empty(grad.shape) if need_text else grad.new_empty(0)
     return d_text, grad.new_empty(positions.shape[0], grad.shape[1]) if need_visual else grad.new_empty(0)
 
 
-def _splice_setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(inputs[2])
+_OPS = torch.ops.tokenflex_kernels
+
+# ------------------------------------------------------------------------------------------------------------ autograd
 
 
-def _splice_grad(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    need_text, need_visual, _ = ctx.needs_input_grad
-    (positions,) = ctx.saved_tensors
-    d_text, d_visual = torch.ops.tokenflex_kernels.splice_backward(grad, positions, need_text, need_visual)
-    return d_text if need_text else None, d_visual if need_visual else None, None
+def _refuse_second_derivative() -> None:
+    # torch's once_differentiable lets one through where the gradient that comes in is a constant.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("the projector and the splice have no second derivative: do without create_graph=True")
 
 
-_splice.register_autograd(_splice_grad, setup_context=_splice_setup)
+class _Pool(torch.autograd.Function):
+    """Pooling is linear, so its gradient is the transposed pooling, whose gradient is the pooling again."""
 
-# ------------------------------------------------------------------------------------------------------------ autocast
+    @staticmethod
+    def forward(ctx, source, table, num_patches, num_tokens, cells, patch_cells, is_resize, transposed):
+        ctx.save_for_backward(table)
+        ctx.numbers = (num_patches, num_tokens, cells, patch_cells, is_resize, not transposed)
+        return _OPS.pool(source, table, num_patches, num_tokens, cells, patch_cells, is_resize, transposed)
 
-
-def _to_autocast_dtype(tensors: Sequence[Tensor], device_type: str) -> torch.dtype:
-    return torch.get_autocast_dtype(device_type)
-
-
-def _to_widest_dtype(tensors: Sequence[Tensor], device_type: str) -> torch.dtype:
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
-def _autocast(name: str, device_type: str, dtype_of: Callable[[Sequence[Tensor], str], torch.dtype] | None) -> Callable:
-    """The operator under autocast: floating inputs cast to one dtype, or none cast; float64 stays, as in torch.
-
-    Inside, autocast is off: the bodies' own products must not be cast again (the reference's pooling is float32).
-    """
-
-    def call(*args):
-        floating = [x for x in args if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64]
-        with torch.autocast(device_type, enabled=False):
-            if dtype_of is not None and floating:
-                dtype = dtype_of(floating, device_type)
-                args = [x.to(dtype) if any(x is other for other in floating) else x for x in args]
-            return getattr(torch.ops.tokenflex_kernels, name)(*args)
-
-    return call
+    @staticmethod
+    def backward(ctx, grad):
+        (table,) = ctx.saved_tensors
+        return (_Pool.apply(grad, table, *ctx.numbers), *(None,) * 7)
 
 
-_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    # matmul's rule for the projection; torch.cat's for the splice. Pooling keeps its dtype, as torch's pooling does.
-    _LIBRARY.impl("swiglu", _autocast("swiglu", _device_type, _to_autocast_dtype), _key)
-    _LIBRARY.impl("splice", _autocast("splice", _device_type, _to_widest_dtype), _key)
-    for _name in ("pool", "pool_backward", "swiglu_backward", "splice_backward"):
-        _LIBRARY.impl(_name, _autocast(_name, _device_type, None), _key)
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, features, norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias,
+        table, num_patches, num_tokens, cells, patch_cells, is_resize, has_norm, eps, recompute,
+    ):  # fmt: skip
+        weights = (norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias)
+        numbers = (num_patches, num_tokens, cells, patch_cells, is_resize, has_norm)
+        out, rows, rstd, gate_up = _OPS.project_training(features, *weights, table, *numbers, eps, recompute)
+        if table is None and not has_norm:
+            rows = features
+        # The inputs themselves: for a Parameter that means the Parameter, whatever storage it has by then.
+        ctx.save_for_backward(rows, rstd, gate_up, *weights, table)
+        ctx.numbers = numbers
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_second_derivative()
+        needs = 0
+        for i in range(7):
+            needs |= ctx.needs_input_grad[i] << i
+        grads = _OPS.project_backward(grad, *ctx.saved_tensors, *ctx.numbers, needs)
+        return (*(x if needs >> i & 1 else None for i, x in enumerate(grads)), *(None,) * 9)
+
+
+class _Splice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, text, visual, positions):
+        ctx.save_for_backward(positions)
+        return _OPS.splice(text, visual, positions)
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_second_derivative()
+        need_text, need_visual, _ = ctx.needs_input_grad
+        (positions,) = ctx.saved_tensors
+        d_text, d_visual = _OPS.splice_backward(grad, positions, need_text, need_visual)
+        return d_text if need_text else None, d_visual if need_visual else None, None

@@ -1,108 +1,454 @@
-"""Ragged pooling, forward and backward, as one Triton kernel: every output row is a small weighted sum of rows."""
+"""Ragged pooling, forward and backward, and the LayerNorm after it: one kernel, every output row a weighted sum of rows.
+
+A program makes whole rows where it can: the search for its image and the arithmetic of its windows are paid once per
+row, and a LayerNorm finds the row in registers. A row of C channels is held as up to three pieces of a power of two
+each (1152 = 1024 + 128), as Triton's tensors must be, so that few lanes idle.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import choose
-from .geometry import RowWindows
+from . import choose, reference, target
+from .choose import UNFUSED
+from .geometry import PoolPlan
 from .rounding import OPTIONS, round_to
 
 
 class PoolConfig(NamedTuple):
-    """One program makes ``rows`` output rows x ``channel_bytes`` of each."""
+    """One program makes ``rows`` output rows, or ``span`` channels of each where that is not 0."""
 
     rows: int
-    channel_bytes: int
     num_warps: int
+    span: int = 0
 
 
-# Every thread holds 16 bytes of a row: rows * channel_bytes = 16 * 32 * num_warps. 256 bytes divide the rows of all
-# vision widths in use (1024, 1152, 1280, 3200), so no lane idles.
-CONFIGS = (PoolConfig(8, 256, 4), PoolConfig(16, 256, 8), PoolConfig(4, 512, 4), PoolConfig(4, 256, 2))
+CONFIGS = (PoolConfig(1, 2), PoolConfig(2, 2), PoolConfig(4, 4), PoolConfig(8, 4, 128))
+INTERPRETED = PoolConfig(256, 4)  # Triton's interpreter takes as long for one row as for many
+MAX_VALUES = 64  # float32 sums per thread: more would spill
+SHARED_ROW_WIDTH = 4096  # channels of a program at most; a wider row is spanned by several, or normalised by torch
+MAX_REGISTERS = 255  # said out loud: the assembler otherwise spills a few to fit more of these small blocks
 CELLS_UNROLLED = 8  # widest line read in one unrolled step; wider ones loop
 
 
 @triton.jit
-def pool_rows(
-    source, out, table, weight, num_rows, channels,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, CELLS: tl.constexpr, UNIFORM: tl.constexpr,
+def _divide(a, inverse):
+    """floor(a / b) for int32 0 <= a < 2^20 and ``inverse`` = 1 / b: half a unit is far more than float32 is off."""
+    return ((a.to(tl.float32) + 0.5) * inverse).to(tl.int32)
+
+
+@triton.jit
+def _window(index, size, side, RESIZE: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """(first, count) of what output ``index`` of one axis sums: patches of a token, or (TRANSPOSED) tokens of a patch."""
+    by_side, by_size = 1.0 / side.to(tl.float32), 1.0 / size.to(tl.float32)
+    if RESIZE:
+        per = _divide(size + side - 1, by_side)  # resized rows per token; row k lies at patch k * step / span
+        step, span = size - 1, tl.maximum(side * per - 1, 1)
+        by_span, by_step = 1.0 / span.to(tl.float32), 1.0 / tl.maximum(step, 1).to(tl.float32)
+        if TRANSPOSED:
+            first = tl.where((index > 0) & (step > 0), _divide(tl.maximum(index - 1, 0) * span, by_step) + 1, 0)
+            last = _divide((index + 1) * span + step - 1, by_step) - 1
+            last = tl.where(step > 0, tl.minimum(last, side * per - 1), side * per - 1)
+            by_per = 1.0 / per.to(tl.float32)
+            first, last = _divide(first, by_per), _divide(last, by_per)
+        else:
+            first = _divide(index * per * step, by_span)
+            last = _divide(((index + 1) * per - 1) * step + span - 1, by_span)
+    elif TRANSPOSED:
+        first = _divide(index * side, by_size)
+        last = _divide((index + 1) * side + size - 1, by_size) - 1
+    else:
+        first = _divide(index * size, by_side)
+        last = _divide((index + 1) * size + side - 1, by_side) - 1
+    return first, last - first + 1
+
+
+@triton.jit
+def _rising(first, last, at, step, span):
+    """The sum over k in first ... last of span - (at - k * step), an arithmetic series; 0 if there is none."""
+    terms = tl.maximum(last - first + 1, 0)
+    return (terms * (2 * (span - at) + (first + last) * step)).to(tl.float32) * 0.5
+
+
+@triton.jit
+def _share(token, patch, size, side, RESIZE: tl.constexpr):
+    """(a, b): the weight of ``patch`` in ``token`` along one axis is a / b."""
+    by_side = 1.0 / side.to(tl.float32)
+    if RESIZE:
+        # Every resized row k of the token gives patch y the share max(0, 1 - |k * step / span - y|).
+        per = _divide(size + side - 1, by_side)
+        step, span = size - 1, tl.maximum(side * per - 1, 1)
+        by_step = 1.0 / tl.maximum(step, 1).to(tl.float32)
+        begin, end, at = token * per, token * per + per - 1, patch * span
+        low = tl.where(patch > 0, _divide(tl.maximum(at - span, 0), by_step) + 1, 0)
+        middle = tl.where(step > 0, _divide(at, by_step), end)
+        high = _divide(at + span + step - 1, by_step) - 1
+        rise = _rising(tl.maximum(begin, low), tl.minimum(end, middle), at, step, span)
+        fall = _rising(tl.maximum(begin, middle + 1), tl.minimum(end, high), -at, -step, span)
+        parts, whole = rise + fall, (per * span).to(tl.float32)
+    else:
+        whole = (_divide((token + 1) * size + side - 1, by_side) - _divide(token * size, by_side)).to(tl.float32)
+        parts = whole * 0.0 + 1.0
+    return parts, whole
+
+
+@triton.jit
+def _share_of(index, inner, size, side, RESIZE: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """``_share`` of output ``index`` and ``inner``, which lies in its window."""
+    if TRANSPOSED:
+        parts, whole = _share(inner, index, size, side, RESIZE)
+    else:
+        parts, whole = _share(index, inner, size, side, RESIZE)
+    return parts, whole
+
+
+@triton.jit
+def _add_piece(total, source, used, share, c, channels, WEIGHTED: tl.constexpr):
+    """``total`` plus the channels ``c`` of the rows at ``source``, where ``used``."""
+    values = tl.load(source[:, None] + c[None, :], mask=used[:, None] & (c < channels)[None, :], other=0.0)
+    return total + values.to(tl.float32) * share[:, None] if WEIGHTED else total + values.to(tl.float32)
+
+
+@triton.jit
+def _centre(x, mean, c, channels):
+    return tl.where((c < channels)[None, :], x - mean[:, None], 0.0)
+
+
+@triton.jit
+def _store_piece(
+    x, factor, r, num_rows, c, channels, out, hat, scale, shift,
+    NORM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, STORE_HAT: tl.constexpr,
 ):  # fmt: skip
-    """out[r] = sum over r's window of source rows, times 1 / area (UNIFORM) or the windows' weights.
+    """Store x * factor; with NORM that is the normalised row, and ``out`` gets what scale and shift make of it."""
+    at = r.to(tl.int64)[:, None] * channels + c[None, :]
+    inside = (r < num_rows)[:, None] & (c < channels)[None, :]
+    y = round_to(x * factor[:, None], out.dtype.element_ty)
+    if NORM and (HAS_SCALE or HAS_SHIFT):
+        if STORE_HAT:
+            tl.store(hat + at, y, mask=inside)
+        y = affine(y, scale, shift, c, channels, HAS_SCALE, HAS_SHIFT)
+    tl.store(out + at, y, mask=inside)
 
-    ``table`` is int32 [6, num_rows]: first source row, rows per line, lines, cells, offsets of both weights.
+
+@triton.jit
+def affine(hat, scale, shift, c, channels, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr):
+    """hat * scale + shift in its dtype: from the rounded row, so that the backward pass makes the very same tokens."""
+    y = hat.to(tl.float32)
+    if HAS_SCALE:
+        y = y * tl.load(scale + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
+    if HAS_SHIFT:
+        y = y + tl.load(shift + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
+    return round_to(y, hat.dtype)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_images", "halvings"])
+def pool_rows(
+    source, stride, table, out, hat, rstd, scale, shift, num_rows, num_images, halvings, channels, eps,
+    ROWS: tl.constexpr, SPAN: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, CELLS: tl.constexpr,
+    POOL: tl.constexpr, RESIZE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    NORM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, STORE_HAT: tl.constexpr,
+):  # fmt: skip
+    """out [num_rows, channels] from source rows ``stride`` apart: pooled by ``table`` (POOL) or as they are.
+
+    NORM: out = LayerNorm of that, ``hat`` the rows before scale and shift, ``rstd`` float32 [num_rows] for STORE_HAT.
     """
-    blocks = tl.cdiv(channels, CHANNELS)
-    block = tl.program_id(0) % blocks  # neighbours share rows: the row's next bytes, then the next rows
-    r = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    c = block * CHANNELS + tl.arange(0, CHANNELS)
-    in_rows = r < num_rows
-    in_channels = c < channels
-    rows64 = tl.zeros((), tl.int64) + num_rows
-    first = tl.load(table + r, mask=in_rows, other=0).to(tl.int64)
-    pitch = tl.load(table + rows64 + r, mask=in_rows, other=0)
-    lines = tl.load(table + 2 * rows64 + r, mask=in_rows, other=0)
-    cells = tl.load(table + 3 * rows64 + r, mask=in_rows, other=0)
-    if not UNIFORM:
-        line_weight = weight + tl.load(table + 4 * rows64 + r, mask=in_rows, other=0)
-        cell_weight = weight + tl.load(table + 5 * rows64 + r, mask=in_rows, other=0)
-    total = tl.zeros((ROWS, CHANNELS), tl.float32)
-    most_lines = tl.max(lines, 0)
-    most_cells = tl.max(cells, 0)
-    for i in range(most_lines):
-        line_first = first + i * pitch
-        for start in range(0, most_cells, CELLS):
-            for k in tl.static_range(CELLS):
-                j = start + k
-                used = (i < lines) & (j < cells)
-                values = tl.load(
-                    source + (line_first + j)[:, None] * channels + c[None, :],
-                    mask=used[:, None] & in_channels[None, :], other=0.0,
-                ).to(tl.float32)  # fmt: skip
-                if UNIFORM:
-                    total += values
-                else:
-                    share = tl.load(line_weight + i, mask=used, other=0.0) * tl.load(
-                        cell_weight + j, mask=used, other=0.0
-                    )
-                    total += values * share[:, None]
-    if UNIFORM:
-        total = total / tl.maximum(lines * cells, 1).to(tl.float32)[:, None]
-    tl.store(
-        out + r[:, None] * channels + c[None, :],
-        round_to(total, out.dtype.element_ty), mask=in_rows[:, None] & in_channels[None, :],
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    begin = tl.program_id(1) * SPAN
+    # of the 2^31 rows that there may be, the last block's numbers past the end must not wrap
+    in_rows = (r >= 0) & (r < num_rows)
+    c0 = begin + tl.arange(0, P0)
+    c1 = begin + P0 + tl.arange(0, P1 if P1 > 0 else 1)
+    c2 = begin + P0 + P1 + tl.arange(0, P2 if P2 > 0 else 1)
+    a0 = tl.zeros((ROWS, P0), tl.float32)
+    a1 = tl.zeros((ROWS, P1 if P1 > 0 else 1), tl.float32)
+    a2 = tl.zeros((ROWS, P2 if P2 > 0 else 1), tl.float32)
+    factor = tl.full((ROWS,), 1.0, tl.float32)
+    if POOL:
+        WEIGHTED: tl.constexpr = RESIZE or TRANSPOSED
+        OUT: tl.constexpr = 0 if TRANSPOSED else 1  # the table's column of output rows
+        row = tl.where(in_rows, r, 0)
+        image = tl.zeros((ROWS,), tl.int32)
+        above = image + num_images
+        for _ in range(halvings):
+            middle = (image + above) // 2
+            is_below = tl.load(table + middle * 6 + OUT) <= row
+            image = tl.where(is_below, middle, image)
+            above = tl.where(is_below, above, middle)
+        entry = table + image * 6
+        height, width = tl.load(entry + 2), tl.load(entry + 3)
+        n_h, n_w = tl.load(entry + 4), tl.load(entry + 5)
+        if TRANSPOSED:
+            pitch, out_width = n_w, width
+        else:
+            pitch, out_width = width, n_w
+        local = row - tl.load(entry + OUT)
+        line = _divide(local, 1.0 / out_width.to(tl.float32))
+        cell = local - line * out_width
+        first_line, lines = _window(line, height, n_h, RESIZE, TRANSPOSED)
+        first_cell, cells = _window(cell, width, n_w, RESIZE, TRANSPOSED)
+        lines = tl.where(in_rows, lines, 0)
+        first = tl.load(entry + 1 - OUT).to(tl.int64) + first_line * pitch + first_cell
+        most_lines, most_cells = tl.max(lines, 0), tl.max(cells, 0)
+        for i in range(most_lines):
+            if WEIGHTED:
+                line_share, line_parts = _share_of(line, first_line + i, height, n_h, RESIZE, TRANSPOSED)
+            at_line = first + i * pitch
+            for start in range(0, most_cells, CELLS):
+                for k in tl.static_range(CELLS):
+                    j = start + k
+                    used = (i < lines) & (j < cells)
+                    share = factor
+                    if WEIGHTED:
+                        cell_share, cell_parts = _share_of(cell, first_cell + j, width, n_w, RESIZE, TRANSPOSED)
+                        share = line_share * cell_share / (line_parts * cell_parts)
+                    at = source + (at_line + j) * stride
+                    a0 = _add_piece(a0, at, used, share, c0, channels, WEIGHTED)
+                    if P1 > 0:
+                        a1 = _add_piece(a1, at, used, share, c1, channels, WEIGHTED)
+                    if P2 > 0:
+                        a2 = _add_piece(a2, at, used, share, c2, channels, WEIGHTED)
+        if not WEIGHTED:
+            factor = 1.0 / tl.maximum(lines * cells, 1).to(tl.float32)
+    else:
+        at = source + r.to(tl.int64) * stride
+        a0 = _add_piece(a0, at, in_rows, factor, c0, channels, False)
+        if P1 > 0:
+            a1 = _add_piece(a1, at, in_rows, factor, c1, channels, False)
+        if P2 > 0:
+            a2 = _add_piece(a2, at, in_rows, factor, c2, channels, False)
+    if NORM:
+        # Mean and variance of the row before rounding, in registers, one after the other: no cancellation.
+        mean = tl.sum(a0, 1)
+        if P1 > 0:
+            mean += tl.sum(a1, 1)
+        if P2 > 0:
+            mean += tl.sum(a2, 1)
+        mean = mean / channels
+        a0 = _centre(a0, mean, c0, channels)
+        squares = tl.sum(a0 * a0, 1)
+        if P1 > 0:
+            a1 = _centre(a1, mean, c1, channels)
+            squares += tl.sum(a1 * a1, 1)
+        if P2 > 0:
+            a2 = _centre(a2, mean, c2, channels)
+            squares += tl.sum(a2 * a2, 1)
+        variance = squares * factor * factor / channels
+        inverse = 1.0 / tl.sqrt(variance + eps)
+        if STORE_HAT:
+            tl.store(rstd + r, inverse, mask=in_rows)
+        factor = factor * inverse
+    rows = tl.where(in_rows, r, num_rows)
+    _store_piece(
+        a0, factor, rows, num_rows, c0, channels, out, hat, scale, shift, NORM, HAS_SCALE, HAS_SHIFT, STORE_HAT
+    )
+    if P1 > 0:
+        _store_piece(
+            a1, factor, rows, num_rows, c1, channels, out, hat, scale, shift, NORM, HAS_SCALE, HAS_SHIFT, STORE_HAT
+        )
+    if P2 > 0:
+        _store_piece(
+            a2, factor, rows, num_rows, c2, channels, out, hat, scale, shift, NORM, HAS_SCALE, HAS_SHIFT, STORE_HAT
+        )
+
+
+@triton.jit(do_not_specialize=["num_rows", "rows"])
+def norm_grad_rows(
+    d_tokens, hat, rstd, scale, d_source, sums, num_rows, rows, channels,
+    WIDTH: tl.constexpr, HAS_SCALE: tl.constexpr, STORE_GRAD: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """The LayerNorm's backward pass from its normalised rows: d_source [num_rows, channels], which may be ``d_tokens``.
+
+    ``sums`` is float32 [programs, 2, channels]: each program's column sums of d_tokens * hat and of d_tokens.
+    """
+    c = tl.arange(0, WIDTH)
+    inside = c < channels
+    d_scale = tl.zeros((WIDTH,), tl.float32)
+    d_shift = tl.zeros((WIDTH,), tl.float32)
+    first = tl.program_id(0).to(tl.int64) * rows
+    for r in range(first, tl.minimum(first + rows, num_rows)):
+        at = r * channels + c
+        d = tl.load(d_tokens + at, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(hat + at, mask=inside, other=0.0).to(tl.float32)
+        if SUMS:
+            d_scale += d * x
+            d_shift += d
+        if STORE_GRAD:
+            if HAS_SCALE:
+                d = d * tl.load(scale + c, mask=inside, other=0.0).to(tl.float32)
+            along = tl.sum(d * x, 0) / channels
+            d = (d - tl.sum(d, 0) / channels - x * along) * tl.load(rstd + r)
+            tl.store(d_source + at, round_to(d, d_source.dtype.element_ty), mask=inside)
+    if SUMS:
+        at = sums + tl.program_id(0).to(tl.int64) * 2 * channels + c
+        tl.store(at, d_scale, mask=inside)
+        tl.store(at + channels, d_shift, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def affine_rows(
+    hat, scale, shift, out, num_rows, channels,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+):  # fmt: skip
+    """out = hat * scale + shift, all [num_rows, channels]: the LayerNorm's rows once more."""
+    r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    at = r[:, None] * channels + c[None, :]
+    inside = (r < num_rows)[:, None] & (c < channels)[None, :]
+    y = affine(tl.load(hat + at, mask=inside, other=0.0), scale, shift, c, channels, HAS_SCALE, HAS_SHIFT)
+    tl.store(out + at, y, mask=inside)
+
+
+class NormOf(NamedTuple):
+    """A LayerNorm to follow the pooling, and whether the backward pass will want its normalised rows."""
+
+    scale: Tensor | None
+    shift: Tensor | None
+    eps: float
+    keep: bool
+
+
+def pieces_of(width: int) -> tuple[int, int, int]:
+    """Up to three powers of two, 0 where there is none, that hold ``width`` channels with few to spare."""
+    pieces, rest = [], width
+    for is_last in (False, False, True):
+        whole = triton.next_power_of_2(max(rest, 1))
+        if rest <= 0:
+            whole = 0
+        elif not is_last and whole - rest > whole // 8:
+            whole //= 2
+        pieces.append(whole)
+        rest -= whole
+    return tuple(pieces)
+
+
+def fits_norm(width: int) -> bool:
+    """Whether a program can hold a row of ``width`` channels, so that the LayerNorm can be fused."""
+    return width <= SHARED_ROW_WIDTH
+
+
+def launch(
+    config: PoolConfig | str, source: Tensor, plan: PoolPlan | None, transposed: bool, norm: NormOf | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``pool`` by one configuration, on rows that lie close or ``stride(0)`` apart."""
+    if config == UNFUSED:
+        return _unfused(source, plan, transposed, norm)
+    channels, num_rows = source.shape[1], source.shape[0]
+    if plan is not None:
+        num_rows = plan.num_patches if transposed else plan.num_tokens
+    out = source.new_empty(num_rows, channels)
+    hat, rstd, scale, shift, eps = None, None, None, None, 0.0
+    if norm is not None:
+        scale, shift, eps, keep = norm
+        if keep:
+            rstd = torch.empty(num_rows, dtype=torch.float32, device=source.device)
+            hat = out if scale is None and shift is None else torch.empty_like(out)
+    span = channels if norm is not None else min(config.span or SHARED_ROW_WIDTH, channels)
+    p0, p1, p2 = pieces_of(span)
+    table, num_images, cells, is_resize = None, 0, 1, False
+    if plan is not None:
+        table, num_images, is_resize = plan.table, plan.table.shape[0] - 1, plan.is_resize
+        cells = min(plan.patch_cells if transposed else plan.cells, CELLS_UNROLLED)
+    pool_rows[triton.cdiv(num_rows, config.rows), triton.cdiv(channels, span)](
+        source, source.stride(0), table, out, hat, rstd, scale, shift, num_rows, num_images, num_images.bit_length(),
+        channels, eps, ROWS=config.rows, SPAN=span, P0=p0, P1=p1, P2=p2, CELLS=8 if cells == 7 else cells,
+        POOL=plan is not None, RESIZE=is_resize, TRANSPOSED=transposed, NORM=norm is not None,
+        HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, STORE_HAT=rstd is not None,
+        num_warps=config.num_warps, maxnreg=MAX_REGISTERS, **OPTIONS,
     )  # fmt: skip
+    return out, hat, rstd
 
 
-def pool_cells(widest: int) -> int:
-    """The unroll factor for lines of at most ``widest`` cells: few values, so few compilations."""
-    return next(cells for cells in (1, 2, 3, 4, 5, 6, CELLS_UNROLLED) if cells >= min(widest, CELLS_UNROLLED))
+def _unfused(
+    source: Tensor, plan: PoolPlan | None, transposed: bool, norm: NormOf | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The same in plain torch, the LayerNorm from rows that were not rounded in between."""
+    if norm is None:
+        return reference.pool(source, plan, transposed), None, None
+    rows = source.float() if plan is None else reference.pool(source.float(), plan)
+    hat, rstd = reference.normalise(rows, norm.eps)
+    hat = hat.to(source.dtype)
+    tokens = reference.affine(hat, norm.scale, norm.shift)
+    return tokens, hat if norm.keep else None, rstd if norm.keep else None
 
 
-def launch(source: Tensor, windows: RowWindows, uniform: bool, config: PoolConfig) -> Tensor:
-    """Run ``pool_rows`` on contiguous ``source`` [any, C]; returns [windows.num_rows, C]."""
-    channels = source.shape[1]
-    out = source.new_empty(windows.num_rows, channels)
-    block = max(config.channel_bytes // source.element_size(), 16)
-    grid = (triton.cdiv(windows.num_rows, config.rows) * triton.cdiv(channels, block),)
-    pool_rows[grid](
-        source, out, windows.table, windows.weight, windows.num_rows, channels,
-        ROWS=config.rows, CHANNELS=block, CELLS=pool_cells(windows.widest), UNIFORM=uniform, num_warps=config.num_warps,
-        **OPTIONS,
-    )  # fmt: skip
-    return out
+def pool(
+    source: Tensor, plan: PoolPlan | None, transposed: bool = False, norm: NormOf | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(rows, normalised rows, 1 / standard deviations) of ``source`` [any, C] pooled by ``plan``, or as it is.
 
-
-def pool(source: Tensor, windows: RowWindows, uniform: bool) -> Tensor:
-    """The windows' sums of ``source`` [any, C] as [windows.num_rows, C]; ``uniform`` means weights of 1 / area."""
-    source = source.contiguous()
-    if windows.num_rows == 0 or source.shape[1] == 0:
-        return source.new_empty(windows.num_rows, source.shape[1])
-    key = choose.key("pool", source, source.shape[1], windows.widest, uniform, rows=windows.num_rows)
-    candidates = [choose.Candidate(str(config), config) for config in CONFIGS]
+    Rows are [tokens, C], or with ``transposed`` the gradient [patches, C] of [tokens, C]. With ``norm`` they are the
+    LayerNorm of the pooled rows; the other two are None unless it says keep.
+    """
+    if source.stride(1) != 1 or source.stride(0) < source.shape[1]:
+        source = source.contiguous()
+    num_rows, width = source.shape
+    if plan is not None:
+        num_rows = plan.num_patches if transposed else plan.num_tokens
+    if num_rows == 0 or width == 0:
+        empty = source.new_empty(num_rows, width)
+        keep = norm is not None and norm.keep
+        return empty, empty if keep else None, empty.new_empty(num_rows, dtype=torch.float32) if keep else None
+    shape = (width, 0, False, False)
+    if plan is not None:
+        shape = (width, plan.patch_cells if transposed else plan.cells, plan.is_resize, transposed)
+    flags = (0,) if norm is None else (1, norm.scale is not None, norm.shift is not None, norm.keep)
+    key = choose.key("pool", source, num_rows, *shape, *flags)
     with choose.on_device(source):
-        return choose.run(key, candidates, lambda config: launch(source, windows, uniform, config), source.device)
+        return choose.run(
+            key, lambda: candidates(width, norm is not None), lambda c: launch(c, source, plan, transposed, norm)
+        )
+
+
+def candidates(width: int, has_norm: bool) -> list[choose.Candidate]:
+    """The configurations that hold ``width`` channels without spills, then plain torch."""
+    configs = [INTERPRETED, *CONFIGS] if target.is_interpreted() else CONFIGS
+    fitting = [
+        config
+        for config in configs
+        if (config == INTERPRETED or config.rows * min(config.span or width, SHARED_ROW_WIDTH) <= 32 * config.num_warps * MAX_VALUES)
+        and not (has_norm and config.span)
+    ]  # fmt: skip
+    return [*(choose.Candidate(name_of(config), config) for config in fitting), choose.Candidate(UNFUSED, UNFUSED)]
+
+
+def name_of(config: PoolConfig) -> str:
+    """How tables of choices call ``config``."""
+    return f"{config.rows}x{config.span or 'row'}-w{config.num_warps}"
+
+
+def norm_grad(
+    d_tokens: Tensor, hat: Tensor, rstd: Tensor, scale: Tensor | None, need_grad: bool, need_sums: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(gradient of the rows, written over ``d_tokens``; float32 [2, C] gradients of scale and shift), as asked for."""
+    num_rows, channels = hat.shape
+    programs = min(num_rows, 4 * target.num_processors(hat.device))
+    rows = triton.cdiv(num_rows, programs)
+    programs = triton.cdiv(num_rows, rows)
+    sums = None
+    if need_sums:
+        sums = torch.empty(programs, 2, channels, dtype=torch.float32, device=hat.device)
+    with choose.on_device(hat):
+        norm_grad_rows[(programs,)](
+            d_tokens, hat, rstd, scale, d_tokens, sums, num_rows, rows, channels,
+            WIDTH=triton.next_power_of_2(channels), HAS_SCALE=scale is not None, STORE_GRAD=need_grad, SUMS=need_sums,
+            num_warps=4 if channels <= 4096 else 8, **OPTIONS,
+        )  # fmt: skip
+    return d_tokens if need_grad else None, None if sums is None else sums.sum(0)
+
+
+def affine_of(hat: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """hat * scale + shift, to the same bits as the forward pass made them."""
+    if scale is None and shift is None:
+        return hat
+    out = torch.empty_like(hat)
+    with choose.on_device(hat):
+        affine_rows[triton.cdiv(hat.shape[0], 8), triton.cdiv(hat.shape[1], 128)](
+            hat, scale, shift, out, *hat.shape, ROWS=8, COLUMNS=128,
+            HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, num_warps=4, **OPTIONS,
+        )  # fmt: skip
+    return out

@@ -31,9 +31,17 @@ def is_interpreted() -> bool:
 
 def is_available() -> bool:
     """Whether the kernels run on this process's current CUDA device: Triton, NVIDIA, compute capability 8.0 or newer."""
-    if not has_triton() or torch.version.cuda is None or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability() >= OLDEST_CAPABILITY
+    return _has_cuda() and _is_supported(torch.cuda.current_device())
+
+
+@functools.cache
+def _has_cuda() -> bool:
+    return has_triton() and torch.version.cuda is not None and torch.cuda.is_available()
+
+
+@functools.cache
+def _is_supported(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) >= OLDEST_CAPABILITY
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from tokenflex.checkpoint import (
     named_pieces,
     read_slices,
 )
-from tokenflex.train.optimizer import GuardedAdamW
+from tokenflex.train.optimizer import VetoableAdamW
 
 ROUNDS = 5
 BATCH = 512
@@ -46,20 +46,23 @@ def main(folder, width, num_layers):
     folder = Path(folder)
     launch = parallel.join()
     parallel.quiet_libraries()
-    device = parallel.start_process_group(launch)
-    ranks = parallel.Ranks(launch)
+    ranks = parallel.join_ranks(launch)
+    device = ranks.device
     ds_config = parallel.resolve_ds_config({"zero_optimization": {"stage": 3}}, "fp32", 1, 1.0)
     torch.manual_seed(0)
     model = Blocks(width, num_layers)
     num_parameters = sum(p.numel() for p in model.parameters())
-    engine = parallel.Engine(model, GuardedAdamW(model.parameters(), lr=1e-4, fused=True), ds_config, launch, device)
+    parameters = list(model.parameters())
+    engine = parallel.Engine(
+        model, lambda should_skip: VetoableAdamW(parameters, should_skip, lr=1e-4, fused=True), ds_config, ranks
+    )
 
     def step(before_update=lambda: None):
         """One whole step; `before_update` runs where the training loop calls it."""
         begin = time.perf_counter()
         engine.backward(engine(x=torch.ones(BATCH, width, device=device)))
         before_update()
-        engine.step([1e-4], lambda norm: False)
+        engine.step([1e-4], lambda norm: "")
         return time.perf_counter() - begin
 
     for _ in range(2):
@@ -76,16 +79,16 @@ def main(folder, width, num_layers):
         begin = time.perf_counter()
         pieces = named_pieces(engine.slices(), launch.rank, launch.num_ranks)
         writer.start(pieces, {}, {"step": round + 1})
-        saving_steps.append(ranks.agree([step(writer.before_update)])[0])
+        saving_steps.append(ranks.all_reduce_max([step(writer.before_update)])[0])
         saved = writer.finish()
-        stalls.append(ranks.agree([saved.stall_s])[0])
-        totals.append(ranks.agree([time.perf_counter() - begin])[0])
+        stalls.append(ranks.all_reduce_max([saved.stall_s])[0])
+        totals.append(ranks.all_reduce_max([time.perf_counter() - begin])[0])
         ranks.barrier()
-        plain_steps.append(ranks.agree([step()])[0])
+        plain_steps.append(ranks.all_reduce_max([step()])[0])
         ranks.barrier()
         begin = time.perf_counter()
         engine._engine.save_checkpoint(str(folder / "deepspeed"), tag=f"step-{round}", save_latest=True)
-        theirs.append(ranks.agree([time.perf_counter() - begin])[0])
+        theirs.append(ranks.all_reduce_max([time.perf_counter() - begin])[0])
         if launch.rank == 0 and round:
             shutil.rmtree(folder / "deepspeed" / f"step-{round - 1}")
         ranks.barrier()
@@ -101,21 +104,21 @@ def main(folder, width, num_layers):
         ranks.barrier()
         begin = time.perf_counter()
         check(folder / "ours" / f"step-{ROUNDS:08d}", launch.rank, launch.num_ranks)
-        waits.append(ranks.agree([time.perf_counter() - begin])[0])
+        waits.append(ranks.all_reduce_max([time.perf_counter() - begin])[0])
         ranks.barrier()
         begin = time.perf_counter()
         loaded = load_newest(folder / "ours", ranks, fill, check=check)
-        loads.append(ranks.agree([time.perf_counter() - begin])[0])
+        loads.append(ranks.all_reduce_max([time.perf_counter() - begin])[0])
         ranks.barrier()
         begin = time.perf_counter()
         check_files(folder / "ours" / loaded.tag, loaded.manifest, launch.rank, launch.num_ranks)
-        checks.append(ranks.agree([time.perf_counter() - begin])[0])
+        checks.append(ranks.all_reduce_max([time.perf_counter() - begin])[0])
     their_loads = []
     for _ in range(ROUNDS):
         ranks.barrier()
         begin = time.perf_counter()
         engine._engine.load_checkpoint(str(folder / "deepspeed"), tag=f"step-{ROUNDS - 1}")
-        their_loads.append(ranks.agree([time.perf_counter() - begin])[0])
+        their_loads.append(ranks.all_reduce_max([time.perf_counter() - begin])[0])
     size = sum(path.stat().st_size for path in (folder / "deepspeed" / f"step-{ROUNDS - 1}").rglob("*"))
     if launch.rank == 0:
         record = {

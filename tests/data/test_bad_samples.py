@@ -63,7 +63,7 @@ def test_injected_is_skipped_plus_repaired_exactly(bad_shard):
 def test_what_can_be_put_right_decodes_to_plain_pixels(name, processor):
     for extension, data in CASES[name].members[1:]:
         if "special-text" not in CASES[name].repair:
-            assert set(verify_image(data).repairs) == set(CASES[name].repair), extension
+            assert set(verify_image(data, LIMITS).repairs) == set(CASES[name].repair), extension
         tiles = processor.image_processor.tiled(data)
         assert tiles.shape == (1, 48, 64, 3) and tiles.dtype == np.uint8
 
@@ -73,7 +73,7 @@ def test_validation_and_training_agree_on_what_decodes(name, processor):
     """Two decoders look at an image, one that only judges and the model's own; neither may take what the other refuses."""
     data = dict(CASES[name].members).popitem()[1] if len(CASES[name].members) == 1 else CASES[name].members[1][1]
     with pytest.raises(UserError):
-        verify_image(data)
+        verify_image(data, LIMITS)
     with pytest.raises((OSError, ValueError, SyntaxError)):
         processor.image_processor.tiled(data)
 
@@ -83,7 +83,7 @@ def test_a_bomb_is_refused_by_its_header_before_anything_is_decoded(name, monkey
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))
     monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *args, **kwargs: pytest.fail("decoded"))
     with pytest.raises(UserError, match="not a readable image .* pixels"):
-        verify_image(CASES[name].members[1][1])
+        verify_image(CASES[name].members[1][1], LIMITS)
     with pytest.raises(UserError, match="48 x 40 pixels by its header, at most 1919 are allowed"):
         verify_image(JPEG, Limits(max_image_pixels=48 * 40 - 1))
 
@@ -93,7 +93,7 @@ def plain_shard(tmp_path_factory):
     """Twelve good samples and their (key, offset, end, members)."""
     shard = tmp_path_factory.mktemp("plain") / "plain.tar"
     shard.write_bytes(b"".join(good_bytes(f"k{i:02d}") for i in range(12)) + bytes(10_240))
-    return shard, [(s.key, s.offset, s.offset + s.num_bytes, s.sample) for s in scan_shard(shard)]
+    return shard, [(s.key, s.offset, s.offset + s.num_bytes, s.sample) for s in scan_shard(shard, LIMITS)]
 
 
 def test_one_flipped_byte_costs_the_sample_it_lies_in_and_no_other(plain_shard, tmp_path):
@@ -105,7 +105,7 @@ def test_one_flipped_byte_costs_the_sample_it_lies_in_and_no_other(plain_shard, 
     places += [begin + at for _, begin, _, _ in whole[::3] for at in (0, 100, 124, 148, 156, 257, 300)]  # header fields
     for place in places:
         damaged.write_bytes(bad_samples.flipped(data, place, int(rng.integers(1, 256))))
-        found = list(scan_shard(damaged))
+        found = list(scan_shard(damaged, LIMITS))
         sound = {s.key: s.sample for s in found if s.problem is None}
         for key, begin, end, sample in whole:
             if not begin <= place < end:
@@ -119,7 +119,7 @@ def test_a_shard_cut_anywhere_keeps_what_lies_before_the_cut_and_says_so(plain_s
     cut_shard = tmp_path / "cut.tar"
     for cut in [*range(1, whole[-1][2], 1201), *(end for _, _, end, _ in whole), whole[3][1] + 512]:
         cut_shard.write_bytes(data[:cut])
-        found = list(scan_shard(cut_shard))
+        found = list(scan_shard(cut_shard, LIMITS))
         sound = {s.key for s in found if s.problem is None}
         assert sound >= {key for key, _, end, _ in whole if end <= cut}
         assert any(s.problem is not None for s in found), cut
@@ -133,7 +133,7 @@ def test_empty_and_foreign_files_are_named(tmp_path):
         ("zip", b"PK\x03\x04" + bytes(3000), "tar-damaged"),
     ):
         (tmp_path / f"{name}.tar").write_bytes(data)
-        (found,) = scan_shard(tmp_path / f"{name}.tar")
+        (found,) = scan_shard(tmp_path / f"{name}.tar", LIMITS)
         assert found.problem.reason == reason, name
 
 
@@ -160,7 +160,7 @@ def test_names_that_escape_are_refused_and_nothing_is_written(tmp_path, monkeypa
     names = ["/etc/a", "../a", "a/../../b", "..\\a", "\udcff\udcfe"]
     for i, name in enumerate(names):
         (tmp_path / f"{i}.tar").write_bytes(good_bytes(name) + bytes(1024))
-        found = list(scan_shard(tmp_path / f"{i}.tar"))
+        found = list(scan_shard(tmp_path / f"{i}.tar", LIMITS))
         assert {s.problem.reason for s in found} == {"member-name"}, name
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{i}.tar" for i in range(len(names))]
 
@@ -178,7 +178,7 @@ def test_urls_are_refused_by_their_scheme(source, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def bad_index(bad_shard, processor, tmp_path_factory):
-    return load_or_build_index([bad_shard], processor, tmp_path_factory.mktemp("index") / "i", limits=LIMITS)
+    return load_or_build_index([bad_shard], processor, tmp_path_factory.mktemp("index") / "i", LIMITS)
 
 
 def plan_of(index, ids, count=4):
@@ -211,8 +211,8 @@ def test_a_substitute_has_the_planned_shape_and_no_weight_and_others_are_untouch
     assert batch.skipped == again.skipped and torch.equal(batch.input_ids, again.input_ids)
     lengths = batch.cu_seq_lens.diff().numpy()
     np.testing.assert_array_equal(lengths, bad_index.text_tokens + bad_index.num_tiles.astype(np.int64) * plan.counts)
-    assert len(batch.images) == bad_index.num_tiles.sum() == len(batch.counts)
-    assert sum(batch.counts) == len(batch.visual_positions)
+    assert len(batch.images) == bad_index.num_tiles.sum() == len(batch.tile_counts)
+    assert sum(batch.tile_counts) == len(batch.visual_positions)
     bad = [record["sample"] for record in batch.skipped]
     owner = torch.bucketize(batch.logits_positions, batch.cu_seq_lens[1:].long(), right=True)
     assert not set(owner.tolist()) & set(bad)
@@ -225,13 +225,13 @@ def test_a_shard_that_is_damaged_after_indexing_gives_substitutes_not_a_crash(pl
     shard = tmp_path / "s.tar"
     data = plain_shard[0].read_bytes()
     shard.write_bytes(data)
-    index = load_or_build_index([shard], processor, tmp_path / "index")
+    index = load_or_build_index([shard], processor, tmp_path / "index", LIMITS)
     plan = plan_of(index, np.arange(len(index)))
-    lengths = PackDataset(index, processor, "sqrt", 4).batch(plan).cu_seq_lens
+    lengths = PackDataset(index, processor, "sqrt", 4, LIMITS).batch(plan).cu_seq_lens
     rng = np.random.default_rng(1)
     for place in rng.integers(0, int(index.offset[-1] + index.num_bytes[-1]), 60):
         shard.write_bytes(bad_samples.flipped(data, int(place), int(rng.integers(1, 256))))
-        batch = PackDataset(index, processor, "sqrt", 4).batch(plan)
+        batch = PackDataset(index, processor, "sqrt", 4, LIMITS).batch(plan)
         assert torch.equal(batch.cu_seq_lens, lengths)
         assert len(batch.skipped) <= 1
         for record in batch.skipped:  # the one that the flip lies in

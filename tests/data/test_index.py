@@ -11,13 +11,21 @@ from functools import partial
 
 import numpy as np
 import pytest
-from test_shards import good, png, write_shard
+from test_shards import LIMITS, good, png, write_shard
 
 from tokenflex.budget import VisualTokenBudget
 from tokenflex.config import DataConfig
 from tokenflex.data import PackDataset, find_shards, load_index, load_or_build_index
-from tokenflex.data import index as index_module
-from tokenflex.data.index import COLUMNS, RAGGED, ShardScanner, build_index, fingerprint, parts_folder
+from tokenflex.data.index import (
+    COLUMNS,
+    RAGGED,
+    ShardScanner,
+    build_index,
+    builder,
+    fingerprint,
+    freshness,
+    parts_folder,
+)
 from tokenflex.data.loader import micro_batches
 from tokenflex.data.remote import RemoteShard, locate_shards
 from tokenflex.errors import UserError
@@ -54,7 +62,7 @@ def test_the_planner_reads_at_most_16_bytes_per_sample():
 
 def test_image_sizes_come_from_the_headers(tmp_path, processor):
     shard = write_shard(tmp_path / "s.tar", [long_talk("a", 3, images_in=(0, 2)), good("b", images=0), good("c")])
-    index = load_or_build_index([shard], processor, tmp_path / "index")
+    index = load_or_build_index([shard], processor, tmp_path / "index", LIMITS)
     np.testing.assert_array_equal(index.image_sizes, [[30, 20], [30, 21], [8, 8]])
     np.testing.assert_array_equal(index.num_images, [2, 0, 1])
     np.testing.assert_array_equal(index.num_tiles, [2, 0, 1])
@@ -64,7 +72,7 @@ def test_an_image_that_cannot_be_read_does_not_end_the_index(tmp_path, processor
     key, members = good("a")
     members["0.png"] = b"no image"
     shard = write_shard(tmp_path / "s.tar", [(key, members), good("b")])
-    index = load_or_build_index([shard], processor, tmp_path / "index")
+    index = load_or_build_index([shard], processor, tmp_path / "index", LIMITS)
     assert len(index) == len(index.image_sizes) == 1 and index.num_skipped() == 1
     assert index.entries[0]["skipped"][0]["key"] == "a"
 
@@ -73,24 +81,24 @@ def test_added_shards_are_the_only_ones_read(shards, tmp_path, processor, monkey
     folder, scanned = tmp_path / "index", []
     scan = ShardScanner.__call__
     monkeypatch.setattr(ShardScanner, "__call__", lambda self, shard: scanned.append(shard.name) or scan(self, shard))
-    load_or_build_index(shards[:2], processor, folder)
+    load_or_build_index(shards[:2], processor, folder, LIMITS)
     assert scanned == ["0.tar", "1.tar"]
-    grown = load_or_build_index([shards[2], *shards[:2]], processor, folder)
+    grown = load_or_build_index([shards[2], *shards[:2]], processor, folder, LIMITS)
     assert scanned[2:] == ["2.tar"]
-    load_or_build_index([shards[2], *shards[:2]], processor, folder)
+    load_or_build_index([shards[2], *shards[:2]], processor, folder, LIMITS)
     assert scanned[3:] == []
-    build_index([shards[2], *shards[:2]], processor, tmp_path / "anew")
+    build_index([shards[2], *shards[:2]], processor, tmp_path / "anew", LIMITS)
     assert_same_index(grown, load_index(tmp_path / "anew", [shards[2], *shards[:2]], processor))
-    fewer = load_or_build_index(shards[1:2], processor, folder)
+    fewer = load_or_build_index(shards[1:2], processor, folder, LIMITS)
     assert len(fewer) == 4 and len(scanned) == 6
     assert not parts_folder(folder).exists()
 
 
 def test_cuts_follow_their_samples_when_an_index_grows(tmp_path, processor):
     shards = [write_shard(tmp_path / f"{n}.tar", [good("x"), long_talk("a", n + 2)]) for n in range(3)]
-    grown = load_or_build_index(shards[:2], processor, tmp_path / "index")
-    grown = load_or_build_index([shards[2], shards[1]], processor, tmp_path / "index")
-    build_index([shards[2], shards[1]], processor, tmp_path / "anew")
+    grown = load_or_build_index(shards[:2], processor, tmp_path / "index", LIMITS)
+    grown = load_or_build_index([shards[2], shards[1]], processor, tmp_path / "index", LIMITS)
+    build_index([shards[2], shards[1]], processor, tmp_path / "anew", LIMITS)
     assert_same_index(grown, load_index(tmp_path / "anew", [shards[2], shards[1]], processor))
     np.testing.assert_array_equal(grown.cuts[:, 0], [1, 1, 1, 3, 3])
 
@@ -104,31 +112,31 @@ def test_a_stopped_build_goes_on_where_it_was(shards, tmp_path, processor, monke
             raise KeyboardInterrupt
         return scan_shard(path, limits)
 
-    scan_shard = index_module.scan_shard
-    monkeypatch.setattr(index_module, "scan_shard", scan)
+    scan_shard = builder.scan_shard
+    monkeypatch.setattr(builder, "scan_shard", scan)
     with pytest.raises(KeyboardInterrupt):
-        build_index(shards, processor, folder)
+        build_index(shards, processor, folder, LIMITS)
     assert not folder.exists()
-    build_index(shards, processor, folder)
+    build_index(shards, processor, folder, LIMITS)
     assert read == ["0.tar", "1.tar", "1.tar", "2.tar"]
     assert len(load_index(folder, shards, processor)) == 12
 
 
 def test_a_changed_shard_is_an_error_with_both_checksums_until_indexed_again(shards, tmp_path, processor, monkeypatch):
     folder = tmp_path / "index"
-    before = load_or_build_index(shards, processor, folder).entries[1]["sha256"]
+    before = load_or_build_index(shards, processor, folder, LIMITS).entries[1]["sha256"]
     os.utime(shards[1])  # touched, not changed: its bytes decide, once
-    hashed, sha256 = [], index_module.file_sha256
-    monkeypatch.setattr(index_module, "file_sha256", lambda path: hashed.append(path.name) or sha256(path))
+    hashed, sha256 = [], freshness.file_sha256
+    monkeypatch.setattr(freshness, "file_sha256", lambda path: hashed.append(path.name) or sha256(path))
     for _ in range(2):
-        load_or_build_index(shards, processor, folder)
+        load_or_build_index(shards, processor, folder, LIMITS)
     assert hashed == ["1.tar"]
     write_shard(shards[1], [good("other")])
-    now = index_module.file_sha256(shards[1])
+    now = freshness.file_sha256(shards[1])
     with pytest.raises(UserError, match=rf"1.tar has changed.*{before[:16]}.*{now[:16]}.*launch/index.py"):
-        load_or_build_index(shards, processor, folder)
-    build_index(shards, processor, folder)
-    assert len(load_or_build_index(shards, processor, folder)) == 9
+        load_or_build_index(shards, processor, folder, LIMITS)
+    build_index(shards, processor, folder, LIMITS)
+    assert len(load_or_build_index(shards, processor, folder, LIMITS)) == 9
 
 
 @pytest.mark.parametrize("part", ["template", "image tokens"])
@@ -138,28 +146,28 @@ def test_an_index_of_another_tokenizer_or_template_is_an_error_with_both_fingerp
     import copy
 
     folder, other = tmp_path / "index", copy.copy(processor)
-    load_or_build_index(shards, processor, folder)
+    load_or_build_index(shards, processor, folder, LIMITS)
     if part == "template":
         other.chat_template = processor.chat_template + " "
     else:
         other.image_start_token = "<|im_start|>"
     assert fingerprint(other) != fingerprint(processor)
     with pytest.raises(UserError, match=f"{fingerprint(processor)}.*{fingerprint(other)}.*--rebuild"):
-        load_or_build_index(shards, other, folder)
+        load_or_build_index(shards, other, folder, LIMITS)
 
 
 def test_a_conversation_is_cut_after_the_last_answer_that_fits(tmp_path, processor):
     """Truncation: planned, read and learned are the same shorter conversation, never cut inside an image."""
     talk = long_talk("a", 6, images_in=(0, 1, 2, 3, 4, 5))
     shard = write_shard(tmp_path / "s.tar", [talk, *(good(str(i)) for i in range(12))])
-    index = load_or_build_index([shard], processor, tmp_path / "index")
+    index = load_or_build_index([shard], processor, tmp_path / "index", LIMITS)
     full = int(index.text_tokens[0]) + 6 * 12
     cut = int(index.cuts[3, 2]) + 4 * 12  # four answers, four images
     data = DataConfig(pack_length=cut + 3, max_images_per_pack=8, packs_per_step=2, lockstep_packs=2)
     assert cut + 3 < full
     mixture = Mixture([Source(index=index, over_long="truncate")])
     planner = Planner(mixture, VisualTokenBudget(counts=(12,), probabilities=(1.0,)), data, 0, "token")
-    dataset = PackDataset(mixture, processor, "token", blank_count=4)
+    dataset = PackDataset(mixture, processor, "token", blank_count=4, limits=LIMITS)
     found = 0
     for step in planner.epoch_steps(0):
         for plan in micro_batches([step], 0, 1, 2):
@@ -200,10 +208,10 @@ def test_remote_shards_give_what_local_ones_give_and_are_fetched_once(server, tm
     data = DataConfig(cache_dir=str(tmp_path / "cache"))
     shards = locate_shards([f"{url}/s-{{000..001}}.tar"], data)
     assert [str(shard) for shard in shards] == [f"{url}/s-000.tar", f"{url}/s-001.tar"]
-    remote = load_or_build_index(shards, processor, tmp_path / "remote")
-    local = load_or_build_index(names, processor, tmp_path / "local")
+    remote = load_or_build_index(shards, processor, tmp_path / "remote", LIMITS)
+    local = load_or_build_index(names, processor, tmp_path / "local", LIMITS)
     assert_same_index(remote, local)
-    one, two = PackDataset(remote, processor, "sqrt", 4), PackDataset(local, processor, "sqrt", 4)
+    one, two = PackDataset(remote, processor, "sqrt", 4, LIMITS), PackDataset(local, processor, "sqrt", 4, LIMITS)
     for sample in range(6):
         assert one.sample(sample) == two.sample(sample)
     assert sorted(path for kind, path in asked if kind == "GET") == ["/s-000.tar", "/s-001.tar"]
@@ -216,13 +224,13 @@ def test_the_cache_of_remote_shards_keeps_its_limit(server, tmp_path):
     size = (folder / "0.tar").stat().st_size
     cached = [RemoteShard(f"{url}/{n}.tar", str(tmp_path / "cache"), 2 * size) for n in range(4)]
     for number, shard in enumerate(cached):
-        path = shard.fetch()
+        path = shard.local_file()
         os.utime(path, (number, number))
         assert path.read_bytes() == (folder / f"{number}.tar").read_bytes()
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 2
-    assert cached[3].fetch().exists() and len([path for _, path in asked if path == "/3.tar"]) == 1
-    cached[0].fetch()
-    assert len([path for _, path in asked if path == "/0.tar"]) == 2
+    assert cached[3].local_file().exists() and asked.count(("GET", "/3.tar")) == 1
+    cached[0].local_file()
+    assert asked.count(("GET", "/0.tar")) == 2
 
 
 @pytest.mark.parametrize(
@@ -238,22 +246,23 @@ def test_other_schemes_are_refused(source, part):
         locate_shards([source], DataConfig())
 
 
-def test_a_server_without_the_shard_or_without_answer_is_named(server, tmp_path):
+def test_a_server_without_the_shard_or_without_answer_is_named(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("tokenflex.data.remote.WAITS_S", (0.01,))
     url, _, _ = server
     with pytest.raises(UserError, match="none.tar: the server answers 404"):
-        RemoteShard(f"{url}/none.tar", str(tmp_path), 1).fetch()
+        RemoteShard(f"{url}/none.tar", str(tmp_path), 1).local_file()
     with pytest.raises(UserError, match="cannot be fetched"):
         RemoteShard("http://127.0.0.1:9/none.tar", str(tmp_path), 1).stamp()
 
 
 def test_the_manifest_says_what_the_planner_asks_before_it_plans(tmp_path, processor):
     shard = write_shard(tmp_path / "s.tar", [long_talk("a", 3, (0, 1)), good("b"), good("c", images=0)])
-    index = load_or_build_index([shard], processor, tmp_path / "index")
+    index = load_or_build_index([shard], processor, tmp_path / "index", LIMITS)
     text = np.asarray(index.text_tokens)
     np.testing.assert_array_equal(index.longest_text(), [text[2], text[1], text[0]])
     assert index.num_answered() == 3
     manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
-    assert manifest["shards"][0]["sha256"] == index_module.file_sha256(shard)
+    assert manifest["shards"][0]["sha256"] == freshness.file_sha256(shard)
     planner_ids = [
         pack.sample_ids
         for step in Planner(
@@ -279,7 +288,7 @@ def test_a_second_builder_waits_for_the_first(corpus, processor, tmp_path):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         other.stdout.readline()
         with futures.ThreadPoolExecutor(1) as pool:
-            built = pool.submit(load_or_build_index, find_shards([str(corpus / "train")]), processor, folder)
+            built = pool.submit(load_or_build_index, find_shards([str(corpus / "train")]), processor, folder, LIMITS)
             with pytest.raises(futures.TimeoutError):
                 built.result(timeout=1)
             assert not folder.exists()

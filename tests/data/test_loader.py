@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tokenflex.budget import VisualTokenBudget
-from tokenflex.data import PackDataset, batch_loader
+from tokenflex.data import Limits, PackDataset, batch_loader
 from tokenflex.data.loader import MicroBatchPlan, micro_batches
 from tokenflex.errors import UserError
 from tokenflex.plan import Planner, Position
@@ -13,7 +13,7 @@ from tokenflex.plan import Planner, Position
 
 @pytest.fixture
 def dataset(index, processor):
-    return PackDataset(index, processor, "sqrt", blank_count=4)
+    return PackDataset(index, processor, "sqrt", blank_count=4, limits=Limits())
 
 
 def test_a_batch_says_what_its_samples_say(dataset, index, processor):
@@ -24,7 +24,7 @@ def test_a_batch_says_what_its_samples_say(dataset, index, processor):
     assert batch.cu_seq_lens[-1] == batch.input_ids.shape[1] and batch.max_length == batch.cu_seq_lens.diff().max()
     assert torch.equal((batch.input_ids[0] == token).nonzero().squeeze(1), batch.visual_positions)
     assert batch.images.shape == (int(index.num_images[ids].sum()), 48, 64, 3)
-    assert sum(batch.counts) == len(batch.visual_positions)
+    assert sum(batch.tile_counts) == len(batch.visual_positions)
     begins = batch.cu_seq_lens[:-1].long()
     assert (batch.position_ids[0, begins] == 0).all()
     text = processor.tokenizer.decode(batch.targets)
@@ -50,7 +50,7 @@ def test_every_world_reads_one_order(num_ranks, num_workers, index, processor, t
     share = 8 // num_ranks
     by_place = {}
     for rank in range(num_ranks):
-        dataset = PackDataset(index, processor, "sqrt", blank_count=4)
+        dataset = PackDataset(index, processor, "sqrt", blank_count=4, limits=Limits())
         plans = micro_batches(steps, rank, num_ranks, 1)
         for number, (_, batch) in enumerate(batch_loader(dataset, plans, num_workers, pin_memory=False)):
             by_place[number // share, number % share, rank] = batch.sample_ids.numpy()
@@ -74,12 +74,12 @@ def test_order_and_content_do_not_depend_on_workers(dataset, index, tiny_config)
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_error_in_a_worker_is_the_same_one_line(index, processor, num_workers):
-    shard = index.shards[0]
+    shard = index.shards[0].path
     shard.rename(shard.with_suffix(".gone"))
     try:
         plans = [MicroBatchPlan(Position(), True, np.array([0]), np.array([4]), 1.0)]
         with pytest.raises(UserError, match="restore it or index again") as error:
-            list(batch_loader(PackDataset(index, processor, "sqrt", 4), plans, num_workers, False))
+            list(batch_loader(PackDataset(index, processor, "sqrt", 4, Limits()), plans, num_workers, False))
         assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
     finally:
         shard.with_suffix(".gone").rename(shard)

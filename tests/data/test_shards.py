@@ -15,6 +15,7 @@ from tokenflex.data.shards import read_sample
 from tokenflex.errors import UserError
 from tokenflex.prepare.validate import check_sample
 
+LIMITS = Limits()
 TURN = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
     {"role": "assistant", "content": "7"},
@@ -44,11 +45,11 @@ def good(key="a", images=1):
 def test_walk_and_read_back_by_place(tmp_path):
     names = ["a", "b/c", "x" * 180]  # the last needs an extended tar header
     shard = write_shard(tmp_path / "s.tar", [good(name, images=i) for i, name in enumerate(names)])
-    walked = list(walk_shard(shard))
+    walked = list(walk_shard(shard, LIMITS))
     assert [members["__key__"] for members, _, _ in walked] == names
     with open(shard, "rb") as file:
         for members, offset, num_bytes in reversed(walked):
-            assert read_sample(file, offset, num_bytes, shard) == members
+            assert read_sample(file, offset, num_bytes, shard, LIMITS) == members
     theirs = [sample["__key__"] for sample in webdataset.WebDataset(str(shard), shardshuffle=False)]
     assert theirs == names
 
@@ -88,7 +89,7 @@ def test_a_bad_sample_is_named_with_its_shard_and_key(case, tmp_path):
     spoil(members)
     shard = write_shard(tmp_path / "bad.tar", [(key, members)])
     with pytest.raises(UserError, match=part) as error:
-        for members, _, _ in walk_shard(shard):
+        for members, _, _ in walk_shard(shard, LIMITS):
             parse_sample(members, shard)
     assert "bad.tar" in str(error.value) and "the-key" in str(error.value) and "\n" not in str(error.value)
 
@@ -97,30 +98,30 @@ def test_a_bad_sample_is_named_with_its_shard_and_key(case, tmp_path):
 def test_a_bad_image_is_named_when_it_is_decoded(data, tmp_path):
     key, members = good("the-key")
     members["0.png"] = data
-    sample = parse_sample(next(walk_shard(write_shard(tmp_path / "s.tar", [(key, members)])))[0], "s.tar")
+    sample = parse_sample(next(walk_shard(write_shard(tmp_path / "s.tar", [(key, members)]), LIMITS))[0], "s.tar")
     with pytest.raises(UserError, match="image 0: not a readable image"):
-        check_sample(sample, Limits())
+        check_sample(sample, LIMITS)
 
 
 def test_damaged_and_hostile_shards_are_refused(tmp_path):
     garbage = tmp_path / "garbage.tar"
     garbage.write_bytes(b"\x01" * 2000)
     with pytest.raises(UserError, match="garbage.tar: there is no sound tar header at byte 0"):
-        list(walk_shard(garbage))
+        list(walk_shard(garbage, LIMITS))
     link = tmp_path / "link.tar"
     with tarfile.open(link, "w") as tar:
         info = tarfile.TarInfo("a.json")
         info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(info)
     with pytest.raises(UserError, match="'a.json' is not a regular file"):
-        list(walk_shard(link))
+        list(walk_shard(link, LIMITS))
 
 
 def test_index_says_what_the_processor_encodes(index, processor, corpus):
     for sample_id in range(0, len(index), 7):
         shard = index.shard_of(sample_id)
         with open(shard, "rb") as file:
-            members = read_sample(file, int(index.offset[sample_id]), int(index.num_bytes[sample_id]), shard)
+            members = read_sample(file, int(index.offset[sample_id]), int(index.num_bytes[sample_id]), shard, LIMITS)
         sample = parse_sample(members, shard)
         for count in (1, 9):
             encoded = processor.encode(sample.messages, [count] * len(sample.images))
@@ -131,7 +132,7 @@ def test_index_says_what_the_processor_encodes(index, processor, corpus):
 def test_index_is_the_same_for_any_number_of_processes(corpus, processor, tmp_path):
     shards = find_shards([str(corpus / "train")]) * 3
     for workers in (1, 2):
-        build_index(shards, processor, tmp_path / str(workers), workers)
+        build_index(shards, processor, tmp_path / str(workers), LIMITS, workers)
     one, two = (load_index(tmp_path / str(workers), shards, processor) for workers in (1, 2))
     for column in ("text_tokens", "learned_tokens", "num_images", "offset", "num_bytes"):
         np.testing.assert_array_equal(getattr(one, column), getattr(two, column))
@@ -143,20 +144,20 @@ def test_a_shard_that_changes_under_the_index_is_noticed(tmp_path, processor):
     from tokenflex.plan import Position
 
     shard = write_shard(tmp_path / "s.tar", [good("a"), good("b")])
-    index = load_or_build_index([shard], processor, tmp_path / "index")
-    dataset = PackDataset(index, processor, "sqrt", 4)
+    index = load_or_build_index([shard], processor, tmp_path / "index", LIMITS)
+    dataset = PackDataset(index, processor, "sqrt", 4, LIMITS)
     plan = MicroBatchPlan(Position(), True, np.array([0, 1]), np.array([4, 4]), 1.0)
     assert dataset.batch(plan).images.shape[0] == 2
     longer = good("a")
     longer[1]["json"]["messages"][1]["content"] = "no no no no"
     write_shard(shard, [longer, good("b")])
-    batch = PackDataset(index, processor, "sqrt", 4).batch(plan)
+    batch = PackDataset(index, processor, "sqrt", 4, LIMITS).batch(plan)
     assert [(record["reason"], record["key"]) for record in batch.skipped] == [("length", "a")]
     assert "the shard has changed: index it again" in batch.skipped[0]["detail"]
     os.truncate(shard, 100)
-    batch = PackDataset(index, processor, "sqrt", 4).batch(plan)
+    batch = PackDataset(index, processor, "sqrt", 4, LIMITS).batch(plan)
     assert [record["reason"] for record in batch.skipped] == ["tar-damaged"] * 2
     assert all("the shard has changed: index it again" in record["detail"] for record in batch.skipped)
     shard.unlink()
     with pytest.raises(UserError, match="No such file.*restore it"):
-        PackDataset(index, processor, "sqrt", 4).batch(plan)
+        PackDataset(index, processor, "sqrt", 4, LIMITS).batch(plan)

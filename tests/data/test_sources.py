@@ -4,7 +4,8 @@ import pytest
 from test_shards import good, write_shard
 
 from tokenflex.config import load_config
-from tokenflex.data.sources import build_indexes, locate_sources, open_mixture
+from tokenflex.data.index import index_folder
+from tokenflex.data.sources import build_indexes, locate_sources, mix, open_indexes
 from tokenflex.errors import UserError
 
 
@@ -25,19 +26,19 @@ def recipe(tmp_path):
 def test_a_recipe_mixes_sources(recipe, processor):
     data = load_config(recipe).data
     located = locate_sources(data)
-    build_indexes(located, processor)
-    mixture = open_mixture(located, processor)
+    folders = build_indexes(located, processor, data)
+    mixture = mix(located, open_indexes(located, folders, processor))
     assert len(mixture) == 10 and mixture.per_epoch == [6, 2]
     assert [source.over_long for source in mixture.sources] == ["error", "drop"]
-    assert mixture.shard_of(7).parent.name == "b" and mixture.locate(7)[1] == 1
+    assert mixture.shard_of(7).path.parent.name == "b" and mixture.locate(7)[1] == 1
 
 
 def test_parts_of_a_folder_have_indexes_of_their_own(tmp_path, processor):
     shards = [write_shard(tmp_path / f"{n}.tar", [good(str(n))]) for n in range(2)]
     config = load_config(None, [f"data.cache_dir={tmp_path}/cache", f"data.train=[{shards[0]}]"])
-    (_, _, part), = locate_sources(config.data)  # fmt: skip
+    part = index_folder(locate_sources(config.data)[0].shards, config.data.cache_dir, "f")
     config = load_config(None, [f"data.cache_dir={tmp_path}/cache", f"data.train=[{tmp_path}]"])
-    (_, _, whole), = locate_sources(config.data)  # fmt: skip
+    whole = index_folder(locate_sources(config.data)[0].shards, config.data.cache_dir, "f")
     assert whole == tmp_path / "index" and part.parent == tmp_path / "cache" / "indexes"
 
 

@@ -163,36 +163,38 @@ import numpy as np
 import torch
 from tokenflex import parallel
 from tokenflex.config import load_config
-from tokenflex.data import PackDataset, find_shards, load_or_build_index
+from tokenflex.data import Limits, PackDataset, find_shards, load_or_build_index
 from tokenflex.plan import Position
 from tokenflex.data.loader import MicroBatchPlan
 from tokenflex.model import build_model, build_processor
 from tokenflex.train.loss import fused_loss_head
-from tokenflex.train.optimizer import build_optimizer
-from tokenflex.train.step import batch_loss
+from tokenflex.train.optimizer import make_adamw, parameter_groups
+from tokenflex.train.objective import Objective
 
 recipe, corpus, fused_loss = sys.argv[1:]
 config = load_config(recipe, [f"model.tokenizer={corpus}/tokenizer"])
 launch = parallel.join()
 parallel.quiet_libraries()
-device = parallel.start_process_group(launch)
+ranks = parallel.join_ranks(launch)
 ds_config = parallel.resolve_ds_config(parallel.load_ds_config("configs/zero3.json"), "fp32", 2, 1.0)
 ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # every weight is gathered, none is kept
 processor = build_processor(config.model, config.budget)
-index = load_or_build_index(find_shards([corpus + "/train"]), processor, corpus + "/train/index")
+index = load_or_build_index(find_shards([corpus + "/train"]), processor, corpus + "/train/index", Limits())
 torch.manual_seed(0)
 model = build_model(config.model, config.budget, processor, torch.float32)
-optimizer, rates = build_optimizer(model, config.optimizer)
-engine = parallel.Engine(model, optimizer, ds_config, launch, device)
+groups = parameter_groups(model, config.optimizer)
+rates = [group["lr"] for group in groups]
+engine = parallel.Engine(model, make_adamw(groups, config.optimizer), ds_config, ranks)
 engine.train()
-fused_head = fused_loss_head(engine.model.language_model, fused_loss, device)
-dataset = PackDataset(index, processor, "sqrt", blank_count=4)
+fused_head = fused_loss_head(engine.model.language_model, fused_loss, ranks.device)
+dataset = PackDataset(index, processor, "sqrt", blank_count=4, limits=Limits())
 text, images = np.flatnonzero(index.num_images == 0), np.flatnonzero(index.num_images > 0)
 for micro in range(8):  # one rank without images, then without anything; with the plain loss, then with the fused one
     ids = text[: 2 * (micro % 4 < 2)] if launch.rank == micro % 2 else images[micro : micro + 2]
     counts = np.where(index.num_images[ids] > 0, 12, 0)
     batch = dataset.batch(MicroBatchPlan(Position(), micro % 2 == 1, ids, counts, 4.0))
-    loss = batch_loss(engine, batch, processor.image_processor.normalised, fused_head if micro >= 4 else None)
+    objective = Objective(engine, processor.image_processor.normalised, fused_head if micro >= 4 else None)
+    loss = objective(batch).total
     engine.backward(loss)
     engine.step(rates)
     assert torch.isfinite(loss)

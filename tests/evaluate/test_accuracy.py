@@ -10,8 +10,9 @@ from conftest import TINY, run_ranks
 from PIL import Image
 
 from tokenflex.data import Limits, find_shards
+from tokenflex.data.shards import as_shards
 from tokenflex.evaluate import accuracy_table, evaluate_model, exact_match, plot_accuracy
-from tokenflex.evaluate.accuracy import read_samples
+from tokenflex.evaluate.questions import read_questions
 from tokenflex.export import export_model
 from tokenflex.model import build_model
 
@@ -67,7 +68,7 @@ class Oracle:
 
 
 def test_a_model_of_known_score_gets_that_score(corpus, processor):
-    samples = read_samples(find_shards([str(corpus / "eval")]), 2, Limits())
+    samples = read_questions(as_shards(find_shards([str(corpus / "eval")])), 2, Limits()).samples
     settings = SimpleNamespace(num_visual_tokens=(4, 12), batch_size=3, max_new_tokens=8)
     right, asked = evaluate_model(Oracle(processor, samples), processor, samples, settings)
     with_images = {sample.task for sample in samples if sample.images}

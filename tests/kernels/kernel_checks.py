@@ -1,5 +1,8 @@
 """What the kernel tests share: shapes, one tolerance table, errors against float64, poisoned allocations."""
 
+import contextlib
+import types
+
 import torch
 
 # (grids, sides): the release's grids at its three budgets, grids below the side, non-square, one cell, wide windows.
@@ -44,6 +47,17 @@ def poison_allocations(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@contextlib.contextmanager
+def poisoned_allocations():
+    """``poison_allocations`` where there is no pytest."""
+    kept = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
+    try:
+        poison_allocations(types.SimpleNamespace(setattr=setattr))
+        yield
+    finally:
+        torch.empty, torch.empty_like, torch.Tensor.new_empty = kept
 
 
 def same_bits(a, b):

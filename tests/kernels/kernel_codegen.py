@@ -7,8 +7,12 @@ prints one JSON object per shipped configuration.
 
 import json
 import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
@@ -32,12 +36,25 @@ def compile_for(kernel, signature, constants, capability, **options):
 
 
 def measure(compiled):
-    """Registers, shared memory and counts of instructions of a compiled kernel; spills are traffic to local memory."""
-    sass, ptx = compiled.asm["sass"], compiled.asm["ptx"]
-    count = lambda pattern: len(re.findall(pattern, sass))  # noqa: E731
+    """Registers, shared memory and counts of instructions of a compiled kernel.
+
+    Registers and the stack that spills go to are the assembler's own account of the binary that would be launched, and
+    the disassembly is the whole of it: Triton's own listing of some releases stops at 4,096 instructions.
+    """
+    ptx = compiled.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        used = call("cuobjdump", "-res-usage", cubin.name)
+        sass = call("cuobjdump", "-sass", cubin.name)
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", sass, re.MULTILINE)
+    count = lambda pattern: sum(bool(re.search(pattern, line)) for line in instructions)  # noqa: E731
     return {
-        "registers": 1 + max(map(int, re.findall(r"\bR(\d+)\b", sass))),
+        "registers": int(re.search(r"\bREG:(\d+)", used)[1]),
+        "spilled_bytes": int(re.search(r"\bSTACK:(\d+)", used)[1]) + int(re.search(r"\bLOCAL:(\d+)", used)[1]),
         "spills": count(r"\b(?:STL|LDL)\b"),
+        "instructions": len(instructions),
+        "barriers": count(r"\bBAR\.SYNC"),
         "shared_bytes": compiled.metadata.shared,
         "num_warps": compiled.metadata.num_warps,
         "loads": count(r"\bLDG\.E"),
@@ -56,38 +73,56 @@ def measure(compiled):
     }
 
 
+def call(name, *arguments):
+    """What a program of the tool chain in Triton's wheel prints."""
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    done = subprocess.run([program, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr or done.stdout
+    return done.stdout
+
+
 def _descriptor(dtype, *block):
     return f"tensordesc<{dtype}[{', '.join(map(str, block))}]>"
 
 
 def pool_cases():
-    """(name, kernel, signature, constants, options) of every pool configuration, forward and backward; float32 once."""
+    """(name, kernel, signature, constants, options) of the pool at a width of 1152: every configuration that fits it."""
     from tokenflex_kernels import pool
 
-    for config in pool.CONFIGS:
-        for dtype, size in (("bf16", 2), ("fp32", 4))[: 2 if config == pool.CONFIGS[0] else 1]:
-            for uniform in (True, False):
+    ways = {  # training's forward pass, inference's, pooling alone, its backward pass, LayerNorm alone
+        "pool+norm": {"POOL": True, "TRANSPOSED": False, "NORM": True, "STORE_HAT": True, "CELLS": 5},
+        "pool+norm-inference": {"POOL": True, "TRANSPOSED": False, "NORM": True, "STORE_HAT": False, "CELLS": 5},
+        "pool": {"POOL": True, "TRANSPOSED": False, "NORM": False, "STORE_HAT": False, "CELLS": 5},
+        "backward": {"POOL": True, "TRANSPOSED": True, "NORM": False, "STORE_HAT": False, "CELLS": 2},
+        "norm": {"POOL": False, "TRANSPOSED": False, "NORM": True, "STORE_HAT": True, "CELLS": 1},
+    }
+    for way, constants in ways.items():
+        for name, config in pool.candidates(1152, constants["NORM"])[:-1]:
+            for dtype, is_resize in (("bf16", False), ("fp32", False), ("bf16", True)):
+                if (dtype, is_resize) != ("bf16", False) and config != pool.CONFIGS[0]:
+                    continue
+                span = min(config.span or 1152, 1152)
+                values = {"ROWS": config.rows, "SPAN": span, "RESIZE": is_resize and constants["POOL"]}
+                values |= dict(zip(("P0", "P1", "P2"), pool.pieces_of(span)))
+                values |= {"HAS_SCALE": constants["NORM"], "HAS_SHIFT": constants["NORM"]}
                 signature = {
                     "source": f"*{dtype}",
+                    "stride": "i32:16",
                     "out": f"*{dtype}",
-                    "table": "*i32",
-                    "weight": "*fp32",
                     "num_rows": "i32",
                     "channels": "i32:16",
                 }
-                constants = {
-                    "ROWS": config.rows,
-                    "CHANNELS": config.channel_bytes // size,
-                    "CELLS": 5 if uniform else 2,
-                    "UNIFORM": uniform,
-                }
+                signature |= {"num_images": "i32", "halvings": "i32", "eps": "fp32"}
+                if constants["POOL"]:
+                    signature["table"] = "*i32"
+                if constants["NORM"]:
+                    signature |= {"scale": f"*{dtype}", "shift": f"*{dtype}"}
+                if constants["STORE_HAT"]:
+                    signature |= {"hat": f"*{dtype}", "rstd": "*fp32"}
                 yield (
-                    f"pool {config} {dtype} uniform={uniform}",
-                    pool.pool_rows,
-                    signature,
-                    constants,
-                    {"num_warps": config.num_warps},
-                )
+                    f"pool {way} {name} {dtype} resize={is_resize}",
+                    pool.pool_rows, signature, constants | values, {"num_warps": config.num_warps, "maxnreg": pool.MAX_REGISTERS},
+                )  # fmt: skip
 
 
 def gated_cases(path, dtype):
@@ -96,7 +131,6 @@ def gated_cases(path, dtype):
 
     for config in gated.GATED_CONFIGS[path][: None if dtype == "bf16" else 1]:
         for training in (True, False):
-            tile = _descriptor(dtype, config.m, config.n)
             sizes = {"bias": f"*{dtype}", "M": "i32", "N": "i32:16", "K": "i32:16"}
             constants = {"BM": config.m, "BN": config.n, "BK": config.k, "GROUP": gated.GROUP_M, "HAS_BIAS": True, "STORE_INNER": True,
                              "STORE_GATE_UP": training}  # fmt: skip
@@ -104,9 +138,10 @@ def gated_cases(path, dtype):
                 kernel = gated.gated_tma
                 constants["NUM_PROGRAMS"] = 132 * config.per_sm
                 signature = dict(sizes, tokens=_descriptor(dtype, config.m, config.k),
-                                 weight=_descriptor(dtype, 2, config.n, config.k), inner=tile)  # fmt: skip
+                                 weight=_descriptor(dtype, 2, config.n, config.k),
+                                 inner=_descriptor(dtype, config.m, config.n))  # fmt: skip
                 if training:
-                    signature |= {"gate_out": tile, "up_out": tile}
+                    signature["gate_up"] = _descriptor(dtype, config.m, 2, config.n)
             else:
                 kernel = gated.gated_pointer
                 signature = dict(sizes, tokens=f"*{dtype}", weight=f"*{dtype}", inner=f"*{dtype}")
@@ -122,8 +157,7 @@ def dgated_cases(path, dtype):
 
     for config in gated.DGATED_CONFIGS[path][: None if dtype == "bf16" else 1]:
         for inner in (True, False):
-            pieces = gated.pieces_of(config, inner)
-            tile = _descriptor(dtype, config.m, config.n // pieces)
+            halves = _descriptor(dtype, config.m, 2, config.n // config.pieces)
             sizes = {"bias_sums": "*fp32", "M": "i32", "N": "i32:16", "K": "i32:16"}
             constants = {
                 "BM": config.m,
@@ -135,11 +169,11 @@ def dgated_cases(path, dtype):
             }
             if path == "tma":
                 kernel = gated.dgated_tma
-                constants |= {"NUM_PROGRAMS": 132 * config.per_sm, "PIECES": pieces}
+                constants |= {"NUM_PROGRAMS": 132 * config.per_sm, "PIECES": config.pieces}
                 signature = dict(sizes, d_out=_descriptor(dtype, config.m, config.k), weight=_descriptor(dtype, config.k, config.n),
-                                 gate=tile, up=tile, d_gate=tile, d_up=tile)  # fmt: skip
+                                 gate_up=halves, d_gate_up=halves)  # fmt: skip
                 if inner:
-                    signature["inner"] = tile
+                    signature["inner"] = _descriptor(dtype, config.m, config.n // config.pieces)
             else:
                 kernel = gated.dgated_pointer
                 signature = dict(
@@ -153,7 +187,7 @@ def dgated_cases(path, dtype):
 
 def elementwise_cases():
     """The kernels with one configuration."""
-    from tokenflex_kernels import gated, splice
+    from tokenflex_kernels import frozen, gated, pool, splice
 
     rows, columns, num_warps = gated.ELEMENTWISE
     sizes, options = {"M": "i32", "N": "i32:16"}, {"num_warps": num_warps}
@@ -171,6 +205,25 @@ def elementwise_cases():
     }
     constants = {"ROWS": splice.ROWS, "COLUMNS": splice.COLUMN_BYTES // 2, "HAS_TEXT": True, "HAS_VISUAL": True}
     yield "elementwise route_rows", splice.route_rows, signature, constants, {"num_warps": splice.NUM_WARPS}
+
+    sizes = {"num_rows": "i32", "channels": "i32:16"}
+    signature = dict(
+        sizes, weight="*bf16", product="*bf16", row_sums="*fp32", scale="*bf16", shift="*bf16", sums="*fp32"
+    )
+    constants = {"ROWS": frozen.ROWS, "COLUMNS": frozen.COLUMNS, "TURNS": frozen.ROWS_PER_PROGRAM // frozen.ROWS}
+    affine = {"HAS_SCALE": True, "HAS_SHIFT": True}
+    yield (
+        "elementwise weight_grads",
+        frozen.weight_grads,
+        signature,
+        constants | affine,
+        {"num_warps": frozen.NUM_WARPS},
+    )
+    signature = dict(sizes, hat="*bf16", scale="*bf16", shift="*bf16", out="*bf16")
+    yield "elementwise affine_rows", pool.affine_rows, signature, {"ROWS": 8, "COLUMNS": 128} | affine, {"num_warps": 4}
+    signature = dict(sizes, d_tokens="*bf16", hat="*bf16", rstd="*fp32", scale="*bf16", d_source="*bf16", sums="*fp32")
+    constants = {"WIDTH": 2048, "HAS_SCALE": True, "STORE_GRAD": True, "SUMS": True}
+    yield "elementwise norm_grad_rows", pool.norm_grad_rows, signature | {"rows": "i32"}, constants, {"num_warps": 4}
 
 
 def cases(capability):

@@ -8,7 +8,7 @@ short of the launch. Prints how many kernels it compiled.
 import sys
 
 import torch
-from tokenflex_kernels import gated, geometry, pool, splice
+from tokenflex_kernels import frozen, gated, geometry, pool, splice
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -29,6 +29,11 @@ class AbsentGPU:
     def get_current_target(self):
         return GPUTarget("cuda", self.capability, 32)
 
+    class utils:  # noqa: N801  Triton's name
+        @staticmethod
+        def unload_module(module):
+            """Nothing was loaded."""
+
 
 def main(capability):
     compiled, run = [], JITFunction.run
@@ -47,15 +52,21 @@ def main(capability):
     for config in (gated.DGATED_CONFIGS[path][1], gated.UNFUSED):
         for flags in ((True, True), (True, False), (False, True)):
             gated.launch_dgated(config, zeros(300, 96), zeros(96, 128), zeros(300, 256), *flags)
-    for transposed, rows in ((False, 113), (True, 79)):
-        windows = geometry.row_windows((5, 5, 7, 13), (8, 8, 3, 5), "resize", False, torch.device("cpu"))
-        pool.launch(zeros(rows, 64), windows, not transposed, pool.CONFIGS[0])
+    plan = geometry.pool_plan([(5, 5), (7, 13)], [(8, 8), (3, 5)], "resize")
+    one = geometry.pool_plan([(1, 1)], [(1, 1)])
+    pool.launch(pool.CONFIGS[0], zeros(116, 64), plan, False, None)
+    pool.launch(pool.CONFIGS[-1], zeros(79, 200)[:, 8:], plan, True, None)
+    for scale, keep in ((zeros(64), True), (None, True), (None, False)):
+        pool.launch(pool.CONFIGS[1], zeros(116, 64), plan, False, pool.NormOf(scale, scale, 1e-5, keep))
+        pool.launch(pool.CONFIGS[1], zeros(9, 64), None, False, pool.NormOf(scale, scale, 1e-5, keep))
+    pool.norm_grad(zeros(9, 64), zeros(9, 64), zeros(9).float(), zeros(64), True, True)
+    pool.affine_of(zeros(9, 64), zeros(64), None)
+    frozen.grads(zeros(96, 64), zeros(96, 64), zeros(96).float(), zeros(64), zeros(64))
     splice.splice(zeros(9, 64), zeros(5, 64), torch.arange(5))
     splice.splice_backward(zeros(9, 64), torch.arange(5), True, True)
 
     # Every size 1: Triton then passes plain numbers where it otherwise passes tensors.
-    one = geometry.row_windows((1, 1), (1, 1), "adaptive", False, torch.device("cpu"))
-    pool.launch(zeros(1, 1), one, True, pool.CONFIGS[0])
+    pool.launch(pool.CONFIGS[0], zeros(1, 1), one, False, None)
     splice.splice(zeros(1, 1), zeros(1, 1), torch.arange(1))
     for config in (gated.GATED_CONFIGS["pointer"][-1], gated.UNFUSED):
         gated.launch_gated(config, zeros(1, 1), zeros(2, 1), zeros(2), True, True)

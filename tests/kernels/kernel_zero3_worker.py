@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tokenflex_kernels import pool_plan
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -47,7 +48,7 @@ class Projector(nn.Module):
     def forward(self, features):
         norm, linear = self.types
         return self.pooled_swiglu(
-            features, GRIDS, SIDES, norm(self.norm.weight, self.norm.bias, self.norm.eps),
+            features, pool_plan(GRIDS, SIDES), norm(self.norm.weight, self.norm.bias, self.norm.eps),
             linear(self.gate_up.weight, self.gate_up.bias), linear(self.down.weight, self.down.bias), **self.options,
         )  # fmt: skip
 

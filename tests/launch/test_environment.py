@@ -107,7 +107,7 @@ def test_the_index_is_built_in_parallel_by_mpi(tmp_path, corpus, cache_dir, proc
     import numpy as np
     from conftest import TINY
 
-    from tokenflex.data import find_shards, load_index
+    from tokenflex.data import Limits, find_shards, load_index
     from tokenflex.data.index import build_index
 
     shards = find_shards([str(corpus / "train")])
@@ -129,7 +129,7 @@ def test_the_index_is_built_in_parallel_by_mpi(tmp_path, corpus, cache_dir, proc
     assert end.returncode == 0, end.stdout + end.stderr
     assert "by 2 processes" in end.stdout
     shards = find_shards([str(tmp_path)])
-    build_index(shards, processor, tmp_path / "alone")
+    build_index(shards, processor, tmp_path / "alone", Limits())
     one, two = load_index(tmp_path / "alone", shards, processor), load_index(tmp_path / "index", shards, processor)
     for column in ("text_tokens", "learned_tokens", "num_images", "offset", "num_bytes"):
         np.testing.assert_array_equal(getattr(one, column), getattr(two, column))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import needs_fused_loss
 
-from tokenflex.data import PackDataset
+from tokenflex.data import Limits, PackDataset
 from tokenflex.data.loader import MicroBatchPlan
 from tokenflex.errors import UserError
 from tokenflex.model import build_model
@@ -17,7 +17,7 @@ from tokenflex.train.loss import (
     weighted_cross_entropy,
     weighted_sum,
 )
-from tokenflex.train.step import batch_loss
+from tokenflex.train.objective import Objective
 
 CPU = torch.device("cpu")
 
@@ -63,7 +63,7 @@ def test_the_layer_answers_with_logits_again_after_an_error():
 
 def gradients(model, batch, normalise, head):
     model.zero_grad()
-    loss = batch_loss(model, batch, normalise, head)
+    loss = Objective(model, normalise, head)(batch).total
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -79,7 +79,7 @@ def test_every_listed_model_has_the_plain_losss_gradients(model_type, is_tied, t
     section = tiny_config.model.model_copy(update={"text": text})
     model = build_model(section, tiny_config.budget, processor, torch.float32)
     head = fused_loss_head(model.language_model, "on", CPU)
-    dataset = PackDataset(index, processor, "sqrt", blank_count=4)
+    dataset = PackDataset(index, processor, "sqrt", blank_count=4, limits=Limits())
     ids = np.concatenate([np.flatnonzero(index.num_images == number)[:2] for number in (0, 1, 2)])
     for chosen in (ids, ids[:0]):  # a mixed micro-batch, and an empty one
         counts = np.where(index.num_images[chosen] > 0, 12, 0)

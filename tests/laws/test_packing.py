@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from tokenflex.budget import VisualTokenBudget
-from tokenflex.data import PackDataset
+from tokenflex.data import Limits, PackDataset
 from tokenflex.data.collate import collate
 from tokenflex.data.loader import MicroBatchPlan, micro_batches
 from tokenflex.model.attention import PACKED
 from tokenflex.plan import LOSS_WEIGHTS, Planner, Position
-from tokenflex.train.step import batch_loss, model_inputs
+from tokenflex.train.objective import Objective, model_inputs
 
 FAMILIES = {
     "qwen2": {"num_key_value_heads": 2},
@@ -22,7 +22,7 @@ FAMILIES = {
 
 @pytest.fixture
 def dataset(index, processor):
-    return PackDataset(index, processor, "sqrt", blank_count=4)
+    return PackDataset(index, processor, "sqrt", blank_count=4, limits=Limits())
 
 
 def mixed_ids(index, number=7):
@@ -70,7 +70,7 @@ def test_gradient_of_packed_accumulated_step_equals_unpacked_batch(
     weighting, split, tiny_config, model, processor, index
 ):
     """The step's packs cut into micro-batches in any way against every sample by itself, summed: fp32 within 1e-6."""
-    dataset = PackDataset(index, processor, weighting, blank_count=4)
+    dataset = PackDataset(index, processor, weighting, blank_count=4, limits=Limits())
     budget = VisualTokenBudget(counts=(4, 12), probabilities=(0.4, 0.6))
     planner = Planner(index, budget, tiny_config.data, seed=3, loss_weighting=weighting)
     step = next(planner.steps_from(Position()))
@@ -78,7 +78,7 @@ def test_gradient_of_packed_accumulated_step_equals_unpacked_batch(
 
     packed_loss = 0.0
     for plan in micro_batches([step], 0, 1, len(step.packs) // split):
-        loss = batch_loss(model, dataset.batch(plan), normalise)
+        loss = Objective(model, normalise)(dataset.batch(plan)).total
         loss.backward()
         packed_loss += loss.item()
     packed = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -92,7 +92,7 @@ def test_gradient_of_packed_accumulated_step_equals_unpacked_batch(
     )
     for sample_id, count in zip(ids, counts):
         batch = collate([dataset.prepared(sample_id, int(count))], [sample_id], processor, weighting, total, 4)
-        loss = batch_loss(model, batch, normalise)
+        loss = Objective(model, normalise)(batch).total
         loss.backward()
         plain_loss += loss.item()
     assert abs(packed_loss - plain_loss) < 1e-6
@@ -111,7 +111,7 @@ def test_empty_and_text_only_packs_give_zero_gradients_that_reach_the_vision_tow
         model.zero_grad()
         batch = dataset.batch(MicroBatchPlan(Position(), True, ids, np.zeros(len(ids), np.int64), 2.0))
         assert batch.is_dummy_image and len(batch.visual_positions) == 0
-        loss = batch_loss(model, batch, processor.image_processor.normalised)
+        loss = Objective(model, processor.image_processor.normalised)(batch).total
         loss.backward()
         assert (loss.item() == 0.0) == (len(ids) == 0)
         tower = [p.grad for p in model.vision_tower.parameters() if p.grad is not None]

@@ -1,5 +1,7 @@
 """Law: the projector is the released one: pool -> LayerNorm -> SwiGLU of inner width 3C -> text width."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -7,12 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenflex.data import PackDataset
+from tokenflex.data import Limits, PackDataset
 from tokenflex.data.loader import MicroBatchPlan
 from tokenflex.model import projector as projector_module
 from tokenflex.model.projector import TokenAdaptiveProjector
 from tokenflex.plan import Position
-from tokenflex.train.step import batch_loss
+from tokenflex.train.objective import Objective
 
 
 class ReleasedProjector(nn.Module):
@@ -95,20 +97,25 @@ def test_a_step_through_the_kernels_operators_is_the_plain_step(model, processor
     pytest.importorskip("tokenflex_kernels")
     ids = np.concatenate([np.flatnonzero(index.num_images == number)[:2] for number in (0, 1, 2)])
     counts = np.where(index.num_images[ids] > 0, np.resize([4, 12, 7], len(ids)), 0)
-    batch = PackDataset(index, processor, "sqrt", blank_count=4).batch(
-        MicroBatchPlan(Position(), True, ids, counts, 5.0)
-    )
+    dataset = PackDataset(index, processor, "sqrt", blank_count=4, limits=Limits())
+    plan = MicroBatchPlan(Position(), True, ids, counts, 5.0)
+    batches = {backend: dataset.batch(plan) for backend in ("reference", "auto", "kernels")}
+    model.projector.backend = "kernels"
+    dataset.plan_of = pickle.loads(pickle.dumps(model.projector.plan_maker(model.patch_grid, torch.empty(0))))
+    batches["planned"] = dataset.batch(plan).to("cpu")
+    assert batches["planned"].pool_plan.num_tokens == len(batches["planned"].visual_positions)
     losses, gradients, called = {}, {}, {}
-    for backend in ("reference", "auto", "kernels"):
-        model.projector.backend = backend
+    for backend, batch in batches.items():
+        model.projector.backend = "kernels" if backend == "planned" else backend
         model.zero_grad()
         with Called() as seen:
-            losses[backend] = batch_loss(model, batch, processor.image_processor.normalised)
+            losses[backend] = Objective(model, processor.image_processor.normalised)(batch).total
             losses[backend].backward()
         called[backend] = seen.names
         gradients[backend] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert called["kernels"] == {"pool", "pool_backward", "swiglu", "swiglu_backward", "splice", "splice_backward"}
+    assert called["kernels"] == {"project_training", "project_backward", "splice", "splice_backward"}
     assert not called["reference"] and not called["auto"], "auto is plain torch on CPU"
+    assert called["planned"] == called["kernels"] and losses["planned"] == losses["kernels"]
     torch.testing.assert_close(losses["kernels"], losses["reference"], rtol=1e-6, atol=0)
     assert gradients["kernels"].keys() == gradients["reference"].keys()
     scale = torch.cat([grad.flatten() for grad in gradients["reference"].values()]).norm()

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tokenflex.data import PackDataset, load_or_build_index
+from tokenflex.data import Limits, PackDataset, load_or_build_index
 from tokenflex.data.loader import MicroBatchPlan
 from tokenflex.model import build_model, build_processor, image_processing_tokenflex
 from tokenflex.model.image_processing_tokenflex import TokenFlexImageProcessor
 from tokenflex.model.tiling import grids, grids_for, tiles_for
 from tokenflex.plan import Position
-from tokenflex.train.step import model_inputs
+from tokenflex.train.objective import model_inputs
 
 sides = st.integers(1, 5000)
 
@@ -125,12 +125,12 @@ def tiled_index(tmp_path_factory, tiled_processor):
             add(f"{number}.json", json.dumps({"messages": messages}).encode())
             for i, data in enumerate(images):
                 add(f"{number}.{i}.jpg", data)
-    return load_or_build_index([folder / "s.tar"], tiled_processor, folder / "index")
+    return load_or_build_index([folder / "s.tar"], tiled_processor, folder / "index", Limits())
 
 
 @pytest.fixture(scope="module")
 def dataset(tiled_index, tiled_processor):
-    return PackDataset(tiled_index, tiled_processor, "sqrt", blank_count=4)
+    return PackDataset(tiled_index, tiled_processor, "sqrt", blank_count=4, limits=Limits())
 
 
 def pack(dataset, index, count):
@@ -147,7 +147,7 @@ def test_the_index_knows_every_tile_before_an_image_is_decoded(dataset, tiled_in
         assert not batch.skipped
         expected = tiled_index.text_tokens + count * tiled_index.num_tiles.astype(np.int64)
         np.testing.assert_array_equal(batch.cu_seq_lens.diff().numpy(), expected)
-        assert len(batch.images) == len(batch.counts) == sum(tiles)
+        assert len(batch.images) == len(batch.tile_counts) == sum(tiles)
 
 
 def test_another_tiling_is_another_index(dataset, tiled_config, corpus):

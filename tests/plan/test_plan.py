@@ -12,7 +12,7 @@ from tokenflex.budget import VisualTokenBudget
 from tokenflex.config import DataConfig
 from tokenflex.data.loader import micro_batches, num_micro_steps
 from tokenflex.errors import UserError
-from tokenflex.plan import LeftOut, Mixture, Planner, Position, Source
+from tokenflex.plan import Dropped, Mixture, Planner, Position, Source
 from tokenflex.plan.balance import MAX_LEFT_OVER, balance, trim
 from tokenflex.plan.order import MixtureOrder, SourceOrder, permute
 from tokenflex.plan.planner import PLANNER_VERSION
@@ -155,12 +155,12 @@ def test_hard_mixes_lose_nothing_and_resume(case, mixing):
         "mixing": mixing,
     }
     planner = make_planner(index, counts=(64, 144, 256), over_long="drop", **data)
-    left_out = LeftOut()
-    for _ in planner.windows(0, left_out=left_out):
+    dropped = Dropped()
+    for _ in planner.windows(0, dropped=dropped):
         pass
     steps = list(planner.epoch_steps(0))
     packs = [pack for step in steps for pack in step.packs]
-    lost = left_out.ids.get("longer than a pack", [])
+    lost = dropped.ids.get("longer than a pack", [])
     np.testing.assert_array_equal(np.sort([*ids_of(packs), *lost]), np.arange(6000))
     assert_packs_fit(planner, packs, index)
     for at in {0, len(steps) // 3, len(steps) - 2}:
@@ -300,11 +300,11 @@ def test_total_weight_is_that_of_the_learned_tokens():
 
 def test_samples_without_an_answer_are_left_out_and_counted():
     index = make_index(np.random.default_rng(6), 200, without_answer=0.3)
-    planner, left_out = make_planner(index), LeftOut()
+    planner, dropped = make_planner(index), Dropped()
     np.testing.assert_array_equal(np.sort(ids_of(packs_of(planner))), np.flatnonzero(index.learned_tokens))
-    list(planner.windows(0, left_out=left_out))
-    assert left_out.numbers == {"without an answer": (index.learned_tokens == 0).sum()}
-    assert sorted(left_out.ids["without an answer"]) == np.flatnonzero(index.learned_tokens == 0).tolist()
+    list(planner.windows(0, dropped=dropped))
+    assert dropped.numbers == {"without an answer": (index.learned_tokens == 0).sum()}
+    assert sorted(dropped.ids["without an answer"]) == np.flatnonzero(index.learned_tokens == 0).tolist()
 
 
 def test_over_long_samples_stop_or_are_dropped_by_policy():
@@ -312,10 +312,10 @@ def test_over_long_samples_stop_or_are_dropped_by_policy():
     index.text_tokens[17] = 5000
     with pytest.raises(UserError, match=r"some.tar: sample 17 .* data.pack_length .* data.over_long=drop"):
         make_planner(index)
-    planner, left_out = make_planner(index, over_long="drop"), LeftOut()
+    planner, dropped = make_planner(index, over_long="drop"), Dropped()
     np.testing.assert_array_equal(np.sort(ids_of(packs_of(planner))), np.delete(np.arange(50), 17))
-    list(planner.windows(0, left_out=left_out))
-    assert left_out.ids == {"longer than a pack": [17]}
+    list(planner.windows(0, dropped=dropped))
+    assert dropped.ids == {"longer than a pack": [17]}
 
 
 def test_a_sample_is_too_long_only_at_the_counts_that_make_it_so():
@@ -388,9 +388,9 @@ def test_an_epoch_is_a_permutation_however_it_is_read(sizes, block_shards, windo
     orders = [SourceOrder(np.array(shards), seed + i, block_shards, window) for i, shards in enumerate(sizes)]
     order = MixtureOrder(orders, [sum(shards) for shards in sizes], seed)
     for epoch in (0, 3):
-        whole, turns = order.read(epoch, 0, order.size)
+        whole, passes = order.read(epoch, 0, order.size)
         np.testing.assert_array_equal(np.sort(whole), np.arange(order.size))
-        assert (turns == epoch).all()
+        assert (passes == epoch).all()
         bounds = [0, *sorted(int(cut * order.size) for cut in cuts), order.size]
         parts = [order.read(epoch, low, high)[0] for low, high in zip(bounds, bounds[1:])]
         np.testing.assert_array_equal(np.concatenate(parts), whole)

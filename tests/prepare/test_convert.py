@@ -60,7 +60,7 @@ def converted(tmp_path, records, images=None, name="out", **options):
 def samples_of(folder):
     samples = []
     for shard in sorted(folder.glob("*.tar")):
-        for scanned in scan_shard(shard):
+        for scanned in scan_shard(shard, Limits()):
             assert scanned.problem is None, scanned.problem
             samples.append(scanned.sample)
     return samples

@@ -7,8 +7,9 @@ import pytest
 from jobs import trace_of
 
 from tokenflex import layout
-from tokenflex.checkpoint import checked_manifest, tag_of
-from tokenflex.train.spike_filter import MIN_STEPS, Guard
+from tokenflex.checkpoint import checked_manifest
+from tokenflex.layout import tag_of
+from tokenflex.train.spike_filter import MIN_STEPS, SpikeFilter
 
 ACCUMULATED = ["data.packs_per_micro_batch=1", "train.keep_checkpoints=9"]
 
@@ -106,7 +107,7 @@ def test_a_run_that_only_gets_worse_stops(forge, tmp_path):
 
 
 def test_the_guard_finds_spikes_and_gets_used_to_a_new_level():
-    guard = Guard(6.0, {})
+    guard = SpikeFilter(6.0, {})
     level = lambda i: 2.0 + 0.1 * math.sin(i)
     assert not any(guard.judge(level(i), 1.0 + 0.01 * math.cos(i)) for i in range(MIN_STEPS + 10))
     assert "loss 5 is far above" in guard.judge(5.0, 1.0)
@@ -117,12 +118,12 @@ def test_the_guard_finds_spikes_and_gets_used_to_a_new_level():
     assert 1 <= sum(skipped) <= 7 and not any(skipped[8:]), (
         "a level that stays must be accepted before a run is taken back"
     )
-    assert not Guard(0, {}).judge(1e30, 1e30)
+    assert not SpikeFilter(0, {}).judge(1e30, 1e30)
 
 
 def test_the_guard_goes_on_from_its_history():
-    one, history = Guard(6.0, {}), {}
+    one, history = SpikeFilter(6.0, {}), {}
     values = [2.0 + 0.1 * math.sin(i * i) for i in range(100)] + [9.0, 2.0]
     verdicts = [one.judge(value, value) for value in values]
-    split = [Guard(6.0, history).judge(value, value) for value in values]
+    split = [SpikeFilter(6.0, history).judge(value, value) for value in values]
     assert verdicts == split and verdicts[-2] and not verdicts[-1]

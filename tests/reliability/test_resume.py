@@ -9,7 +9,8 @@ import torch
 from jobs import ROOT, trace_of, write_result
 
 from tokenflex import cli, layout
-from tokenflex.checkpoint import checked_manifest, read_whole, tag_of, tags
+from tokenflex.checkpoint import checked_manifest, read_whole, tags
+from tokenflex.layout import tag_of
 
 NO_DROPOUT = ["model.text.attention_dropout=0", "model.vision.attention_dropout=0"]
 KILL = "kill@forward,rank=all,step=3"

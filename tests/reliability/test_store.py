@@ -30,10 +30,10 @@ from tokenflex.checkpoint import (
     named_pieces,
     read_slices,
     read_whole,
-    tag_of,
     tags,
 )
 from tokenflex.errors import UserError
+from tokenflex.layout import tag_of
 from tokenflex.parallel.slices import Slice
 
 SHAPES = {"vision.weight": (7, 5), "vision.bias": (1,), "text.weight": (33, 3), "text.norm": (13,)}
@@ -47,10 +47,10 @@ class Turns:
         self.rank, self.num_ranks = rank, num_ranks
         self.parts = {}
 
-    def agree(self, numbers):
+    def all_reduce_max(self, numbers):
         return numbers
 
-    def gather(self, value):
+    def all_gather(self, value):
         return [value]
 
 
@@ -100,7 +100,7 @@ def save_over(folder, step, num_ranks):
     for rank, writer in enumerate(writers):
         writer.start(named_pieces(state_of(step, num_ranks, rank), rank, num_ranks), {}, {"step": step})
         writer._thread.join()
-    writers[0].ranks.gather = lambda value: [w._result for w in writers] if isinstance(value, dict) else [value]
+    writers[0].ranks.all_gather = lambda value: [w._result for w in writers] if isinstance(value, dict) else [value]
     assert not writers[0].finish().problem
 
 

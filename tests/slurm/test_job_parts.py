@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tokenflex.config import load_config
 from tokenflex.errors import UserError
-from tokenflex.layout import DONE, REQUEUE, USER_ERROR
+from tokenflex.layout import DONE, REQUEUE, USER_ERROR, RunLayout
 from tokenflex.parallel.environment import discover, tasks_per_node
 from tokenflex.slurm import preflight
 from tokenflex.slurm.attempts import Start, Starts, first_status, newest_step, outcome
@@ -265,14 +265,14 @@ WORLD = """
 from tokenflex import parallel
 parallel.quiet_libraries()
 launch = parallel.join()
-device = parallel.start_process_group(launch)
 import os, torch
 os.environ["SLURMD_NODENAME"] = f"node{launch.rank}"
 os.environ["LOCAL_WORLD_SIZE"] = "1"
-print(parallel.check_world(parallel.join(), device))
+ranks = parallel.join_ranks(parallel.join())
+print(parallel.check_world(ranks))
 for name, value in (("NUM_RANKS", "4"), ("NODES", "node1,node0"), ("NODES", "node0")):
     try:
-        parallel.check_world(parallel.join(), device, {**os.environ, f"TOKENFLEX_EXPECTED_{name}": value})
+        parallel.check_world(ranks, {**os.environ, f"TOKENFLEX_EXPECTED_{name}": value})
     except parallel.world.UserError as error:
         print("REFUSED", error)
 torch.distributed.destroy_process_group()
@@ -293,7 +293,7 @@ def test_a_world_that_is_not_the_allocation_is_refused_by_every_rank(tmp_path):
 
 SLEEPER = """
 import sys, time
-from tokenflex.launching import entry_point
+from tokenflex.cli.launching import entry_point
 def main(arguments, say):
     print("ready", flush=True)
     time.sleep(60)
@@ -318,7 +318,7 @@ def test_a_stop_signal_outside_of_the_loop_means_start_me_again(tmp_path, number
     "body, status", [("return 0", 0), ("return 75", 75), ("raise UserError('x')", 2), ("1 / 0", 1)]
 )
 def test_a_rank_leaves_its_status(tmp_path, body, status):
-    code = f"import sys\nfrom tokenflex.launching import *\nfrom tokenflex.launching import UserError\ndef main(a, s):\n    {body}\n"
+    code = f"import sys\nfrom tokenflex.cli.launching import *\nfrom tokenflex.cli.launching import UserError\ndef main(a, s):\n    {body}\n"
     code += "sys.exit(entry_point(main, type('A', (), {'debug': False})()))"
     environment = {**os.environ, "TOKENFLEX_STATUS_DIR": str(tmp_path), "RANK": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, cwd=ROOT)
@@ -349,9 +349,7 @@ def test_check_says_where_a_run_lives(tmp_path):
     command = [sys.executable, ROOT / "launch" / "train.py", "--check", "--config", ROOT / "configs" / "pretrain.yaml"]
     done = subprocess.run([*command, f"output_dir={tmp_path}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    from tokenflex.train.run import run_folder
-
-    folder = run_folder(load_config(command[-1], [f"output_dir={tmp_path}"]))
+    folder = RunLayout.of(load_config(command[-1], [f"output_dir={tmp_path}"]))
     described = json.loads(done.stdout)
     assert (described["folder"], described["checkpoints"]) == (str(folder.root), str(folder.checkpoints))
     assert list(tmp_path.iterdir()) == []

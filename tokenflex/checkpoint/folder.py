@@ -3,7 +3,9 @@
 import contextlib
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 from .. import failpoints
@@ -17,15 +19,16 @@ WRITING = ".writing-"
 REMOVED = ".removed-"
 
 
-def tags(folder):
+def tags(folder: str | PathLike) -> list[str]:
     """Names of the checkpoints under `folder`, oldest first, good or not."""
     folder = Path(folder)
     if not folder.is_dir():
         return []
-    return sorted((path.name for path in folder.iterdir() if step_of(path.name) is not None), key=step_of)
+    found = [(step, path.name) for path in folder.iterdir() if (step := step_of(path.name)) is not None]
+    return [tag for _, tag in sorted(found)]
 
 
-def checked_manifest(folder):
+def checked_manifest(folder: str | PathLike) -> Manifest:
     """A checkpoint's manifest, once every file it names is there with its size.
 
     Raises:
@@ -44,7 +47,7 @@ def checked_manifest(folder):
     return manifest
 
 
-def check_files(folder, manifest, rank=0, num_ranks=1):
+def check_files(folder: str | PathLike, manifest: Manifest, rank: int = 0, num_ranks: int = 1) -> None:
     """Compare this rank's share of a checkpoint's files with their checksums.
 
     Raises:
@@ -67,7 +70,7 @@ class Entry:
     manifest: Manifest | None
     problem: str = ""
 
-    def describe(self, is_latest=False):
+    def describe(self, is_latest: bool = False) -> str:
         """One line for a person."""
         if self.manifest is None:
             return f"{self.tag}  damaged: {self.problem}"
@@ -77,7 +80,7 @@ class Entry:
         return f"{self.tag}  {m.time}  {m.num_bytes / 1e6:.1f} MB  {m.num_ranks} ranks{score}{mark}"
 
 
-def entries(folder, is_thorough=False):
+def entries(folder: str | PathLike, is_thorough: bool = False) -> list[Entry]:
     """Every checkpoint under `folder`, oldest first; `is_thorough` reads all bytes and compares checksums."""
     found = []
     for tag in tags(folder):
@@ -91,7 +94,7 @@ def entries(folder, is_thorough=False):
     return found
 
 
-def run_entries(folder, is_thorough=False):
+def run_entries(folder: str | PathLike, is_thorough: bool = False) -> tuple[Path, list[Entry]]:
     """(folder of checkpoints, its `entries`) of a run's folder, or of that folder itself.
 
     Raises:
@@ -105,7 +108,7 @@ def run_entries(folder, is_thorough=False):
     return place, found
 
 
-def latest_tag(folder):
+def latest_tag(folder: str | PathLike) -> str:
     """What `latest` points to, or an empty string. For people: resuming looks at every checkpoint, newest first."""
     with contextlib.suppress(OSError):
         text = (Path(folder) / LATEST).read_text(encoding="ascii", errors="replace").strip()
@@ -113,7 +116,7 @@ def latest_tag(folder):
     return ""
 
 
-def point_latest(folder, tag, attempt):
+def point_latest(folder: str | PathLike, tag: str, attempt: str) -> None:
     """Replace `latest` atomically."""
     temporary = Path(folder) / f"{WRITING}{LATEST}-{attempt}"
     try:
@@ -132,19 +135,19 @@ class Retention:
     every: int = 0
     best: int = 0
 
-    def kept(self, found):
+    def kept(self, found: Sequence[Entry]) -> set[str]:
         """Tags that stay of `found` (`Entry`s, oldest first). Damaged ones count for nothing and stay while no newer one is good."""
-        good = [entry for entry in found if entry.manifest]
-        keep = {entry.tag for entry in good[-self.last :]}
+        good = [(entry.tag, entry.manifest) for entry in found if entry.manifest]
+        keep = {tag for tag, _ in good[-self.last :]}
         if self.every:
-            keep |= {entry.tag for entry in good if entry.manifest.step % self.every == 0}
-        scored = sorted((entry for entry in good if entry.manifest.score is not None), key=lambda e: e.manifest.score)
-        keep |= {entry.tag for entry in scored[: self.best]}
-        newest_good = good[-1].manifest.step if good else -1
-        return keep | {entry.tag for entry in found if not entry.manifest and step_of(entry.tag) > newest_good}
+            keep |= {tag for tag, manifest in good if manifest.step % self.every == 0}
+        scored = [(manifest.score, tag) for tag, manifest in good if manifest.score is not None]
+        keep |= {tag for _, tag in sorted(scored, key=lambda entry: entry[0])[: self.best]}
+        newest_good = good[-1][1].step if good else -1
+        return keep | {entry.tag for entry in found if not entry.manifest and (step_of(entry.tag) or 0) > newest_good}
 
 
-def clean_up(folder, retention):
+def clean_up(folder: str | PathLike, retention: Retention) -> list[str]:
     """Remove checkpoints beyond retention; returns their tags."""
     found = entries(folder)
     kept = retention.kept(found)
@@ -155,7 +158,7 @@ def clean_up(folder, retention):
     return gone
 
 
-def sweep(folder):
+def sweep(folder: str | PathLike) -> None:
     """Remove what earlier starts left half done; only the holder of the run's lock may call it."""
     for path in Path(folder).glob(".*"):
         if path.name.startswith((WRITING, REMOVED)):

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import time
+from os import PathLike
 from pathlib import Path
 
 from ..errors import UserError
@@ -24,7 +25,7 @@ class RunLock:
         UserError: another process holds it; the message says which.
     """
 
-    def __init__(self, folder, wait_s=WAIT_S):
+    def __init__(self, folder: str | PathLike, wait_s: float = WAIT_S):
         self.path = Path(folder) / "lock"
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         deadline = time.monotonic() + wait_s
@@ -40,9 +41,10 @@ class RunLock:
                         f"run {folder}: another job writes there ({holder}); wait for it, end it, or choose another name=..."
                     ) from None
                 time.sleep(0.1)
-        holder = {"host": socket.gethostname(), "process": os.getpid(), "job": os.environ.get("SLURM_JOB_ID", "")}
+        own = {"host": socket.gethostname(), "process": os.getpid(), "job": os.environ.get("SLURM_JOB_ID", "")}
         os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
+        os.pwrite(self._descriptor, json.dumps(own).encode(), 0)
 
-    def release(self):
+    def release(self) -> None:
+        """Let another process in."""
         os.close(self._descriptor)

@@ -3,7 +3,9 @@
 import json
 import re
 from dataclasses import asdict, dataclass
+from os import PathLike
 from pathlib import Path
+from typing import Any, TypedDict
 
 from blake3 import blake3
 
@@ -18,6 +20,13 @@ class Damaged(Exception):
     """A checkpoint that must not be loaded; the message is why, for the person who reads it."""
 
 
+class FileEntry(TypedDict):
+    """What a manifest says of a file: its bytes, and their checksum as hexadecimal digits."""
+
+    size: int
+    blake3: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The record of one checkpoint.
@@ -28,37 +37,38 @@ class Manifest:
     score: mean loss over the last steps, or None. attempt: which start of the run wrote it.
     """
 
-    progress: dict
-    parameters: dict
-    buffers: list
+    progress: dict[str, Any]
+    parameters: dict[str, list]
+    buffers: list[str]
     num_updates: int
-    files: dict
+    files: dict[str, FileEntry]
     num_ranks: int
-    config: dict
-    model: dict
-    versions: dict
+    config: dict[str, Any]
+    model: dict[str, Any]
+    versions: dict[str, str]
     score: float | None
     attempt: str
     time: str
 
     @property
-    def step(self):
+    def step(self) -> int:
+        """Optimizer steps done when it was written."""
         return self.progress["step"]
 
     @property
-    def num_bytes(self):
+    def num_bytes(self) -> int:
         """Size of the tensor files together."""
         return sum(entry["size"] for entry in self.files.values())
 
 
-def encode(manifest):
+def encode(manifest: Manifest) -> bytes:
     """The bytes of `manifest.json`: the record, and its own checksum over them."""
     record = {"format": FORMAT, **asdict(manifest)}
     text = _canonical(record)
     return json.dumps({**record, "blake3": blake3(text).hexdigest()}, indent=1).encode()
 
 
-def read_manifest(folder):
+def read_manifest(folder: str | PathLike) -> Manifest:
     """The manifest of a checkpoint folder, checked for form but not against its files.
 
     Raises:
@@ -90,7 +100,7 @@ def read_manifest(folder):
     return manifest
 
 
-def _check(manifest, folder_name):
+def _check(manifest: Manifest, folder_name: str) -> None:
     for name, entry in manifest.files.items():
         if not SHARD.fullmatch(name):
             raise Damaged(f"its {MANIFEST} names the file {name!r}, which is none of a checkpoint's")
@@ -102,5 +112,5 @@ def _check(manifest, folder_name):
         raise Damaged(f"its {MANIFEST} is of step {manifest.step}")
 
 
-def _canonical(record):
+def _canonical(record: dict[str, Any]) -> bytes:
     return json.dumps(record, sort_keys=True, separators=(",", ":")).encode()

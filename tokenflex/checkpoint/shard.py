@@ -6,13 +6,16 @@ library's. Names within a file: `weight/<parameter>@<start>`, `exp_avg/...`, `ex
 
 import json
 import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from .. import failpoints
 from .disk import HashingFile
-from .manifest import Damaged
+from .manifest import Damaged, FileEntry
 
 DTYPES = {
     torch.float64: "F64",
@@ -28,18 +31,19 @@ DTYPES = {
 }
 
 
-def shard_name(rank, num_ranks):
+def shard_name(rank: int, num_ranks: int) -> str:
     """File name of a rank's part."""
     return f"rank-{rank:05d}-of-{num_ranks:05d}.safetensors"
 
 
-def write_shard(path, tensors, step):
+def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], step: int) -> FileEntry:
     """Write {name: contiguous CPU tensor} and sync it; returns {"size", "blake3"} of the file.
 
     Raises:
         OSError: the disk is full or fails; what was written stays, in a folder that no reader takes for a checkpoint.
     """
-    header, begin = {}, 0
+    header: dict[str, dict[str, Any]] = {}
+    begin = 0
     for name, tensor in tensors.items():
         end = begin + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
@@ -47,7 +51,7 @@ def write_shard(path, tensors, step):
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
     failpoints.hit("shard-0", step)
-    half = begin // 2
+    half: int | None = begin // 2
     with HashingFile(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in tensors.items():
@@ -66,34 +70,34 @@ class ShardReader:
         Damaged: not a safetensors file (the library refuses oversized headers and offsets outside the file).
     """
 
-    def __init__(self, path):
+    def __init__(self, path: Path):
         try:
             self._file = safe_open(path, framework="pt", device="cpu")
         except (OSError, SafetensorError) as error:
             raise Damaged(f"{path.name} cannot be read ({error})") from None
         self._names = list(self._file.keys())
-        self.slices = {}
+        self.slices: dict[tuple[str, str], list[tuple[int, str]]] = {}
         for name in self._names:
             kind, _, rest = name.partition("/")
             parameter, at, start = rest.rpartition("@")
             if at:
                 self.slices.setdefault((kind, parameter), []).append((int(start), name))
 
-    def __enter__(self):
+    def __enter__(self) -> "ShardReader":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self._file = None
 
-    def names(self, kind):
+    def names(self, kind: str) -> list[str]:
         """Names of the whole tensors of a kind ("buffer", "random"), without the kind."""
         return [name.partition("/")[2] for name in self._names if name.startswith(kind + "/")]
 
-    def tensor(self, kind, name):
+    def tensor(self, kind: str, name: str) -> torch.Tensor:
         """A whole tensor."""
         return self._file.get_tensor(f"{kind}/{name}")
 
-    def copy_into(self, target, kind, parameter, start):
+    def copy_into(self, target: torch.Tensor, kind: str, parameter: str, start: int) -> int:
         """Copy what this file holds of elements [start, start + len(target)) into `target` [n]; returns how many."""
         copied = 0
         for begin, name in self.slices.get((kind, parameter), ()):
@@ -107,10 +111,10 @@ class ShardReader:
         return copied
 
 
-def slice_name(kind, parameter, start):
+def slice_name(kind: str, parameter: str, start: int) -> str:
     """Name of a slice within a file."""
     return f"{kind}/{parameter}@{start}"
 
 
-def _bytes(tensor):
+def _bytes(tensor: torch.Tensor) -> bytes | memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""

@@ -10,8 +10,11 @@ import copy
 import shutil
 import threading
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -19,11 +22,48 @@ from .. import failpoints
 from ..errors import UserError
 from ..layout import MANIFEST, step_of, tag_of
 from .disk import free_bytes, remove_folder, replace_synced, sync_folder, write_synced
-from .folder import WRITING, check_files, checked_manifest, clean_up, point_latest, sweep, tags
-from .manifest import Damaged, Manifest, encode
+from .folder import WRITING, Retention, check_files, checked_manifest, clean_up, point_latest, sweep, tags
+from .manifest import Damaged, FileEntry, Manifest, encode
 from .shard import ShardReader, shard_name, slice_name, write_shard
 
 WEIGHT = "weight"
+T = TypeVar("T")
+
+
+class CheckpointRanks(Protocol):
+    """The ranks that save and load together; see `tokenflex.parallel.Ranks`."""
+
+    rank: int
+    num_ranks: int
+
+    def all_reduce_max(self, numbers: Sequence[float], /) -> list[float]:
+        """Element-wise maximum over all ranks."""
+
+    def all_gather(self, value: T, /) -> list[T]:
+        """Every rank's value, on every rank."""
+
+
+class HeldSlice(Protocol):
+    """What a rank holds of one parameter and of its moments; see `tokenflex.parallel.slices.Slice`."""
+
+    @property
+    def name(self) -> str:
+        """Of the parameter."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole parameter."""
+
+    @property
+    def start(self) -> int:
+        """Its first element here, of the parameter laid flat."""
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """{kind: live elements from `start` on}, 1-D."""
+
+    def share(self, rank: int, num_ranks: int) -> tuple[int, dict[str, torch.Tensor]]:
+        """(start, tensors) of what this rank saves."""
 
 
 @dataclass(frozen=True)
@@ -46,28 +86,41 @@ class CheckpointWriter:
 
     Args:
         folder: of the run's checkpoints.
-        ranks: the job: `rank`, `num_ranks`, `agree(numbers)` -> element-wise maximum, `gather(value)` -> [rank] of values.
+        ranks: the job.
         retention: what is kept.
         attempt: a name for this start of the run, the same on all ranks.
         describe: (progress) -> the manifest's other fields.
     """
 
-    def __init__(self, folder, ranks, retention, attempt, describe):
+    def __init__(
+        self,
+        folder: str | PathLike,
+        ranks: CheckpointRanks,
+        retention: Retention,
+        attempt: str,
+        describe: Callable[[dict[str, Any]], dict[str, Any]],
+    ):
         self.folder, self.ranks, self.retention, self.attempt = Path(folder), ranks, retention, attempt
         self.describe = describe
         self.stall_s = 0.0
-        self._buffers = {}
-        self._thread = self._result = self._problem = self._crash = None
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._thread = threading.Thread()  # of the part of a save that runs; none does yet
+        self._result: Any = None
+        self._problem: str | None = None
+        self._crash: Exception | None = None
         self._is_copied = threading.Event()
         self._is_copied.set()
         self._phase = "idle"
-        self._saved_step = None
+        self._saved_step: int | None = None
 
     @property
-    def is_idle(self):
+    def is_idle(self) -> bool:
+        """Whether no save is under way."""
         return self._phase == "idle"
 
-    def start(self, lasting, passing, progress):
+    def start(
+        self, lasting: Mapping[str, torch.Tensor], passing: Mapping[str, torch.Tensor], progress: dict[str, Any]
+    ) -> Saved | None:
         """Begin to save: {name: tensor} of what no one changes before the next update, and of what may change at once.
 
         `passing` (small) is copied here and now, `lasting` in the background: call `before_update` before weights or
@@ -93,18 +146,18 @@ class CheckpointWriter:
         self.stall_s = time.perf_counter() - begin
         return before
 
-    def before_update(self):
+    def before_update(self) -> None:
         """Wait until the state that is being saved has been copied; it may change from now on."""
         begin = time.perf_counter()
         self._is_copied.wait()
         if self._phase == "writing":
             self.stall_s += time.perf_counter() - begin
 
-    def flags(self):
+    def flags(self) -> list[float]:
         """What this rank has to say at the end of a step: [its thread is busy, it has failed]."""
-        return [float(self._thread is not None and self._thread.is_alive()), float(self._problem is not None)]
+        return [float(self._thread.is_alive()), float(self._problem is not None)]
 
-    def advance(self, is_busy, has_failed):
+    def advance(self, is_busy: float, has_failed: float) -> Saved | None:
         """Go on, with the flags' maximum over all ranks; returns a `Saved` when a save has ended."""
         if self.is_idle or is_busy:
             return None
@@ -112,12 +165,12 @@ class CheckpointWriter:
         if self._crash is not None:
             raise self._crash
         if self._phase == "writing" and not has_failed:
-            parts = self.ranks.gather(self._result)
+            parts = self.ranks.all_gather(self._result)
             self._files = {shard_name(rank, len(parts)): part for rank, part in enumerate(parts)}
             self._run(self._commit if self.ranks.rank == 0 else _nothing)
             self._phase = "committing"
             return None
-        problems = [p for p in self.ranks.gather(self._problem) if p] if has_failed else []
+        problems = [p for p in self.ranks.all_gather(self._problem) if p] if has_failed else []
         note = "" if problems or self.ranks.rank else self._result
         if has_failed and self.ranks.rank == 0:
             shutil.rmtree(self._place, ignore_errors=True)
@@ -126,34 +179,34 @@ class CheckpointWriter:
         num_bytes = 0 if problems else sum(entry["size"] for entry in self._files.values())
         return Saved(self._step, "; ".join(problems), note, time.perf_counter() - self._begin, self.stall_s, num_bytes)
 
-    def finish(self):
+    def finish(self) -> Saved | None:
         """Wait for a save under way; returns how it ended, or None where there was none. Every rank must call it."""
         saved = None
         while not self.is_idle:
             if self._thread.is_alive():
                 self._thread.join(0.02)
-            saved = self.advance(*self.ranks.agree(self.flags())) or saved
+            saved = self.advance(*self.ranks.all_reduce_max(self.flags())) or saved
         return saved
 
-    def forget(self):
+    def forget(self) -> None:
         """The state has been replaced: saving it is no repetition."""
         self._saved_step = None
 
-    def loaded(self, step):
+    def loaded(self, step: int) -> None:
         """The state is that of a good checkpoint."""
         self._saved_step = step
 
-    def _copy(self, name, tensor):
+    def _copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return buffer.copy_(tensor, non_blocking=True)
 
-    def _run(self, work, *arguments):
+    def _run(self, work: Callable[..., Any], *arguments: Any) -> None:
         self._thread = threading.Thread(target=self._guarded, args=(work, arguments), name="checkpoint", daemon=True)
         self._thread.start()
 
-    def _guarded(self, work, arguments):
+    def _guarded(self, work: Callable[..., Any], arguments: tuple) -> None:
         """Run a part of a save; an error of the disk is a failed save, not the end of the run."""
         try:
             self._result = work(*arguments)
@@ -164,11 +217,13 @@ class CheckpointWriter:
         finally:
             self._is_copied.set()
 
-    def _explain(self, error):
+    def _explain(self, error: OSError) -> str:
         where = error.filename or self.folder
         return f"rank {self.ranks.rank}: {where}: {error.strerror or error} ({_free(self.folder)} bytes free)"
 
-    def _write(self, lasting, copied, is_moved):
+    def _write(
+        self, lasting: Mapping[str, torch.Tensor], copied: dict[str, torch.Tensor], is_moved: torch.cuda.Event | None
+    ) -> FileEntry:
         if is_moved:  # on a stream of its own, behind the last update and beside the next forward pass
             with torch.cuda.stream(torch.cuda.Stream()):
                 stream = torch.cuda.current_stream()
@@ -181,7 +236,7 @@ class CheckpointWriter:
         self._place.mkdir(parents=True, exist_ok=True)
         return write_shard(self._place / shard_name(self.ranks.rank, self.ranks.num_ranks), copied, self._step)
 
-    def _commit(self):
+    def _commit(self) -> str:
         manifest = Manifest(
             progress=self._progress,
             files=self._files,
@@ -212,7 +267,11 @@ class Loaded:
 
     manifest: Manifest
     tag: str
-    passed_over: tuple
+    passed_over: tuple[tuple[str, str], ...]
+
+
+Checked = tuple[Manifest | None, str | None]
+"""(manifest, None) of a checkpoint whose files are good, else (None, what is wrong)."""
 
 
 class EarlyCheck:
@@ -222,20 +281,20 @@ class EarlyCheck:
     found counts only while no file has changed since.
     """
 
-    def __init__(self, folder, rank, num_ranks):
+    def __init__(self, folder: str | PathLike, rank: int, num_ranks: int):
         self._place = (Path(folder), rank, num_ranks)
-        self._found = (None, None, None)
+        self._found: tuple[str, list | None, Checked] = ("", None, (None, None))
         self._thread = threading.Thread(target=self._run, name="check", daemon=True)
         self._thread.start()
 
-    def _run(self):
+    def _run(self) -> None:
         folder, *share = self._place
         for tag in reversed(tags(folder)):
             stamps = _stamps(folder / tag)
             self._found = (tag, stamps, check(folder / tag, *share))
             return
 
-    def __call__(self, place, *share):
+    def __call__(self, place: Path, *share: int) -> Checked:
         """As `check`, from what was found early if it is of the same checkpoint and files."""
         self._thread.join()
         tag, stamps, found = self._found
@@ -244,8 +303,8 @@ class EarlyCheck:
         return check(place, *share)
 
 
-def check(place, rank, num_ranks):
-    """(manifest, None) of a checkpoint whose share of files is good, else (None, what is wrong)."""
+def check(place: Path, rank: int, num_ranks: int) -> Checked:
+    """What is wrong with a checkpoint, by this rank's share of its files."""
     try:
         manifest = checked_manifest(place)
         check_files(place, manifest, rank, num_ranks)
@@ -254,7 +313,7 @@ def check(place, rank, num_ranks):
     return manifest, None
 
 
-def _stamps(place):
+def _stamps(place: Path) -> list[tuple[str, int, int, int, int]] | None:
     """What changes when a file is written or replaced."""
     try:
         found = [(path.name, path.lstat()) for path in sorted(place.iterdir())]
@@ -263,7 +322,14 @@ def _stamps(place):
     return [(name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in found]
 
 
-def load_newest(folder, ranks, fill, max_step=None, say=print, check=check):
+def load_newest(
+    folder: str | PathLike,
+    ranks: CheckpointRanks,
+    fill: Callable[[Manifest, Path], None],
+    max_step: int | None = None,
+    say: Callable[[str], None] = print,
+    check: Callable[[Path, int, int], Checked] = check,
+) -> Loaded | None:
     """Load the newest good checkpoint of a run; returns `Loaded`, or None where the run has no checkpoint at all.
 
     Every rank must call it; each verifies its share of the files before `fill(manifest, folder)` on any rank may touch the
@@ -272,12 +338,13 @@ def load_newest(folder, ranks, fill, max_step=None, say=print, check=check):
     Raises:
         UserError: there are checkpoints, but none is good: a run never silently begins anew.
     """
-    passed_over = []
-    candidates = ranks.gather([tag for tag in tags(folder) if max_step is None or step_of(tag) <= max_step])[0]
+    passed_over: list[tuple[str, str]] = []
+    wanted = [tag for tag in tags(folder) if max_step is None or (step_of(tag) or 0) <= max_step]
+    candidates = ranks.all_gather(wanted)[0]
     for tag in reversed(candidates):
         manifest, problem = check(Path(folder) / tag, ranks.rank, ranks.num_ranks)
-        problems = [text for text in ranks.gather(problem) if text]
-        if not problems:
+        problems = [text for text in ranks.all_gather(problem) if text]
+        if manifest is not None and not problems:
             failpoints.hit("load")
             fill(manifest, Path(folder) / tag)
             return Loaded(manifest, tag, tuple(passed_over))
@@ -291,7 +358,7 @@ def load_newest(folder, ranks, fill, max_step=None, say=print, check=check):
     return None
 
 
-def read_slices(folder, manifest, slices, rank):
+def read_slices(folder: str | PathLike, manifest: Manifest, slices: Sequence[HeldSlice], rank: int) -> None:
     """Fill the live `slices` of this rank from a verified checkpoint of any number of ranks.
 
     Raises:
@@ -322,7 +389,9 @@ def read_slices(folder, manifest, slices, rank):
             piece.tensors[kind].copy_(target)
 
 
-def check_fits(folder, manifest, parameters, is_whole=False):
+def check_fits(
+    folder: str | PathLike, manifest: Manifest, parameters: Mapping[str, tuple[list[int], bool]], is_whole: bool = False
+) -> None:
     """Compare {name: (shape, is_trained)} of a model's parameters with a checkpoint's; `is_whole`: they are all it has.
 
     Raises:
@@ -353,9 +422,9 @@ def check_fits(folder, manifest, parameters, is_whole=False):
             )
 
 
-def read_whole(folder, manifest, kind=WEIGHT):
+def read_whole(folder: str | PathLike, manifest: Manifest, kind: str = WEIGHT) -> dict[str, torch.Tensor]:
     """{name: whole tensor} of a kind for every parameter of a verified checkpoint, and its buffers for weights."""
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for name in sorted(manifest.files):
         with ShardReader(Path(folder) / name) as reader:
             for found, parameter in reader.slices:
@@ -369,9 +438,9 @@ def read_whole(folder, manifest, kind=WEIGHT):
     return state
 
 
-def named_pieces(slices, rank, num_ranks):
+def named_pieces(slices: Sequence[HeldSlice], rank: int, num_ranks: int) -> dict[str, torch.Tensor]:
     """{name in the file: live tensor} of what this rank saves of its `slices`."""
-    pieces = {}
+    pieces: dict[str, torch.Tensor] = {}
     for piece in slices:
         start, tensors = piece.share(rank, num_ranks)
         pieces.update(
@@ -380,18 +449,18 @@ def named_pieces(slices, rank, num_ranks):
     return pieces
 
 
-def begin_folder(folder, rank):
+def begin_folder(folder: str | PathLike, rank: int) -> None:
     """Make the folder and, on rank 0, remove what earlier starts left half done."""
     if rank == 0:
         Path(folder).mkdir(parents=True, exist_ok=True)
         sweep(folder)
 
 
-def _nothing():
+def _nothing() -> None:
     return None
 
 
-def _free(folder):
+def _free(folder: Path) -> int | str:
     try:
         return free_bytes(folder)
     except OSError:

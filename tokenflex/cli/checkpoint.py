@@ -1,11 +1,12 @@
 """`tokenflex checkpoint ...`: list, verify or export a run's checkpoints."""
 
 import argparse
+from collections.abc import Callable
 
-from .options import add_debug
+from .options import Commands, add_debug
 
 
-def add_to(commands) -> None:
+def add_to(commands: Commands) -> None:
     """Add the command and its actions to a parser's sub-commands."""
     command = commands.add_parser("checkpoint", help="list, verify or export a run's checkpoints")
     actions = command.add_subparsers(required=True, metavar="ACTION")
@@ -22,7 +23,8 @@ def add_to(commands) -> None:
         action.set_defaults(run=run)
 
 
-def run_ls(arguments: argparse.Namespace, say) -> int:
+def run_ls(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
+    """`tokenflex checkpoint ls`."""
     from ..checkpoint import latest_tag, run_entries
 
     place, found = run_entries(arguments.folder)
@@ -31,7 +33,8 @@ def run_ls(arguments: argparse.Namespace, say) -> int:
     return 0
 
 
-def run_verify(arguments: argparse.Namespace, say) -> int:
+def run_verify(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
+    """`tokenflex checkpoint verify`."""
     from ..checkpoint import run_entries
 
     _, found = run_entries(arguments.folder, is_thorough=True)
@@ -40,7 +43,8 @@ def run_verify(arguments: argparse.Namespace, say) -> int:
     return int(any(entry.manifest is None for entry in found))
 
 
-def run_export(arguments: argparse.Namespace, say) -> int:
+def run_export(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
+    """`tokenflex checkpoint export`."""
     from ..export import export_checkpoint
 
     manifest = export_checkpoint(arguments.folder, arguments.to)

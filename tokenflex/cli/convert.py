@@ -3,13 +3,14 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 
 from tqdm import tqdm
 
-from .options import add_debug, add_limits, add_workers, positive
+from .options import Commands, add_debug, add_limits, add_workers, positive
 
 
-def add_to(commands) -> None:
+def add_to(commands: Commands) -> None:
     """Add the command to a parser's sub-commands."""
     command = commands.add_parser(
         "convert",
@@ -35,6 +36,12 @@ def add_to(commands) -> None:
     )
     add("--source-name", default="", metavar="NAME", help="name written into every sample as its source")
     add(
+        "--tool-turns",
+        choices=("skip", "text"),
+        default="skip",
+        help="records in which functions are called: skip them, or take calls and results as text with their role (default: skip)",
+    )
+    add(
         "--max-bad-fraction",
         type=float,
         default=1.0,
@@ -47,12 +54,16 @@ def add_to(commands) -> None:
     command.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace, say) -> int:
+def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
     from ..data import Limits
-    from ..prepare.convert import Options, convert
+    from ..errors import UserError
+    from ..prepare.convert import Options, convert, first_skipped
 
     options = Options(
-        limits=Limits.of(arguments), caption_prompt=arguments.caption_prompt, source_name=arguments.source_name
+        limits=Limits.of(arguments),
+        caption_prompt=arguments.caption_prompt,
+        source_name=arguments.source_name,
+        tool_turns=arguments.tool_turns,
     )
     with tqdm(unit=" records", disable=not sys.stderr.isatty()) as bar:
         tally = convert(
@@ -67,4 +78,8 @@ def run(arguments: argparse.Namespace, say) -> int:
         )
     say("\n".join(tally.lines()))
     say(f"shards    {arguments.out}\nskipped   {os.path.join(arguments.out, 'skipped.jsonl')}")
+    if not tally.num_good:
+        raise UserError(
+            f"data convert {arguments.source}: none of {tally.num_samples} records was kept; {first_skipped(arguments.out)}"
+        )
     return int(tally.num_skipped > arguments.max_bad_fraction * tally.num_samples)

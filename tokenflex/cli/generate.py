@@ -1,11 +1,12 @@
 """`tokenflex generate`: ask an exported model about images."""
 
 import argparse
+from collections.abc import Callable
 
-from .options import add_debug
+from .options import Commands, add_debug
 
 
-def add_to(commands) -> None:
+def add_to(commands: Commands) -> None:
     """Add the command to a parser's sub-commands."""
     command = commands.add_parser(
         "generate", help="ask an exported model about images", description="Ask an exported model about images."
@@ -24,7 +25,7 @@ def add_to(commands) -> None:
     command.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace, say) -> int:
+def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
     from ..infer import Generator, parse_num_visual_tokens
 
     counts = None if arguments.num_visual_tokens is None else parse_num_visual_tokens(arguments.num_visual_tokens)

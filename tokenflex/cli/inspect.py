@@ -2,13 +2,18 @@
 
 import argparse
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from .options import add_debug, add_limits, positive
+from .options import Commands, add_debug, add_limits, positive
+
+if TYPE_CHECKING:
+    from ..model import TokenFlexProcessor
 
 
-def add_to(commands) -> None:
+def add_to(commands: Commands) -> None:
     """Add the command to a parser's sub-commands."""
     command = commands.add_parser(
         "inspect",
@@ -28,7 +33,7 @@ def add_to(commands) -> None:
     command.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace, say) -> int:
+def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
     from ..data import Limits, find_shards
     from ..prepare.inspect import survey_shards, write_page
 
@@ -50,7 +55,7 @@ def run(arguments: argparse.Namespace, say) -> int:
     return 0
 
 
-def _recipe(arguments: argparse.Namespace, say) -> tuple:
+def _recipe(arguments: argparse.Namespace, say: Callable[[str], None]) -> "tuple[TokenFlexProcessor, list[int]]":
     """The processor and the visual-token counts of a recipe."""
     from ..config import load_config
     from ..corpus import resolve_embedded

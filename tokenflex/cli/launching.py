@@ -1,14 +1,18 @@
 """What every entry point does around its work: one-line errors, output from rank 0 only, a clean end of the process group,
 and an exit status that whoever started the job can act on."""
 
+import argparse
 import contextlib
 import json
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
+from ..config import RunConfig
 from ..errors import UserError
 from ..layout import DONE, FAILED, REQUEUE, RunLayout
 
@@ -23,15 +27,17 @@ class Interrupted(BaseException):
 class Say:
     """`say(text)` prints on the main rank; entry points clear `is_main` on the others once they know their rank."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.is_main = int(_rank()) == 0
 
-    def __call__(self, text):
+    def __call__(self, text: str) -> None:
         if self.is_main:
             print(text, flush=True)
 
 
-def entry_point(main, arguments, is_job=False):
+def entry_point(
+    main: Callable[[argparse.Namespace, Say], int], arguments: argparse.Namespace, is_job: bool = False
+) -> int:
     """Run `main(arguments, say)` and return the process' exit status.
 
     A `UserError` is printed as one line (once, by the main rank, as every rank meets it) with its status; with
@@ -65,7 +71,7 @@ def entry_point(main, arguments, is_job=False):
     return status
 
 
-def leave_status(status):
+def leave_status(status: int) -> None:
     """Write this rank's exit status where the job that started it looks, if it does; the first word stands."""
     folder = os.environ.get(STATUS_DIR)
     if not folder:
@@ -74,7 +80,7 @@ def leave_status(status):
         file.write(f"{status}\n")
 
 
-def print_check(config):
+def print_check(config: RunConfig) -> int:
     """Print where a checked configuration's run lives, as one line of JSON; returns the exit status."""
     layout = RunLayout(RunLayout.of(config).root.absolute())
     cache = str(Path(config.data.cache_dir).expanduser().absolute())
@@ -83,10 +89,10 @@ def print_check(config):
 
 
 @contextlib.contextmanager
-def _interruptible():
+def _interruptible() -> Iterator[None]:
     """Within, SIGTERM and SIGUSR1 raise `Interrupted` wherever the main thread is."""
 
-    def interrupt(number, frame):
+    def interrupt(number: int, frame: FrameType | None) -> None:
         raise Interrupted(signal.Signals(number).name)
 
     previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
@@ -97,12 +103,12 @@ def _interruptible():
             signal.signal(number, handler)
 
 
-def _rank():
+def _rank() -> str:
     """This process' rank as text, before anything has joined the job."""
     return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
 
 
-def _is_distributed():
+def _is_distributed() -> bool:
     if "torch" not in sys.modules:
         return False
     import torch

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from . import checkpoint, convert, generate, inspect, plan, validate
+from . import checkpoint, convert, generate, index, inspect, plan, validate
 from .launching import entry_point
 
 
@@ -15,11 +15,14 @@ def parser() -> argparse.ArgumentParser:
     top.set_defaults(debug=False)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     generate.add_to(commands)
-    data = commands.add_parser("data", help="convert, validate or inspect data", description="Bring in and check data.")
+    data = commands.add_parser(
+        "data", help="convert, validate, inspect or index data", description="Bring in and check data."
+    )
     of_data = data.add_subparsers(required=True, metavar="COMMAND")
     convert.add_to(of_data)
     validate.add_to(of_data)
     inspect.add_to(of_data)
+    index.add_to(of_data)
     checkpoint.add_to(commands)
     plan.add_to(commands)
     return top

@@ -4,9 +4,12 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 from ..config import DataConfig
 
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""What commands are added to: what `add_subparsers` gives."""
 QUICKSTART = Path(__file__).parent.parent.parent / "configs" / "quickstart.yaml"
 
 

@@ -1,12 +1,13 @@
 """The command `tokenflex plan`: what packing a corpus for a cluster would give, from lengths or from an index."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
-from .options import add_debug, listed, positive
+from .options import Commands, add_debug, listed, positive
 
 
-def add_to(commands) -> None:
+def add_to(commands: Commands) -> None:
     """Add the command to a parser's sub-commands."""
     text = "Plan an epoch for a cluster from the lengths of its samples, and say how full and how even its packs are."
     command = commands.add_parser("plan", help="simulate packing for a cluster", description=text)
@@ -39,10 +40,11 @@ def add_to(commands) -> None:
     command.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace, say) -> int:
-    from ..plan import simulate
+def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
+    from ..plan import Lengths, simulate
     from ..plan.table import load_table
 
+    lengths: Lengths
     if arguments.lengths:
         lengths = load_table(arguments.lengths)
     else:
@@ -50,11 +52,11 @@ def run(arguments: argparse.Namespace, say) -> int:
 
         lengths = open_index(arguments.index)
     planner = simulate.make_planner(lengths, arguments)
-    result, figures, left_out = simulate.simulate(planner, arguments.epoch, arguments.out)
+    result, figures, dropped = simulate.simulate(planner, arguments.epoch, arguments.out)
     say(simulate.describe(result, planner))
-    for reason, ids in left_out.ids.items():
+    for reason, ids in dropped.ids.items():
         shown = ", ".join(str(sample) for sample in ids[:10])
-        say(f"{reason:12s} samples {shown}" + (", ..." if left_out.numbers[reason] > 10 else ""))
+        say(f"{reason:12s} samples {shown}" + (", ..." if dropped.numbers[reason] > 10 else ""))
     if arguments.json:
         simulate.write_json(result, arguments.json)
     if arguments.plots:

@@ -2,13 +2,14 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 
 from tqdm import tqdm
 
-from .options import add_debug, add_limits, add_workers
+from .options import Commands, add_debug, add_limits, add_workers
 
 
-def add_to(commands) -> None:
+def add_to(commands: Commands) -> None:
     """Add the command to a parser's sub-commands."""
     command = commands.add_parser(
         "validate",
@@ -26,7 +27,7 @@ def add_to(commands) -> None:
     command.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace, say) -> int:
+def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
     from ..data import Limits, find_shards
     from ..prepare.validate import validate, write_report
 

@@ -2,8 +2,10 @@
 
 import difflib
 import re
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -28,13 +30,15 @@ for _tag, _pattern in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), None)
 
 
-def load_config(path=None, overrides=(), schema=RunConfig):
+def load_config(
+    path: str | PathLike | None = None, overrides: Sequence[str] = (), schema: type[RunConfig] = RunConfig
+) -> RunConfig:
     """The checked configuration of a YAML file (or the defaults) with `section.key=value` overrides on top.
 
     Raises:
         UserError: no such file, broken YAML, an unknown key (the nearest is named), or a value of the wrong type.
     """
-    values = {}
+    values: dict[str, Any] = {}
     if path is not None:
         try:
             values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader) or {}
@@ -54,13 +58,13 @@ def load_config(path=None, overrides=(), schema=RunConfig):
         raise UserError(f"{where}: " + "; ".join(_explain(problem, schema) for problem in error.errors())) from None
 
 
-def apply_overrides(values, overrides):
+def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of `values` with each `section.key=value` of `overrides` set.
 
     Raises:
         UserError: an override without `=`, or one that goes through a value that is no section.
     """
-    values = dict(values)
+    result = dict(values)
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path:
@@ -70,17 +74,17 @@ def apply_overrides(values, overrides):
         except yaml.YAMLError:
             value = text
         *sections, key = path.lstrip("-").split(".")
-        node = values
+        node = result
         for section in sections:
             inner = node.get(section, {})
             if not isinstance(inner, dict):
                 raise UserError(f"override {override!r}: {section} is {inner!r}, not a section")
             node[section] = node = dict(inner)
         node[key] = value
-    return values
+    return result
 
 
-def _merged(defaults, values):
+def _merged(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` over `defaults`, section by section, so that one given key leaves its section's other defaults alone."""
     merged = dict(defaults)
     for key, value in values.items():
@@ -89,7 +93,7 @@ def _merged(defaults, values):
     return merged
 
 
-def _explain(problem, schema):
+def _explain(problem: Mapping[str, Any], schema: type[BaseModel]) -> str:
     """One pydantic problem in our words: where, what came, what was wanted, the nearest key."""
     path = [str(part) for part in problem["loc"]]
     where = ".".join(path)
@@ -107,7 +111,7 @@ def _explain(problem, schema):
     return f"{where}: {message[0].lower() + message[1:]}{came}" if where else message + came
 
 
-def _section(schema, path):
+def _section(schema: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
     for part in path:
         if part not in schema.model_fields:  # a place in a list of sections
             continue
@@ -115,14 +119,14 @@ def _section(schema, path):
     return schema
 
 
-def _section_type(annotation):
+def _section_type(annotation: Any) -> type[BaseModel] | None:
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind
     return None
 
 
-def _fields(schema, prefix=""):
+def _fields(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     """(dotted key, default, documentation) of every leaf."""
     for name, field in schema.model_fields.items():
         inner = _section_type(field.annotation)
@@ -134,7 +138,7 @@ def _fields(schema, prefix=""):
             yield prefix + name, field.default, field.description or ""
 
 
-def describe(schema=RunConfig):
+def describe(schema: type[BaseModel] = RunConfig) -> str:
     """Documentation of every key, one per paragraph, for `--help`."""
     lines = []
     for key, default, text in _fields(schema):
@@ -142,13 +146,13 @@ def describe(schema=RunConfig):
     return "\n".join(lines)
 
 
-def _short(value):
+def _short(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ",".join(_short(entry) for entry in value) + "]"
     return str(value) if not isinstance(value, str) or value else "''"
 
 
-def save_config(config, path):
+def save_config(config: BaseModel, path: str | PathLike) -> None:
     """Write a configuration as YAML that `load_config` reads back to an equal one."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     Path(path).write_text(text, encoding="utf-8")

@@ -37,7 +37,7 @@ class BudgetConfig(Section):
     """Change of the probabilities over training: points `[samples seen, [p, ...]]`, linear in between; empty keeps them."""
 
     @model_validator(mode="after")
-    def _check(self):
+    def _check(self) -> "BudgetConfig":
         if len(set(self.num_visual_tokens)) != len(self.num_visual_tokens) or not self.num_visual_tokens:
             raise ValueError(f"num_visual_tokens is {list(self.num_visual_tokens)}; it must hold distinct counts")
         for probabilities in (self.probabilities, *(p for _, p in self.schedule)):
@@ -68,6 +68,10 @@ class ModelConfig(Section):
     """Causal language model: a hub id or local folder (pretrained), or a configuration dict with `model_type` (from scratch)."""
     tokenizer: str = ""
     """Hub id or folder of the tokenizer; empty takes the language model's, or that of the embedded corpus where it is used."""
+    chat_template: str = ""
+    """Chat template: the name of one of the tokenizer's, where it has several, or a file; empty takes its own (or `default`)."""
+    chat_template_options: dict = {}
+    """Variables of the chat template, such as `{enable_thinking: false}` for Qwen3, in training, evaluation and the export."""
     image_size: tuple[PositiveInt, PositiveInt] = (378, 378)
     """Height and width in pixels that every image is resized to; whole multiples of the encoder's patch (27 of 14 here)."""
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -187,7 +191,7 @@ class DataConfig(Section):
     filled with tokens that teach nothing, and each is logged."""
 
     @model_validator(mode="after")
-    def _check(self):
+    def _check(self) -> "DataConfig":
         if self.packs_per_step % self.lockstep_packs:
             raise ValueError(
                 f"lockstep_packs={self.lockstep_packs} does not divide packs_per_step={self.packs_per_step}"
@@ -238,6 +242,9 @@ class TrainConfig(Section):
     """Weight of each learned token of a sample with n of them: 1, 1/n or 1/sqrt(n) (the authors' release)."""
     fused_loss: Literal["auto", "on", "off"] = "auto"
     """Cross-entropy without logits in memory, torch's own (2.13 and newer); `auto`: on GPU where torch and the model allow."""
+    resume_from: str = ""
+    """Another run's folder, or one of its checkpoints, to branch off from with its moments and its place in the data (a
+    cooldown, say); a run that has checkpoints of its own goes on from those."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the forward and backward pass; `auto` is bf16 on GPU and fp32 on CPU, where it is the fast one."""
     seed: NonNegativeInt = 0

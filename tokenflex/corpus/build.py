@@ -123,10 +123,10 @@ def _write_corpus(root: Path, request: Request, num_workers: int) -> None:
     (root / "corpus.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(job: tuple[Path, int, str, range, Sources, int]) -> Counter:
+def _write_shard(job: tuple[Path, int, str, range, Sources, int]) -> Counter[str]:
     """Writes one shard and returns how many samples of each task it holds."""
     path, seed, split, indices, sources, num_easy = job
-    counts = Counter()
+    counts: Counter[str] = Counter()
     with open(path, "wb") as file, webdataset.TarWriter(file, mtime=0, encoder=False) as writer:
         for index in indices:
             sample, images = draw_indexed_sample(seed, split, index, sources, num_easy=num_easy)

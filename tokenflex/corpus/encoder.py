@@ -37,7 +37,9 @@ BACKGROUND_WEIGHT = 0.3
 BACKGROUND = NUM_CLASSES
 
 
-def build_encoder(directory: Path, *, seed: int, num_scenes=NUM_SCENES, num_steps=NUM_STEPS, num_workers=2) -> Path:
+def build_encoder(
+    directory: Path, *, seed: int, num_scenes: int = NUM_SCENES, num_steps: int = NUM_STEPS, num_workers: int = 2
+) -> Path:
     """Returns `directory`, holding the pretrained encoder in the format of transformers; built only if it is not there.
 
     Draws from the training split's glyphs and photographs only. Written beside `directory` and renamed when complete.

@@ -8,6 +8,7 @@ to 49 supervised digits per image.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -48,10 +49,10 @@ class Sample:
     scenes: tuple[Scene, ...]
     turns: tuple[Turn, ...]
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """Returns the JSON of a shard; the images are named once, in the first user message. An answer starts with a space,
         so that its first name or digit is the same token as any later one."""
-        messages = []
+        messages: list[dict[str, Any]] = []
         for turn in self.turns:
             content = [{"type": "text", "text": turn.question}]
             if not messages:
@@ -160,6 +161,7 @@ def _word_turn(scene: Scene) -> Turn:
 
 def _pair_turns(first_scene: Scene, second_scene: Scene) -> list[Turn]:
     first, second = first_scene.rows[0][0], second_scene.rows[0][0]
+    assert first is not None and second is not None, "grids of pairs have no empty cell"
     return [
         Turn(question="digit in image 1", answer=str(first)),
         Turn(question="digit in image 2", answer=str(second)),

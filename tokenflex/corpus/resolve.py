@@ -4,16 +4,18 @@ Every entry point calls `resolve_embedded` right after it has read a recipe. Wha
 built then, by one process of the machine while the others wait at a lock.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
-from ..config import RunConfig
+from ..config import DataConfig, RunConfig
 from ..errors import UserError
 from ..files import only_one_inside
 
 EMBEDDED = "embedded"
 
 
-def resolve_embedded(config: RunConfig, say=print, with_data: bool = True) -> RunConfig:
+def resolve_embedded(config: RunConfig, say: Callable[[str], None] = print, with_data: bool = True) -> RunConfig:
     """The configuration with `embedded` replaced by folders of shards, tokenizer and encoder, built where they are missing.
 
     `with_data=False` is for those who need the model's parts only: then no shards are built but for their tokenizer, which
@@ -35,8 +37,8 @@ def resolve_embedded(config: RunConfig, say=print, with_data: bool = True) -> Ru
     return config.model_copy(update={"model": model, "data": data})
 
 
-def _with_folder(data, corpus):
-    def resolved(paths, split):
+def _with_folder(data: DataConfig, corpus: Path) -> DataConfig:
+    def resolved(paths: tuple[str, ...], split: str) -> tuple[str, ...]:
         return tuple(str(corpus / split) if path == EMBEDDED else path for path in paths)
 
     sources = tuple(s.model_copy(update={"paths": resolved(s.paths, "train")}) for s in data.sources)
@@ -44,7 +46,7 @@ def _with_folder(data, corpus):
     return data.model_copy(update=ours)
 
 
-def _corpus(data, say):
+def _corpus(data: DataConfig, say: Callable[[str], None]) -> Path:
     """Folder of the corpus: `train/` and `eval/` shards, and `tokenizer/`."""
     build, _ = _builders("data.train")
     size = data.embedded
@@ -58,7 +60,7 @@ def _corpus(data, say):
         )
 
 
-def _encoder(data, say):
+def _encoder(data: DataConfig, say: Callable[[str], None]) -> Path:
     _, encoder = _builders("model.vision")
     name = f"embedded-encoder-v{encoder.ENCODER_VERSION}-{data.embedded.seed}"
     folder = Path(data.cache_dir).expanduser() / name
@@ -69,7 +71,7 @@ def _encoder(data, say):
         return encoder.build_encoder(folder, seed=data.embedded.seed)
 
 
-def _builders(key):
+def _builders(key: str) -> tuple[ModuleType, ModuleType]:
     try:
         from . import build, encoder
     except ImportError as error:

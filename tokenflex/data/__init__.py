@@ -1,7 +1,7 @@
 """Shards, index and packed batches: everything between files on disk and the tensors of a micro-step."""
 
 from .images import decode_image
-from .index import Index, build_index, index_folder, load_index, load_or_build_index
+from .index import Index, build_index, load_index, load_or_build_index
 from .loader import PackDataset, batch_loader
 from .problems import BadSample, Limits, Tally
 from .sample import Sample, parse_sample
@@ -19,7 +19,6 @@ __all__ = [
     "build_index",
     "decode_image",
     "find_shards",
-    "index_folder",
     "load_index",
     "load_or_build_index",
     "parse_sample",

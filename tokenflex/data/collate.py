@@ -7,15 +7,17 @@ Shape suffixes of the fields: T tokens, S samples, B images or tiles, V visual t
 """
 
 import struct
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 
 from ..plan import LOSS_WEIGHTS
 from .images import read_header
-from .problems import BadSample
+from .problems import BadSample, Limits
+from .sample import Sample, encoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +25,11 @@ class PackedBatch:
     """What one rank runs through the model at once.
 
     input_ids, position_ids: [1, T] int64, positions restart in every sample. cu_seq_lens: [S + 1] int32, where each
-    sample begins. max_length: the longest sample. images: [B, H, W, 3] bytes, one per tile. counts: visual tokens per tile.
+    sample begins. max_length: the longest sample. images: [B, H, W, 3] bytes, one per tile. tile_counts: visual tokens of each.
     visual_positions: [V] places of the placeholders. logits_positions: [L] places whose logits are needed.
     targets: [L] the tokens to predict there. weights: [L] float32, the loss weight of each.
     is_dummy_image: there was no image; `images` holds one blank so that the vision encoder runs on every rank.
-    sample_ids: [S] which samples. total_weight: of the whole optimizer step, over all ranks. skipped: a record (shard, key,
+    pool_plan: the kernels' plan of the tiles' pooling, or None. sample_ids: [S] which samples. total_weight: of the whole optimizer step, over all ranks. skipped: a record (shard, key,
     offset, reason, detail, sample) of each sample that has a substitute.
     """
 
@@ -36,7 +38,7 @@ class PackedBatch:
     cu_seq_lens: torch.Tensor
     max_length: int
     images: torch.Tensor
-    counts: list
+    tile_counts: list[int]
     visual_positions: torch.Tensor
     logits_positions: torch.Tensor
     targets: torch.Tensor
@@ -44,17 +46,22 @@ class PackedBatch:
     is_dummy_image: bool
     sample_ids: torch.Tensor
     total_weight: float
-    skipped: tuple = ()
+    skipped: tuple[dict[str, Any], ...] = ()
+    pool_plan: Any = None
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "PackedBatch":
         """The batch with its tensors on `device`; copies overlap with compute where the memory is pinned."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: t.to(device, non_blocking=True) for n, t in tensors.items() if torch.is_tensor(t)})
+        return self._moved(lambda item: item.to(device, non_blocking=True))
 
-    def pin_memory(self):
+    def pin_memory(self) -> "PackedBatch":
         """Called by torch's DataLoader where the copy goes to a GPU."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: t.pin_memory() for n, t in tensors.items() if torch.is_tensor(t)})
+        return self._moved(lambda item: item.pin_memory())
+
+    def _moved(self, change: Callable[[Any], Any]) -> "PackedBatch":
+        """With every tensor, and the plan of the pooling, changed."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: change(item) for name, item in values.items() if hasattr(item, "pin_memory")}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +72,7 @@ class PreparedSample:
     bytes. count: visual tokens per tile. problem: why this is a substitute, if it is one.
     """
 
-    input_ids: list
+    input_ids: list[int]
     learned: np.ndarray
     visual: np.ndarray
     tiles: np.ndarray
@@ -73,7 +80,7 @@ class PreparedSample:
     problem: BadSample | None = None
 
 
-def prepare(sample, count, processor, limits):
+def prepare(sample: Sample, count: int, processor: Any, limits: Limits) -> PreparedSample:
     """A parsed sample, decoded and rendered at `count` visual tokens per tile -> `PreparedSample`.
 
     Raises:
@@ -81,20 +88,17 @@ def prepare(sample, count, processor, limits):
     """
     tiles = [_tiled(data, i, processor.image_processor, limits) for i, data in enumerate(sample.images)]
     lengths = [len(some) * count for some in tiles]
-    try:
-        encoded = processor.encode(sample.messages, lengths)
-    except jinja2.TemplateError as error:
-        raise BadSample("message", f"the chat template refuses its turns ({error})") from None
+    tokens = encoded(processor, sample.messages, lengths)
     return PreparedSample(
-        input_ids=encoded.input_ids,
-        learned=np.flatnonzero(encoded.is_target),
-        visual=_concatenated([np.arange(n) + start for n, start in zip(lengths, encoded.image_starts)]),
+        input_ids=tokens.input_ids,
+        learned=np.flatnonzero(tokens.is_target),
+        visual=_concatenated([np.arange(n) + start for n, start in zip(lengths, tokens.image_starts)]),
         tiles=np.concatenate([_no_tiles(processor), *tiles]),
         count=count,
     )
 
 
-def _tiled(data, number, image_processor, limits):
+def _tiled(data: bytes, number: int, image_processor: Any, limits: Limits) -> np.ndarray:
     try:
         read_header(data, limits)
         return image_processor.tiled(data)
@@ -105,7 +109,7 @@ def _tiled(data, number, image_processor, limits):
         raise BadSample("image-data", detail) from None
 
 
-def substitute(num_text_tokens, num_tiles, count, processor, problem):
+def substitute(num_text_tokens: int, num_tiles: int, count: int, processor: Any, problem: BadSample) -> PreparedSample:
     """What stands in for a bad sample: as many tokens and tiles as were planned, all of them blank, none learned."""
     blank = processor.image_processor
     return PreparedSample(
@@ -118,32 +122,42 @@ def substitute(num_text_tokens, num_tiles, count, processor, problem):
     )
 
 
-def collate(samples, sample_ids, processor, loss_weighting, total_weight, blank_count):
+def collate(
+    samples: Sequence[PreparedSample],
+    sample_ids: Sequence[int] | np.ndarray,
+    processor: Any,
+    loss_weighting: str,
+    total_weight: float,
+    blank_count: int,
+    *,
+    plan_of: Callable[[list[int]], Any] | None = None,
+) -> PackedBatch:
     """`PreparedSample`s of a micro-batch -> `PackedBatch`.
 
-    `blank_count` is the visual-token count of the blank image that stands in where no sample has an image.
+    `blank_count` is the visual-token count of the blank image that stands in where no sample has an image. `plan_of` makes
+    a pooling plan of the tiles' counts (`TokenAdaptiveProjector.plan_maker`).
     """
     weight_of = LOSS_WEIGHTS[loss_weighting]
     lengths = [len(sample.input_ids) for sample in samples] or [1]
     begins = np.cumsum([0, *lengths])
     # an empty pack at the end of an epoch: one token, nothing learned
-    ids = [token for sample in samples for token in sample.input_ids] or [processor.image_end_token_id]
+    tokens = [token for sample in samples for token in sample.input_ids] or [processor.image_end_token_id]
     tiles = np.concatenate([_no_tiles(processor), *(sample.tiles for sample in samples)])
-    counts = [sample.count for sample in samples for _ in sample.tiles]
+    tile_counts = [sample.count for sample in samples for _ in sample.tiles]
     is_dummy_image = not len(tiles)
     if is_dummy_image:
-        tiles, counts = np.zeros((1, *tiles.shape[1:]), np.uint8), [blank_count]
+        tiles, tile_counts = np.zeros((1, *tiles.shape[1:]), np.uint8), [blank_count]
     learned = torch.from_numpy(_concatenated([begin + sample.learned for begin, sample in zip(begins, samples)]))
     weights = [np.full(len(s.learned), weight_of(np.array(len(s.learned)))) for s in samples]
     visual = _concatenated([begin + sample.visual for begin, sample in zip(begins, samples)])
-    ids = torch.tensor(ids)
+    ids = torch.tensor(tokens)
     return PackedBatch(
         input_ids=ids.unsqueeze(0),
         position_ids=torch.from_numpy(_concatenated([np.arange(length) for length in lengths])).unsqueeze(0),
         cu_seq_lens=torch.tensor(begins, dtype=torch.int32),
         max_length=max(lengths),
         images=torch.from_numpy(tiles),
-        counts=counts,
+        tile_counts=tile_counts,
         visual_positions=torch.from_numpy(visual),
         logits_positions=learned - 1,
         targets=ids[learned],
@@ -156,12 +170,13 @@ def collate(samples, sample_ids, processor, loss_weighting, total_weight, blank_
             for sample, sample_id in zip(samples, sample_ids)
             if sample.problem is not None
         ),
+        pool_plan=plan_of(tile_counts) if plan_of else None,
     )
 
 
-def _no_tiles(processor):
+def _no_tiles(processor: Any) -> np.ndarray:
     return np.empty((0, processor.image_processor.height, processor.image_processor.width, 3), np.uint8)
 
 
-def _concatenated(arrays):
+def _concatenated(arrays: Iterable[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int64), *arrays])

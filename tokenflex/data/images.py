@@ -8,6 +8,7 @@ import io
 import struct
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -32,27 +33,28 @@ class ImageHeader:
     format: str
     width: int
     height: int
-    repairs: tuple
+    repairs: tuple[str, ...]
 
 
-def read_header(data, limits=Limits()):  # noqa: B008  frozen
+def read_header(data: bytes, limits: Limits) -> ImageHeader:
     """`ImageHeader` of encoded bytes, without decoding a pixel.
 
     Raises:
         BadSample: not an image of a known format, a broken header, or more pixels than the limit.
     """
-    _check_pixels(*_webp_canvas(data), limits)  # before Pillow, which allocates a WebP's canvas when it opens it
+    _check_pixels(_webp_canvas(data), limits)  # before Pillow, which allocates a WebP's canvas when it opens it
     with _open(data) as image:
-        _check_pixels(*image.size, limits)
+        _check_pixels(image.size, limits)
         width, height = image.size
         orientation = _orientation(image)
         if orientation >= 5:
             width, height = height, width
         repairs = _repairs(image, orientation)
-        return ImageHeader(image.format, width, height, repairs)
+        # a photo with a second one behind it, as many phones write, is a JPEG whose first image counts
+        return ImageHeader("JPEG" if image.format == "MPO" else image.format, width, height, repairs)
 
 
-def verify_image(data, limits=Limits()):  # noqa: B008  frozen
+def verify_image(data: bytes, limits: Limits) -> ImageHeader:
     """`ImageHeader` after decoding every pixel; flaws that a decoder reads past are named among the repairs.
 
     Raises:
@@ -71,7 +73,7 @@ def verify_image(data, limits=Limits()):  # noqa: B008  frozen
     return header
 
 
-def decode_image(data, where, limits=Limits()):  # noqa: B008  frozen
+def decode_image(data: bytes, where: str, limits: Limits) -> Image.Image:
     """Encoded bytes -> PIL image, fully read.
 
     Raises:
@@ -86,7 +88,7 @@ def decode_image(data, where, limits=Limits()):  # noqa: B008  frozen
     return image
 
 
-def _open(data):
+def _open(data: bytes) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit decides
@@ -110,7 +112,7 @@ def _open(data):
         ) from None
 
 
-def _load(image):
+def _load(image: Image.Image) -> None:
     try:
         image.load()
     except (OSError, SyntaxError, ValueError, struct.error, EOFError, IndexError, OverflowError) as error:
@@ -119,7 +121,8 @@ def _load(image):
         ) from None
 
 
-def _check_pixels(width, height, limits):
+def _check_pixels(size: tuple[int, int], limits: Limits) -> None:
+    width, height = size
     if width * height > limits.max_image_pixels:
         raise BadSample(
             "image-pixels",
@@ -128,7 +131,7 @@ def _check_pixels(width, height, limits):
         )
 
 
-def _webp_canvas(data):
+def _webp_canvas(data: bytes) -> tuple[int, int]:
     """Width and height that a WebP's header announces; (0, 0) for anything else or too short."""
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
         return 0, 0
@@ -141,14 +144,14 @@ def _webp_canvas(data):
     return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
 
 
-def _orientation(image):
+def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except (OSError, SyntaxError, ValueError, TypeError, struct.error, KeyError, IndexError):
         return 1  # EXIF is decoration: broken, it says nothing
 
 
-def _repairs(image, orientation):
+def _repairs(image: Any, orientation: int) -> tuple[str, ...]:
     width, height = image.size
     checks = {
         "exif-rotated": 2 <= orientation <= 8,
@@ -163,17 +166,18 @@ def _repairs(image, orientation):
     return tuple(name for name, holds in checks.items() if holds)
 
 
-def _one_line(error):
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def thumbnail_jpeg(data, longest=320):
-    """A small upright JPEG of an encoded image, for a page that shows it.
+def thumbnail_jpeg(data: bytes, longest: int = 320) -> bytes:
+    """A small upright JPEG of an encoded image that `read_header` lets pass, for a page that shows it.
 
     Raises:
         BadSample: the image cannot be read.
     """
-    image = decode_image(data, "image")
+    image = _open(data)
+    _load(image)
     image = ImageOps.exif_transpose(image).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     image.thumbnail((longest, longest))

@@ -1,7 +1,9 @@
 """Planned steps -> packed batches of one rank, read and decoded by worker processes in an order that no worker changes."""
 
 import signal
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -10,12 +12,12 @@ from torch.utils.data import DataLoader, Dataset
 from .. import failpoints
 from ..errors import UserError
 from ..layout import STOP_SIGNALS
-from ..plan import Mixture, Position, Source
-from .collate import collate, prepare, substitute
+from ..plan import Lengths, Mixture, Position, Source, StepPlan
+from .collate import PackedBatch, PreparedSample, collate, prepare, substitute
+from .index import Index
 from .problems import BadSample, Limits
-from .remote import local_file
-from .sample import first_messages, parse_sample
-from .shards import read_sample
+from .sample import Sample, first_messages, parse_sample
+from .shards import Shard, read_sample
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class MicroBatchPlan:
     digest: str = "0"
 
 
-def micro_batches(steps, rank, num_ranks, packs_per_micro_batch):
+def micro_batches(
+    steps: Iterable[StepPlan], rank: int, num_ranks: int, packs_per_micro_batch: int
+) -> Iterator[MicroBatchPlan]:
     """A rank's share of each step: yields `MicroBatchPlan`s, `is_last` on the one that completes the optimizer step.
 
     Micro-step m takes packs [m * R * k, (m + 1) * R * k) of the step, rank r the k packs from r * k on: so the step holds
@@ -60,7 +64,7 @@ def micro_batches(steps, rank, num_ranks, packs_per_micro_batch):
             )
 
 
-def num_micro_steps(packs_per_step, num_ranks, packs_per_micro_batch):
+def num_micro_steps(packs_per_step: int, num_ranks: int, packs_per_micro_batch: int) -> int:
     """Micro-steps per optimizer step.
 
     Raises:
@@ -90,29 +94,34 @@ class PackDataset(Dataset):
 
     MAX_OPEN_SHARDS = 96  # a block of data.shuffle_shards and the next
 
-    def __init__(self, index, processor, loss_weighting, blank_count, limits=Limits()):  # noqa: B008  frozen
+    def __init__(self, index: Lengths | Mixture, processor: Any, loss_weighting: str, blank_count: int, limits: Limits):
         self.mixture = index if isinstance(index, Mixture) else Mixture([Source(index=index)])
         self.processor = processor
         self.loss_weighting = loss_weighting
         self.blank_count = blank_count
         self.limits = limits
-        self._files = {}
+        self.plan_of: Callable[[list[int]], Any] | None = None
+        """Set before the workers start: tile counts -> the plan of their pooling, which batches then carry."""
+        self._files: dict[Shard, BinaryIO] = {}
 
-    def sample(self, sample_id, num_messages=0):
+    def sample(self, sample_id: int, num_messages: int = 0) -> Sample:
         """One parsed sample by id; with `num_messages` the conversation ends after so many."""
-        source, own = self.mixture.locate(sample_id)
-        shard, offset, num_bytes = source.index.place(own)
+        shard, offset, num_bytes = self._place(sample_id)
         sample = parse_sample(read_sample(self._open(shard), offset, num_bytes, shard, self.limits), where=shard)
         return first_messages(sample, int(num_messages)) if num_messages else sample
 
-    def __getitem__(self, plan):
+    def name_of(self, sample_id: int) -> str:
+        """The words by which a person finds a sample: its shard and its key."""
+        return f"{self.mixture.shard_of(sample_id)}:{self.sample(sample_id).key}"
+
+    def __getitem__(self, plan: MicroBatchPlan) -> tuple[MicroBatchPlan, PackedBatch | UserError]:
         failpoints.hit("worker")
         try:
             return plan, self.batch(plan)
         except UserError as error:
             return plan, error
 
-    def batch(self, plan):
+    def batch(self, plan: MicroBatchPlan) -> PackedBatch:
         """The packed batch of a plan; `skipped` says which samples are substitutes, and why.
 
         Raises:
@@ -121,10 +130,16 @@ class PackDataset(Dataset):
         num_messages = np.zeros(len(plan.sample_ids), np.int64) if plan.num_messages is None else plan.num_messages
         samples = [self.prepared(*map(int, item)) for item in zip(plan.sample_ids, plan.counts, num_messages)]
         return collate(
-            samples, plan.sample_ids, self.processor, self.loss_weighting, plan.total_weight, self.blank_count
+            samples,
+            plan.sample_ids,
+            self.processor,
+            self.loss_weighting,
+            plan.total_weight,
+            self.blank_count,
+            plan_of=self.plan_of,
         )
 
-    def prepared(self, sample_id, count, num_messages=0):
+    def prepared(self, sample_id: int, count: int, num_messages: int = 0) -> PreparedSample:
         """One sample as tokens and tiles, or the substitute in its place: a `PreparedSample`."""
         num_text, num_tiles = self._planned(sample_id, num_messages)
         key = ""
@@ -141,27 +156,32 @@ class PackDataset(Dataset):
                 )
             return prepared
         except BadSample as problem:
-            problem = problem.located(*self._place(sample_id, key))
+            shard, offset, _ = self._place(sample_id)
+            problem = problem.located(shard, key, offset)
             return substitute(num_text, num_tiles, count, self.processor, problem)
 
-    def _place(self, sample_id, key):
+    def _index_of(self, sample_id: int) -> tuple[Index, int]:
+        """(the index that a sample is in, its number there)."""
         source, own = self.mixture.locate(sample_id)
-        shard, offset, _ = source.index.place(own)
-        return shard, key, offset
+        return cast(Index, source.index), own  # planning needs no more than lengths, reading does
 
-    def _planned(self, sample_id, num_messages):
+    def _place(self, sample_id: int) -> tuple[Shard, int, int]:
+        index, own = self._index_of(sample_id)
+        return index.place(own)
+
+    def _planned(self, sample_id: int, num_messages: int) -> tuple[int, int]:
         """(text tokens, tiles) of a sample, or of its first messages, by the index."""
-        source, own = self.mixture.locate(sample_id)
+        index, own = self._index_of(sample_id)
         if num_messages:
-            return source.index.text_of_cut(own, num_messages)
-        return int(source.index.text_tokens[own]), int(source.index.num_tiles[own])
+            return index.text_of_cut(own, num_messages)
+        return int(index.text_tokens[own]), int(index.num_tiles[own])
 
-    def _open(self, shard):
+    def _open(self, shard: Shard) -> BinaryIO:
         if shard not in self._files:
             if len(self._files) >= self.MAX_OPEN_SHARDS:
                 self._files.pop(next(iter(self._files))).close()
             try:
-                self._files[shard] = open(local_file(shard), "rb")  # noqa: SIM115  kept open on purpose
+                self._files[shard] = open(shard.local_file(), "rb")  # noqa: SIM115  kept open on purpose
             except OSError as error:
                 raise UserError(
                     f"{shard}: {error.strerror}; the shard was there when it was indexed: restore it or index again"
@@ -169,7 +189,9 @@ class PackDataset(Dataset):
         return self._files[shard]
 
 
-def batch_loader(dataset, plans, num_workers, pin_memory):
+def batch_loader(
+    dataset: PackDataset, plans: Iterable[MicroBatchPlan], num_workers: int, pin_memory: bool
+) -> Generator[tuple[MicroBatchPlan, PackedBatch], None, None]:
     """Iterate (MicroBatchPlan, PackedBatch) in the order of `plans`, whatever the number of workers.
 
     Raises:
@@ -177,7 +199,7 @@ def batch_loader(dataset, plans, num_workers, pin_memory):
     """
     loader = DataLoader(
         dataset,
-        sampler=plans,
+        sampler=plans,  # type: ignore[arg-type]  # any iterable will do
         batch_size=None,
         num_workers=num_workers,
         pin_memory=pin_memory,
@@ -191,7 +213,7 @@ def batch_loader(dataset, plans, num_workers, pin_memory):
         yield plan, batch
 
 
-def _quiet_worker(worker_id):
+def _quiet_worker(worker_id: int) -> None:
     """Stop signals are for the trainer, which saves and then ends its workers; one thread each.
 
     SLURM sends them to every process of a rank, and torch takes a worker's death for an error.

@@ -5,7 +5,9 @@ oddity that reading puts right by a fixed rule; it is counted too, so that injec
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from ..errors import UserError
 
@@ -20,6 +22,9 @@ REASONS = {
     "no-json": "there is no .json member",
     "json": "the JSON is broken, not UTF-8, nested too deeply, or not an object with messages",
     "message": "a message of an unknown role, or content that is neither text nor a list of text and image items",
+    "template": "the chat template does not write the conversation as it is, or no answer where one is asked for",
+    "field": "a field that changes what is said or shown, and cannot be used",
+    "media": "a video, sound or another medium that is no image",
     "image-tags": "not one image per image tag",
     "image-missing": "the image file is not there",
     "image-path": "an absolute path, a path with `..`, or a URL of a scheme that is not on the allow-list",
@@ -49,6 +54,8 @@ REPAIRS = {
     "tag-as-text": "an image tag in a conversation without images: it stays text",
     "answer-first-dropped": "answers before the first question, left out",
     "turns-joined": "several messages of one role in a row, joined",
+    "number-as-text": "an answer that is a number, written out",
+    "first-answer": "several answers, of which the first is taken",
     "id-shared": "another record has the same id and other content; both are kept",
 }
 """What is put right, and how."""
@@ -63,21 +70,21 @@ class BadSample(UserError):
         detail: what came, what was wanted.
     """
 
-    def __init__(self, reason, detail, shard="", key="", offset=-1):
+    def __init__(self, reason: str, detail: str, shard: object = "", key: object = "", offset: int = -1):
         assert reason in REASONS, reason
         self.reason, self.detail, self.shard, self.key, self.offset = reason, detail, str(shard), str(key), int(offset)
         super().__init__(reason, detail, shard, key, offset)
 
-    def __str__(self):
+    def __str__(self) -> str:
         where = ", ".join(part for part in (self.shard, self.key and f"sample {self.key}") if part)
         return f"{where}: {self.detail}" if where else self.detail
 
-    def located(self, shard, key, offset=-1):
+    def located(self, shard: object, key: object, offset: int = -1) -> "BadSample":
         """The same problem with its place filled in where it was not known."""
         offset = self.offset if self.offset >= 0 else offset
         return BadSample(self.reason, self.detail, self.shard or shard, self.key or key, offset)
 
-    def record(self):
+    def record(self) -> dict[str, Any]:
         """The problem as a dict for a JSON log."""
         names = ("shard", "key", "offset", "reason", "detail")
         return {name: getattr(self, name) for name in names}
@@ -98,49 +105,56 @@ class Limits:
     """Leave other members unread; else a sample that has one is bad."""
 
     @classmethod
-    def of(cls, settings):
+    def of(cls, settings: Any) -> "Limits":
         """The limits of whatever has them: a configuration's data section, or a command's arguments."""
         return cls(max_member_bytes=settings.max_member_bytes, max_image_pixels=settings.max_image_pixels)
 
-    def to_json(self):
+    def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class Tally:
     """Samples seen, good, skipped by reason and repaired by kind; sums over shards and ranks.
 
-    A sample is skipped or good; a good one may carry several repairs. `skipped + repaired` counts samples once each.
+    A sample is skipped or good; a good one may carry several repairs. `skipped + repaired` counts samples once each. `unread`
+    counts the fields of foreign records that a conversion left unread and does not know as bookkeeping.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.num_samples = self.num_repaired = 0
-        self.skipped, self.repairs = Counter(), Counter()
+        self.skipped: Counter[str] = Counter()
+        self.repairs: Counter[str] = Counter()
+        self.unread: Counter[str] = Counter()
 
     @property
-    def num_skipped(self):
+    def num_skipped(self) -> int:
         return sum(self.skipped.values())
 
     @property
-    def num_good(self):
+    def num_good(self) -> int:
         return self.num_samples - self.num_skipped
 
-    def skip(self, problem):
+    def skip(self, problem: BadSample) -> None:
         self.num_samples += 1
         self.skipped[problem.reason] += 1
 
-    def keep(self, repairs=()):
+    def keep(self, repairs: Iterable[str] = ()) -> None:
         self.num_samples += 1
-        self.num_repaired += bool(repairs)
-        self.repairs.update(set(repairs))
+        kinds = set(repairs)
+        self.num_repaired += bool(kinds)
+        self.repairs.update(kinds)
 
-    def update(self, other):
+    def update(self, other: "Tally") -> None:
         self.num_samples += other.num_samples
         self.num_repaired += other.num_repaired
         self.skipped += other.skipped
         self.repairs += other.repairs
+        self.unread += other.unread
 
-    def to_json(self):
+    def to_json(self) -> dict[str, Any]:
+        unread = {"unread": dict(self.unread.most_common())} if self.unread else {}
         return {
+            **unread,
             "num_samples": self.num_samples,
             "num_good": self.num_good,
             "num_skipped": self.num_skipped,
@@ -150,15 +164,17 @@ class Tally:
         }
 
     @classmethod
-    def from_json(cls, record):
+    def from_json(cls, record: dict[str, Any]) -> "Tally":
         tally = cls()
         tally.num_samples, tally.num_repaired = record["num_samples"], record["num_repaired"]
         tally.skipped, tally.repairs = Counter(record["skipped"]), Counter(record["repairs"])
+        tally.unread = Counter(record.get("unread", {}))
         return tally
 
-    def lines(self):
+    def lines(self) -> list[str]:
         """The table for a person: one line per reason and repair."""
         head = f"{self.num_samples} samples: {self.num_good} good ({self.num_repaired} of them repaired), {self.num_skipped} skipped"
-        rows = [f"  skipped  {number:8d}  {name}: {REASONS[name]}" for name, number in self.skipped.most_common()]
-        rows += [f"  repaired {number:8d}  {name}: {REPAIRS[name]}" for name, number in self.repairs.most_common()]
-        return [head, *rows]
+        lines = [f"  skipped  {number:8d}  {name}: {REASONS[name]}" for name, number in self.skipped.most_common()]
+        lines += [f"  repaired {number:8d}  {name}: {REPAIRS[name]}" for name, number in self.repairs.most_common()]
+        lines += [f"  unread   {number:8d}  the field {name!r}" for name, number in self.unread.most_common(20)]
+        return [head, *lines]

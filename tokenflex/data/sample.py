@@ -7,11 +7,17 @@ content; content a string or a list of `{"type": "text", "text": ...}` and `{"ty
 
 import json
 from dataclasses import dataclass, replace
+from typing import Any
+
+import jinja2
 
 from .problems import BadSample
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 ROLES = ("system", "user", "assistant")
+
+Message = dict[str, Any]
+"""`role`, and `content`: a list of text and image items."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +25,12 @@ class Sample:
     """A parsed sample; `images` are still encoded."""
 
     key: str
-    messages: list
-    images: list
+    messages: list[Message]
+    images: list[bytes]
     task: str = ""
     source: str = ""
 
-    def messages_with_images(self):
+    def messages_with_images(self) -> list[Message]:
         """The messages with each image tag holding its encoded image, which the processor decodes as in training."""
         images = iter(self.images)
         return [
@@ -38,14 +44,14 @@ class Sample:
         ]
 
 
-def first_messages(sample, number):
+def first_messages(sample: Sample, number: int) -> Sample:
     """The sample with its first `number` messages and their images."""
     messages = sample.messages[:number]
     images = sum(item["type"] == "image" for message in messages for item in message["content"])
     return replace(sample, messages=messages, images=sample.images[:images])
 
 
-def parse_sample(members, where):
+def parse_sample(members: dict[str, Any], where: object) -> Sample:
     """Members of one key, {extension: bytes} with `__key__`, -> `Sample`.
 
     Raises:
@@ -75,7 +81,7 @@ def parse_sample(members, where):
     )
 
 
-def parse_record(data, name):
+def parse_record(data: bytes, name: str) -> dict[str, Any]:
     """The JSON object of a sample.
 
     Raises:
@@ -92,7 +98,7 @@ def parse_record(data, name):
     return record
 
 
-def parse_message(message):
+def parse_message(message: Any) -> Message:
     """A message with its content as a list of items.
 
     Raises:
@@ -121,20 +127,46 @@ def parse_message(message):
             )
     if message["role"] == "assistant" and any(item["type"] == "image" for item in content):
         raise BadSample("message", "an assistant message holds an image; only text can be learned")
-    return {"role": message["role"], "content": content}
+    return {"role": message["role"], "content": content, **_weight(message)}
 
 
-def has_answer(messages):
-    """Whether there is assistant text to learn from."""
+def encoded(processor: Any, messages: list[Message], lengths: list[int]) -> Any:
+    """The processor's tokens of a conversation, image i as a run of `lengths[i]`.
+
+    Raises:
+        BadSample: turns that the chat template refuses, or does not write as they are.
+    """
+    try:
+        return processor.encode(messages, lengths)
+    except jinja2.TemplateError as error:
+        raise BadSample("message", f"the chat template refuses its turns ({error})") from None
+    except ValueError as error:
+        raise BadSample("template", str(error)) from None
+
+
+def _weight(message: Message) -> Message:
+    """`{"weight": 0}` for an answer that its `weight` or `loss` takes out of training, else nothing.
+
+    Raises:
+        BadSample: another weight than 0 or 1.
+    """
+    given = [message[key] for key in ("weight", "loss") if message.get(key) is not None]
+    if any(not isinstance(value, (bool, int, float)) or value not in (0, 1) for value in given):
+        raise BadSample("message", f"a message has the weight {given[0]!r:.40}; wanted 0 or 1")
+    return {"weight": 0} if message["role"] == "assistant" and 0 in given else {}
+
+
+def has_answer(messages: list[Message]) -> bool:
+    """Whether there is assistant text to learn from, of which no weight of 0 says that it is context."""
     return any(
         item["type"] == "text" and item["text"].strip()
         for message in messages
-        if message["role"] == "assistant"
+        if message["role"] == "assistant" and message.get("weight") != 0
         for item in message["content"]
     )
 
 
-def _is_utf8(text):
+def _is_utf8(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -142,9 +174,9 @@ def _is_utf8(text):
     return True
 
 
-def _images(members):
+def _images(members: dict[str, Any]) -> list[bytes]:
     """The encoded images in the order of their numbers."""
-    numbered = {}
+    numbered: dict[int, bytes] = {}
     for extension, data in members.items():
         number, _, kind = extension.rpartition(".")
         if kind.lower() in IMAGE_EXTENSIONS:

@@ -7,8 +7,9 @@ after it without a word. Here the walk goes on at the next sound header, and the
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, BinaryIO
 
 from webdataset.tariterators import base_plus_ext
 
@@ -30,8 +31,19 @@ class Scanned:
     sample: Sample | None = None
     problem: BadSample | None = None
 
+    @property
+    def whole(self) -> Any:
+        """The sample.
 
-def scan_shard(path, limits=Limits(), parse=parse_sample) -> Iterator[Scanned]:  # noqa: B008  frozen
+        Raises:
+            BadSample: the problem with it.
+        """
+        if self.problem is not None:
+            raise self.problem
+        return self.sample
+
+
+def scan_shard(path: str | os.PathLike, limits: Limits, parse: Callable = parse_sample) -> Iterator[Scanned]:
     """Yield `Scanned` for every sample of a shard, in order, good or bad, and one per stretch of damage.
 
     A sample that fails because of damage beside it is reported once, as `tar-damaged` under its key. `parse(members,
@@ -44,7 +56,7 @@ def scan_shard(path, limits=Limits(), parse=parse_sample) -> Iterator[Scanned]: 
         yield from _scan(file, os.fstat(file.fileno()).st_size, str(path), limits, parse)
 
 
-def read_lone_sample(file, size, limits):
+def read_lone_sample(file: BinaryIO, size: int, limits: Limits) -> dict[str, Any]:
     """The members of the only sample in a file, a stretch of `size` bytes of a shard; see `read_members`.
 
     Raises:
@@ -60,7 +72,7 @@ def read_lone_sample(file, size, limits):
     return read_members(file, groups[0].key, groups[0].infos, limits)
 
 
-def _scan(file, size, path, limits, parse):
+def _scan(file: BinaryIO, size: int, path: str, limits: Limits, parse: Callable) -> Iterator[Scanned]:
     groups, pending, has_failed, is_empty = _groups(file, size), None, False, True
     for group in groups:
         if not group.infos:
@@ -82,7 +94,7 @@ def _scan(file, size, path, limits, parse):
         yield Scanned(key="", offset=0, num_bytes=size, problem=problem)
 
 
-def check_member(info, limits):
+def check_member(info: tarfile.TarInfo, limits: Limits) -> None:
     """Whether a tar member may be read at all, by its header: type, name, size.
 
     Raises:
@@ -117,12 +129,12 @@ def check_member(info, limits):
         )
 
 
-def _is_wanted(name, limits):
+def _is_wanted(name: str, limits: Limits) -> bool:
     extension = base_plus_ext(name)[1]
     return bool(extension and re.fullmatch(limits.extensions, extension, re.IGNORECASE))
 
 
-def _is_safe_name(name):
+def _is_safe_name(name: str) -> bool:
     if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or "\0" in name:
         return False
     return not any(0xD800 <= ord(character) <= 0xDFFF for character in name)  # bytes that were not UTF-8
@@ -135,14 +147,14 @@ class _Group:
     key: str
     offset: int
     end: int = 0
-    infos: list = field(default_factory=list)
+    infos: list[tarfile.TarInfo] = field(default_factory=list)
     damage: str = ""
     is_interleaved: bool = False
     is_repeated: bool = False
 
 
-def _scan_group(file, group, path, limits, parse):
-    place = {"key": group.key, "offset": group.offset, "num_bytes": group.end - group.offset}
+def _scan_group(file: BinaryIO, group: _Group, path: str, limits: Limits, parse: Callable) -> Scanned:
+    place: dict[str, Any] = {"key": group.key, "offset": group.offset, "num_bytes": group.end - group.offset}
     try:
         if group.is_repeated:
             raise BadSample("key-twice", "its key has come before in this shard; keys must be unique")
@@ -157,13 +169,13 @@ def _scan_group(file, group, path, limits, parse):
         return Scanned(problem=problem.located(path, group.key, group.offset), **place)
 
 
-def read_members(file, key, infos, limits):
+def read_members(file: BinaryIO, key: str, infos: list[tarfile.TarInfo], limits: Limits) -> dict[str, Any]:
     """{"__key__": key, extension: bytes} of tar members, each checked before a byte of it is read.
 
     Raises:
         BadSample: a member that may not be read, comes twice or is cut short.
     """
-    members = {"__key__": key}
+    members: dict[str, Any] = {"__key__": key}
     for info in infos:
         if limits.ignore_others and not (info.isreg() and _is_wanted(info.name, limits)):
             continue
@@ -178,9 +190,10 @@ def read_members(file, key, infos, limits):
     return members
 
 
-def _groups(file, size, has_end_mark=True):
+def _groups(file: BinaryIO, size: int, has_end_mark: bool = True) -> list[_Group]:
     """All groups of a shard from its headers alone; samples' bytes are not kept."""
-    groups, current = [], None
+    groups: list[_Group] = []
+    current: _Group | None = None
     for info, offset, end, damage in _walk(file, size, has_end_mark):
         if info is None:
             groups.append(_Group("", offset, end, damage=damage))
@@ -202,7 +215,7 @@ def _groups(file, size, has_end_mark=True):
     return _without_parts(groups)
 
 
-def _mark_neighbours(groups):
+def _mark_neighbours(groups: list[_Group]) -> None:
     """What stands beside a stretch of damage may lack members because of it."""
     for i, group in enumerate(groups):
         if not group.infos:
@@ -211,9 +224,10 @@ def _mark_neighbours(groups):
                     neighbour.damage = neighbour.damage or group.damage
 
 
-def _without_parts(groups):
+def _without_parts(groups: list[_Group]) -> list[_Group]:
     """Groups of a key that has come before: a repeated sample has its own JSON, a part of an interleaved one has none."""
-    first, kept = {}, []
+    first: dict[str, _Group] = {}
+    kept: list[_Group] = []
     for group in groups:
         before = first.setdefault(group.key, group) if group.infos else group
         if before is not group:
@@ -226,7 +240,7 @@ def _without_parts(groups):
     return kept
 
 
-def _walk(file, size, has_end_mark):
+def _walk(file: BinaryIO, size: int, has_end_mark: bool) -> Iterator[tuple[tarfile.TarInfo | None, int, int, str]]:
     """Yield (member, offset, end, "") for every header and (None, offset, end, why) for every stretch of damage."""
     offset, is_cut = 0, False
     while offset < size:
@@ -240,7 +254,7 @@ def _walk(file, size, has_end_mark):
                 is_cut = info.offset_data + info.size > size
                 offset = tar.offset
                 yield info, info.offset, offset, ""
-                tar.members = []  # tarfile keeps every header it has seen
+                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
         except DAMAGE as error:
             why = f"there is no sound tar header at byte {offset} ({' '.join(str(error).split())})"
         if offset >= size:
@@ -259,7 +273,7 @@ def _walk(file, size, has_end_mark):
         yield None, size, size, "the file ends without an end mark: it may be cut short"
 
 
-def _next_header(file, offset, size):
+def _next_header(file: BinaryIO, offset: int, size: int) -> int:
     """Where the next sound tar header begins, after the block at `offset`; `size` where there is none."""
     place = offset + BLOCK
     while place < size:
@@ -273,7 +287,7 @@ def _next_header(file, offset, size):
     return size
 
 
-def _is_header(block):
+def _is_header(block: bytes) -> bool:
     try:
         tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except DAMAGE:
@@ -281,7 +295,7 @@ def _is_header(block):
     return True
 
 
-def _is_blank(file, begin, end):
+def _is_blank(file: BinaryIO, begin: int, end: int) -> bool:
     file.seek(begin)
     while begin < end:
         chunk = file.read(min(2**20, end - begin))

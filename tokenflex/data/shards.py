@@ -4,7 +4,10 @@ import glob
 import io
 import os
 import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 from ..errors import UserError
 from .problems import BadSample, Limits
@@ -14,13 +17,103 @@ SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 """What makes a source a URL. None is opened: webdataset's `pipe:`, for one, would run it as a shell command."""
 
 
-def find_shards(sources, what="data.train"):
+Stamp = dict[str, int | str]
+"""What tells without reading a shard that it is the same: size and time, or size and entity tag."""
+
+
+class Shard(Protocol):
+    """A tar of samples, wherever it lies: what index and loader know of it. Its text names it in messages."""
+
+    @property
+    def name(self) -> str:
+        """What an index calls it."""
+
+    @property
+    def address(self) -> str:
+        """Where it lies, in full."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder on this machine that it lies in; None where there is none."""
+
+    def __hash__(self) -> int:
+        """Shards are keys: those of one address are one."""
+
+    def stamp(self) -> Stamp:
+        """Its stamp now.
+
+        Raises:
+            UserError: it is not there.
+        """
+
+    def at(self, stamp: Stamp) -> "Shard":
+        """The shard as it was under this stamp: its `local_file` has no later bytes, where that can be told."""
+
+    def local_file(self) -> Path:
+        """Path of its bytes on this machine, brought here first where they lie elsewhere.
+
+        Raises:
+            UserError: it cannot be brought here.
+        """
+
+
+@dataclass(frozen=True)
+class TarShard:
+    """A shard on a disk of this machine, or mounted on it."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def address(self) -> str:
+        return str(self.path.resolve())
+
+    @property
+    def folder(self) -> Path | None:
+        return self.path.parent
+
+    def stamp(self) -> Stamp:
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}; give the path of a tar file") from None
+        return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+    def at(self, stamp: Stamp) -> Shard:
+        return self  # what has changed since is found by the lengths of its samples
+
+    def local_file(self) -> Path:
+        return self.path
+
+
+ShardLike = Shard | str | os.PathLike
+"""A shard, or the path of a tar file."""
+
+
+def as_shards(shards: Sequence[ShardLike]) -> list[Shard]:
+    """Shards, with `TarShard`s for paths."""
+    return [
+        TarShard(Path(shard)) if isinstance(shard, str | os.PathLike) and not isinstance(shard, TarShard) else shard
+        for shard in shards
+    ]
+
+
+def find_shards(sources: Sequence[str], what: str = "data.train") -> list[Path]:
     """Sorted tar files of paths, folders and glob patterns; each source's in turn.
 
     Raises:
         UserError: a source without any shard.
     """
-    shards = []
+    shards: list[Path] = []
     for source in sources:
         scheme = SCHEME.match(str(source))
         if scheme and not Path(source).exists():
@@ -38,7 +131,7 @@ def find_shards(sources, what="data.train"):
     return shards
 
 
-def walk_shard(path, limits=Limits()):  # noqa: B008  frozen
+def walk_shard(path: str | os.PathLike, limits: Limits) -> Iterator[tuple[dict, int, int]]:
     """Yield (members, offset, num_bytes) of each sample of a shard, in order.
 
     `members` is {"__key__": key, extension: bytes}; the sample's members lie in the tar's bytes [offset, offset +
@@ -50,14 +143,12 @@ def walk_shard(path, limits=Limits()):  # noqa: B008  frozen
     """
     try:
         for scanned in scan_shard(path, limits, parse=lambda members, where: members):
-            if scanned.problem is not None:
-                raise scanned.problem
-            yield scanned.sample, scanned.offset, scanned.num_bytes
+            yield scanned.whole, scanned.offset, scanned.num_bytes
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the path of a tar file") from None
 
 
-def read_sample(file, offset, num_bytes, where, limits=Limits()):  # noqa: B008  frozen
+def read_sample(file: BinaryIO, offset: int, num_bytes: int, where: object, limits: Limits) -> dict:
     """Members of the one sample that lies at `offset` of an open shard; see `walk_shard`.
 
     Raises:

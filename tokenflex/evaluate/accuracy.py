@@ -3,20 +3,45 @@
 import json
 import logging
 from collections import Counter
+from collections.abc import Callable, Sequence
+from os import PathLike
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..data import Limits, decode_image, parse_sample, walk_shard
-from ..data.remote import local_file, locate_shards
+from ..config import EvaluateConfig, RunConfig
+from ..data import Limits
+from ..data.remote import locate_shards
+from ..data.sample import Sample
 from ..errors import UserError
 from ..export import is_exported, loading_code
 from ..layout import RunLayout
-from .report import accuracy_table, plot_accuracy
+from ..model import TokenFlexProcessor
+from ..model.generation import GREEDY
+from ..parallel import Ranks
+from .questions import read_questions
+from .report import EvaluationRecord, accuracy_table, plot_accuracy
+
+Hits = Counter[tuple[str, int]]
+"""Questions by (task, visual-token count)."""
 
 
-def evaluate_run(config, launch, say, model_folder=None):
+class Answering(Protocol):
+    """What evaluation uses of a model: transformers' `generate`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    def generate(self, **inputs: Any) -> torch.Tensor:
+        """Token ids [B, L] of prompts and answers, for the processor's inputs and settings of generation."""
+
+
+def evaluate_run(
+    config: RunConfig, ranks: Ranks, say: Callable[[str], None], model_folder: str | PathLike | None = None
+) -> dict[str, dict[str, float]]:
     """Evaluate the exported model of a run on its evaluation shards, all ranks together; print table, plot and loading code.
 
     Writes `accuracy.json` and `accuracy.png` into the run's folder. Returns {task: {count: accuracy}} on every rank.
@@ -24,22 +49,28 @@ def evaluate_run(config, launch, say, model_folder=None):
     Raises:
         UserError: no exported model, or no evaluation shards.
     """
+    if not config.data.evaluation:
+        raise UserError("data.evaluation: empty; name shards of held-out questions")
     layout = RunLayout.of(config)
     folder = Path(model_folder or layout.model)
     if not is_exported(folder):
         raise UserError(f"evaluation: no exported model at {folder}; train first, or give --model DIR")
-    if not config.data.evaluation:
-        raise UserError("data.evaluation: empty; name shards of held-out questions")
     shards = locate_shards(config.data.evaluation, config.data, "data.evaluation")
-    samples = read_samples(shards, config.evaluate.max_samples_per_task, Limits.of(config.data))
+    questions = read_questions(shards, config.evaluate.max_samples_per_task, Limits.of(config.data))
+    questions.tell(say)
+    samples = questions.samples
     say(f"evaluate  {len(samples)} questions at {list(config.evaluate.num_visual_tokens)} visual tokens")
-    device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(device).eval()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(ranks.device).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    right, asked = evaluate_model(model, processor, samples[launch.rank :: launch.num_ranks], config.evaluate, say)
-    accuracy, totals = _over_ranks(right, asked, config.evaluate.num_visual_tokens, launch)
-    if launch.rank == 0:
-        record = {"accuracy": accuracy, "num_questions": totals, "trained": model.config.trained_num_visual_tokens}
+    right, asked = evaluate_model(model, processor, samples[ranks.rank :: ranks.num_ranks], config.evaluate, say)
+    accuracy, totals = _over_ranks(right, asked, config.evaluate.num_visual_tokens, ranks)
+    if ranks.is_main:
+        record: EvaluationRecord = {
+            "accuracy": accuracy,
+            "num_questions": totals,
+            "num_bad_samples": len(questions.problems),
+            "trained": model.config.trained_num_visual_tokens,
+        }
         layout.root.mkdir(parents=True, exist_ok=True)
         layout.accuracy.write_text(json.dumps(record, indent=1))
         plot_accuracy(record, layout.accuracy_plot)
@@ -48,36 +79,25 @@ def evaluate_run(config, launch, say, model_folder=None):
     return accuracy
 
 
-def read_samples(shards, max_per_task, limits):
-    """Evaluation samples of webdataset shards, at most `max_per_task` of each task, in the shards' order."""
-    samples, per_task = [], Counter()
-    for shard in shards:
-        for members, _, _ in walk_shard(local_file(shard), limits):
-            sample = parse_sample(members, shard)
-            if sample.messages[-1]["role"] != "assistant":
-                raise UserError(
-                    f"{shard}, sample {sample.key}: ends with a {sample.messages[-1]['role']} message; wanted the expected answer"
-                )
-            if per_task[sample.task] < max_per_task:
-                for number, image in enumerate(sample.images):
-                    decode_image(image, f"{shard}, sample {sample.key}, image {number}")
-                per_task[sample.task] += 1
-                samples.append(sample)
-    return samples
-
-
-def exact_match(answer, expected):
+def exact_match(answer: str, expected: str) -> bool:
     """Whether an answer is the expected one but for case and surrounding space."""
     return answer.strip().casefold() == expected.strip().casefold()
 
 
-def evaluate_model(model, processor, samples, settings, say=lambda text: None):
+def evaluate_model(
+    model: Answering,
+    processor: TokenFlexProcessor,
+    samples: Sequence[Sample],
+    settings: EvaluateConfig,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[Hits, Hits]:
     """Right answers and questions asked, as two counters over (task, count).
 
     Samples without an image are asked once and counted at every count. `settings` is the configuration's evaluate section.
     """
     logging.getLogger(type(model).__module__).setLevel(logging.ERROR)  # untrained counts are the point of the table
-    right, asked = Counter(), Counter()
+    right: Hits = Counter()
+    asked: Hits = Counter()
     for with_images in (True, False):
         group = [sample for sample in samples if bool(sample.images) == with_images]
         for count in settings.num_visual_tokens if with_images else settings.num_visual_tokens[:1]:
@@ -89,33 +109,31 @@ def evaluate_model(model, processor, samples, settings, say=lambda text: None):
     return right, asked
 
 
-def _hits(model, processor, samples, count, settings):
+def _hits(
+    model: Answering, processor: TokenFlexProcessor, samples: Sequence[Sample], count: int, settings: EvaluateConfig
+) -> list[bool]:
     """Per sample, whether its last message is answered exactly."""
-    hits = []
+    hits: list[bool] = []
     for begin in range(0, len(samples), settings.batch_size):
         batch = samples[begin : begin + settings.batch_size]
         prompts = [sample.messages_with_images()[:-1] for sample in batch]
         inputs = processor.apply_chat_template(
             prompts, tokenize=True, add_generation_prompt=True, num_visual_tokens=count
         ).to(model.device)
-        output = model.generate(**inputs, max_new_tokens=settings.max_new_tokens, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=settings.max_new_tokens, **GREEDY)
         answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         expected = ["".join(item["text"] for item in sample.messages[-1]["content"]) for sample in batch]
         hits += map(exact_match, answers, expected)
     return hits
 
 
-def _over_ranks(right, asked, counts, launch):
+def _over_ranks(
+    right: Hits, asked: Hits, counts: Sequence[int], ranks: Ranks
+) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
     """{task: {count: accuracy}} and {task: questions} from every rank's counters."""
-    tasks = sorted({task for task, _ in asked})
-    if launch.num_ranks > 1:
-        names = [None] * launch.num_ranks
-        torch.distributed.all_gather_object(names, tasks)
-        tasks = sorted({task for some in names for task in some})
+    names = ranks.all_gather(sorted({task for task, _ in asked}))
+    tasks = sorted({task for some in names for task in some})
     table = torch.tensor([[[right[t, c], asked[t, c]] for c in counts] for t in tasks], dtype=torch.float64)
-    if launch.num_ranks > 1:
-        table = table.to("cuda" if torch.cuda.is_available() else "cpu")
-        torch.distributed.all_reduce(table)
-    table = table.tolist()
+    table = ranks.all_reduce_sum(table).tolist()
     accuracy = {task: {str(c): hit / total for c, (hit, total) in zip(counts, row)} for task, row in zip(tasks, table)}
     return accuracy, {task: int(row[0][1]) for task, row in zip(tasks, table)}

@@ -1,11 +1,26 @@
 """The accuracy table and its plot."""
 
+from os import PathLike
+from typing import TypedDict
 
-def accuracy_table(record):
-    """A Markdown table of accuracies in percent, tasks by visual-token counts; trained counts are bold.
 
-    `record` holds `accuracy` {task: {count: share}}, `num_questions` {task: number} and `trained` [counts].
-    """
+class AccuracyRecord(TypedDict):
+    """Of accuracy.json what table and plot show: accuracy {task: {count: share}}, num_questions {task: number}, the trained
+    counts."""
+
+    accuracy: dict[str, dict[str, float]]
+    num_questions: dict[str, int]
+    trained: list[int]
+
+
+class EvaluationRecord(AccuracyRecord):
+    """All that accuracy.json holds."""
+
+    num_bad_samples: int
+
+
+def accuracy_table(record: AccuracyRecord) -> str:
+    """A Markdown table of accuracies in percent, tasks by visual-token counts; trained counts are bold."""
     counts = list(next(iter(record["accuracy"].values())))
     heads = [f"**{count}**" if int(count) in record["trained"] else count for count in counts]
     lines = [f"| task (questions) | {' | '.join(heads)} |", "|---|" + "---:|" * len(counts)]
@@ -15,7 +30,7 @@ def accuracy_table(record):
     return "\n".join(lines)
 
 
-def plot_accuracy(record, path):
+def plot_accuracy(record: AccuracyRecord, path: str | PathLike) -> None:
     """Draw accuracy over the number of visual tokens, one line per task, to a PNG; trained counts are filled marks."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,13 +1,20 @@
 """Load an exported model once and ask it about images, each at its own number of visual tokens."""
 
+from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..data import decode_image
+from ..config import DataConfig
+from ..data import Limits, decode_image
 from ..errors import UserError
 from ..export import is_exported
+from ..model.generation import GREEDY
+
+Count = int | tuple[int, int]
+"""Visual tokens of an image: a number, or (rows, columns)."""
 
 
 class Generator:
@@ -17,7 +24,7 @@ class Generator:
         UserError: the folder holds no exported model.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | PathLike):
         if not is_exported(folder):
             raise UserError(
                 f"--model {folder}: no exported model there (no config.json); give the folder that training wrote, runs/NAME/model"
@@ -26,7 +33,13 @@ class Generator:
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(device).eval()
         self.processor = AutoProcessor.from_pretrained(folder)
 
-    def __call__(self, prompt, images=(), num_visual_tokens=None, max_new_tokens=64):
+    def __call__(
+        self,
+        prompt: str,
+        images: Sequence[str | PathLike] = (),
+        num_visual_tokens: Count | Sequence[Count] | None = None,
+        max_new_tokens: int = 64,
+    ) -> str:
         """The answer to `prompt` about `images` (paths), at `num_visual_tokens` (one for all or one per image).
 
         Raises:
@@ -43,26 +56,29 @@ class Generator:
             ).to(self.model.device)
         except ValueError as error:
             raise UserError(f"--num-visual-tokens: {error}") from None
-        output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)
         return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def _read_image(path):
+def _read_image(path: str | PathLike) -> bytes:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"--image {path}: {error.strerror}; give the path of an image file") from None
-    decode_image(data, f"--image {path}")  # says in one line what is wrong with it; the processor decodes for the model
+    limits = Limits.of(DataConfig())
+    decode_image(
+        data, f"--image {path}", limits
+    )  # says in one line what is wrong with it; the processor decodes for the model
     return data
 
 
-def parse_num_visual_tokens(text):
+def parse_num_visual_tokens(text: str) -> Count | list[Count]:
     """`144`, `8x12` (rows x columns), or a list of either with commas, one per image.
 
     Raises:
         UserError: anything else, or a count below 1.
     """
-    counts = []
+    counts: list[Count] = []
     for entry in text.split(","):
         numbers = entry.lower().split("x")
         if len(numbers) > 2 or not all(number.strip().isdigit() and int(number) > 0 for number in numbers):

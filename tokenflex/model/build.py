@@ -11,11 +11,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..errors import UserError
 from .attention import PACKED, register_packed_attention
 from .configuration_tokenflex import TokenFlexConfig
+from .generation import generation_settings
 from .grow import grow_vocabulary
 from .image_processing_tokenflex import TokenFlexImageProcessor
 from .liger import apply_liger
 from .modeling_tokenflex import TokenFlexForConditionalGeneration
-from .processing_tokenflex import TokenFlexProcessor, missing_tokens
+from .processing_tokenflex import TokenFlexProcessor, default_template, missing_tokens
+from .template import check_template
 from .vision import patch_grid
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
@@ -40,8 +42,7 @@ def build_processor(model, budget):
         source,
         lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code),
     )
-    if not tokenizer.chat_template:
-        raise UserError(f"model.tokenizer {source}: has no chat template; name an instruction-tuned model's tokenizer")
+    template = _template(model.chat_template, tokenizer, source)
     missing = missing_tokens(tokenizer, model.image_tokens)
     if missing and not model.add_image_tokens:
         raise UserError(
@@ -55,15 +56,48 @@ def build_processor(model, budget):
         height, width, model.image_mean, model.image_std, max_tiles=model.max_tiles, thumbnail=model.thumbnail
     )
     start, token, end = model.image_tokens
-    return TokenFlexProcessor(
+    processor = TokenFlexProcessor(
         image_processor,
         tokenizer,
+        chat_template=template,
+        chat_template_options=model.chat_template_options,
         num_visual_tokens=max(budget.num_visual_tokens),
         patch_grid=_grid(vision_config(model), model.image_size),
         image_start_token=start,
         image_token=token,
         image_end_token=end,
     )
+    check_template(processor)
+    return processor
+
+
+def _template(name, tokenizer, source):
+    """The text of the chat template: the tokenizer's only one, its default, the one of this name, or that of a file.
+
+    Raises:
+        UserError: there is none, or none of this name.
+    """
+    named = tokenizer.chat_template
+    if not name:
+        if not named:
+            raise UserError(
+                f"model.tokenizer {source}: has no chat template; name an instruction-tuned model's tokenizer"
+            )
+        try:
+            return default_template(named)
+        except ValueError as error:
+            raise UserError(f"model.tokenizer {source}: {error} with model.chat_template") from None
+    if isinstance(named, dict) and name in named:
+        return named[name]
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        known = (
+            f"its templates are {', '.join(sorted(named))}" if isinstance(named, dict) else "it has one template only"
+        )
+        raise UserError(
+            f"model.chat_template {name}: neither a file nor a template of the tokenizer {source}; {known}: leave it empty for its own"
+        ) from None
 
 
 def build_model(model, budget, processor, dtype, loading=contextlib.nullcontext, gathered=contextlib.nullcontext):
@@ -84,8 +118,7 @@ def build_model(model, budget, processor, dtype, loading=contextlib.nullcontext,
     built.projector.backend = model.projector_backend
     built.config.trained_num_visual_tokens = sorted(budget.num_visual_tokens)
     built.config.default_num_visual_tokens = max(budget.num_visual_tokens)
-    built.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    built.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    built.generation_config = generation_settings(model, processor)
     try:
         built.num_added_tokens = grow_vocabulary(built.language_model, len(processor.tokenizer), gathered)
     except ValueError as error:

@@ -176,7 +176,8 @@ def upright_rgb(image):
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "I;16", "I;16B", "F"):
         array = np.asarray(image, dtype=np.float32)
-        scale = 255.0 / 65535.0 if array.max(initial=0.0) > 255 else 1.0
+        highest = array.max(initial=0.0)
+        scale = 255.0 / 65535.0 if highest > 255 else 255.0 if image.mode == "F" and highest <= 1 else 1.0
         image = Image.fromarray((array * scale).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

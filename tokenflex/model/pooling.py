@@ -4,6 +4,7 @@ Travels with every exported model, so it imports nothing but torch. Shape suffix
 C vision width.
 """
 
+import functools
 import math
 
 import torch
@@ -27,6 +28,11 @@ def sides_of(num_visual_tokens, grid):
         return tuple(num_visual_tokens)
     if not _is_count(num_visual_tokens):
         raise ValueError(f"num_visual_tokens is {num_visual_tokens!r}; it must be a positive integer, for example 64")
+    return _nearest_sides(num_visual_tokens, tuple(grid))
+
+
+@functools.lru_cache(maxsize=4096)
+def _nearest_sides(num_visual_tokens, grid):
     height, width = grid
 
     def skew(rows):  # |log| treats "twice too tall" and "twice too wide" alike

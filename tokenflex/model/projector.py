@@ -1,10 +1,12 @@
 """The token-adaptive projector: pool -> LayerNorm -> SwiGLU of inner width 3C -> language model width (paper section 3.1)."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .pooling import adaptive_pool
+from .pooling import adaptive_pool, sides_of
 
 try:  # the fused kernels are optional: without them, and on CPU, the plain torch statement below runs
     import tokenflex_kernels
@@ -16,7 +18,8 @@ class TokenAdaptiveProjector(nn.Module):
     """Patch features of any grid -> any number of visual tokens in the language model's width.
 
     `forward(features_PC, grids, sides)`: features [sum(H_i W_i), C] of images laid one after another, `grids` a list of
-    (H, W), `sides` a list of (n_h, n_w) -> [sum(n_h n_w), D]. Gate and up projection share one weight [2 * 3C, C] (gate
+    (H, W), `sides` a list of (n_h, n_w) -> [sum(n_h n_w), D]. The fused kernels take a `plan` instead, where there is one
+    (`plan_maker`). Gate and up projection share one weight [2 * 3C, C] (gate
     rows first), so they run as one GEMM and shard as one parameter.
 
     `backend` is `auto` (fused kernels on GPU where installed), `kernels` (their operators on any device; on CPU these run
@@ -32,15 +35,26 @@ class TokenAdaptiveProjector(nn.Module):
         self.gate_up = nn.Linear(vision_width, 2 * inner)
         self.down = nn.Linear(inner, text_width)
 
-    def forward(self, features_PC, grids, sides):
+    def forward(self, features_PC, grids, sides, plan=None):
         kernels = self.kernels_for(features_PC)
         if kernels is not None:
+            if plan is None:
+                plan = kernels.pool_plan(grids, sides, self.mode, features_PC.device)
             norm = kernels.Norm(self.norm.weight, self.norm.bias, self.norm.eps)
             gate_up, down = (kernels.Linear(x.weight, x.bias) for x in (self.gate_up, self.down))
-            return kernels.pooled_swiglu(features_PC, grids, sides, norm, gate_up, down, mode=self.mode)
+            return kernels.pooled_swiglu(features_PC, plan, norm, gate_up, down)
         pooled_NC = adaptive_pool(features_PC, grids, sides, self.mode)
         gate_NH, up_NH = self.gate_up(self.norm(pooled_NC)).chunk(2, dim=-1)
         return self.down(F.silu(gate_NH) * up_NH)
+
+    def plan_maker(self, grid, tensor):
+        """`counts -> plan` for tiles of `grid`, to be called where a batch is collated, also in another process.
+
+        None where `tensor` (any of the device that computes) does not go through the kernels.
+        """
+        if self.kernels_for(tensor) is None:
+            return None
+        return functools.partial(_plan_of, grid=tuple(grid), mode=self.mode)
 
     def kernels_for(self, tensor):
         """The kernels' package where `backend` says that `tensor` goes through it, else None.
@@ -64,3 +78,8 @@ class TokenAdaptiveProjector(nn.Module):
         for linear in (self.gate_up, self.down):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
             nn.init.zeros_(linear.bias)
+
+
+def _plan_of(counts, grid, mode):
+    """The kernels' plan of one tile per count, on the CPU."""
+    return tokenflex_kernels.pool_plan([grid] * len(counts), [sides_of(count, grid) for count in counts], mode)

@@ -2,31 +2,33 @@
 
 from .engine import (
     Engine,
+    Update,
     gathered,
+    join_ranks,
     load_ds_config,
     quiet_libraries,
     resolve_ds_config,
     sharded_loading,
-    start_process_group,
     zero_stage,
 )
 from .environment import Launch, join
-from .heartbeat import Heart
+from .heartbeat import Heartbeat
 from .ranks import Ranks
 from .world import check_world
 
 __all__ = [
     "Engine",
-    "Heart",
+    "Heartbeat",
     "Launch",
     "Ranks",
+    "Update",
     "check_world",
     "gathered",
     "join",
+    "join_ranks",
     "load_ds_config",
     "quiet_libraries",
     "resolve_ds_config",
     "sharded_loading",
-    "start_process_group",
     "zero_stage",
 ]

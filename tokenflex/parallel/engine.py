@@ -1,16 +1,22 @@
-"""The one place that knows DeepSpeed: configuration, sharded model set-up, backward, step, and its checkpoint calls."""
+"""The one place that knows DeepSpeed: configuration, sharded model set-up, backward, step, and the slices of a checkpoint."""
 
 import contextlib
 import json
 import logging
 import os
 import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import UserError
-from .slices import before_loading, held_slices, num_updates, publish_weights, set_num_updates
+from .environment import Launch
+from .ranks import Ranks
+from .slices import Slice, before_loading, held_slices, num_updates, publish_weights, set_num_updates
 
 OURS = {
     "train_batch_size": "data.packs_per_step",
@@ -24,7 +30,7 @@ OURS = {
 """Keys of a DeepSpeed configuration that this trainer derives from its own, and from which of its keys."""
 
 
-def load_ds_config(path):
+def load_ds_config(path: str | PathLike) -> dict[str, Any]:
     """A DeepSpeed JSON file as a dict.
 
     Raises:
@@ -44,7 +50,9 @@ def load_ds_config(path):
     return config
 
 
-def resolve_ds_config(config, precision, num_micro_steps, max_grad_norm):
+def resolve_ds_config(
+    config: dict[str, Any], precision: str, num_micro_steps: int, max_grad_norm: float
+) -> dict[str, Any]:
     """The DeepSpeed configuration that is run: the file's, plus what this trainer decides."""
     resolved = {key: value for key, value in config.items() if key not in OURS}
     resolved.update(
@@ -58,7 +66,7 @@ def resolve_ds_config(config, precision, num_micro_steps, max_grad_norm):
     return resolved
 
 
-def quiet_libraries():
+def quiet_libraries() -> None:
     """Keep the libraries' running commentary out of the progress bar; warnings that matter and errors stay.
 
     Call it before anything imports DeepSpeed, which looks for its accelerator (and comments on it) when imported.
@@ -74,9 +82,15 @@ def quiet_libraries():
     transformers_logging.disable_progress_bar()
 
 
-def start_process_group(launch):
-    """Join the job's process group (NCCL on GPU, gloo on CPU) and return this rank's device."""
+def join_ranks(launch: Launch) -> Ranks:
+    """Join the job's process group (NCCL on GPU, gloo on CPU); returns the job's ranks, with this rank's device.
+
+    Raises:
+        UserError: the meeting point cannot be reached, or its port is taken.
+    """
     import deepspeed
+
+    from . import bends
 
     if torch.cuda.is_available():
         device = torch.device("cuda", launch.local_rank)
@@ -85,16 +99,22 @@ def start_process_group(launch):
         device = torch.device("cpu")
         share = max(1, len(os.sched_getaffinity(0)) // launch.local_num_ranks)
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", share)))
-        # The shared-memory collective is compiled at first use, for minutes, and a build that was killed leaves a lock
-        # on which every later start hangs; gloo alone is fast enough on one host. An empty table switches it off.
-        deepspeed.ops.__compatible_ops__ = {}
+        bends.without_shared_memory_collective()
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
-    return device
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        try:
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+        except torch.distributed.DistNetworkError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"rank {launch.rank}: cannot meet the other ranks at {launch.master_addr}:{launch.master_port} ({reason}); where "
+                "another job has taken the port, set MASTER_PORT (deepspeed --master_port, torchrun --master-port) to a free one"
+            ) from None
+    return Ranks(launch, device)
 
 
 @contextlib.contextmanager
-def sharded_loading(ds_config):
+def sharded_loading(ds_config: dict[str, Any]) -> Iterator[object]:
     """Within this context transformers loads pretrained weights straight into ZeRO-3 shards (a no-op for other stages)."""
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -104,7 +124,7 @@ def sharded_loading(ds_config):
 
 
 @contextlib.contextmanager
-def gathered(parameters):
+def gathered(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
     """Within this context parameters that are sharded are whole on every rank, to be read; every rank must enter it."""
     import deepspeed
 
@@ -113,124 +133,144 @@ def gathered(parameters):
         yield
 
 
-def zero_stage(ds_config):
+def zero_stage(ds_config: dict[str, Any]) -> int:
     """ZeRO stage 0 to 3 of a DeepSpeed configuration."""
     return ds_config.get("zero_optimization", {}).get("stage", 0)
 
 
-class Engine:
-    """A model under DeepSpeed on this rank."""
+@dataclass(frozen=True)
+class Update:
+    """How the update of an optimizer step ended.
 
-    def __init__(self, model, optimizer, ds_config, launch, device):
+    grad_norm: global norm of the gradients before clipping, NaN where it is not finite. vetoed: why the weights did not
+    move, in words; empty where they did.
+    """
+
+    grad_norm: float
+    vetoed: str = ""
+
+
+class Engine:
+    """A model under DeepSpeed on this rank.
+
+    Args:
+        model: its weights may be sharded already.
+        make_optimizer: (should_skip) -> an optimizer that, before it moves anything, asks `should_skip()` whether to.
+        ds_config: from `resolve_ds_config`.
+        ranks: the job.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        make_optimizer: Callable[[Callable[[], bool]], torch.optim.Optimizer],
+        ds_config: dict[str, Any],
+        ranks: Ranks,
+    ):
         import deepspeed
 
-        self.launch = launch
-        self.device = device
-        self.ds_config = ds_config
-        self._optimizer = optimizer
+        from . import bends
+
+        self._bends = bends
+        self.ranks, self.device, self.ds_config = ranks, ranks.device, ds_config
         # At stage 0 in bf16 DeepSpeed runs the optimizer once to make it create its state: that would decay the weights.
-        optimizer.should_skip = lambda: True
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-        optimizer.should_skip = self._asked_to_skip
-        self._judge, self._is_skipped, self._norm = None, None, float("nan")
+        self._is_ready = False
+        self._veto: Callable[[float], str] | None = None
+        self._answer: str | None = None
+        self._norm = float("nan")
+        self._optimizer = make_optimizer(self._should_skip)
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=ds_config)
+        self._is_ready = True
 
     @property
-    def model(self):
+    def model(self) -> torch.nn.Module:
         """The bare model (its parameters may be sharded)."""
         return self._engine.module
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         """Number format of the forward pass."""
         return torch.bfloat16 if self.ds_config["bf16"]["enabled"] else torch.float32
 
-    def __call__(self, **inputs):
+    def __call__(self, **inputs: Any) -> Any:
+        """The model's forward pass."""
         return self._engine(**inputs)
 
-    def train(self):
+    def train(self) -> None:
+        """Put the model into training mode."""
         self._engine.train()
 
-    def backward(self, loss):
+    def eval(self) -> None:
+        """Put the model into evaluation mode."""
+        self._engine.eval()
+
+    def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients of `loss`, whose sum over ranks and micro-steps is the step's loss.
 
         DeepSpeed averages over ranks, so the loss is scaled up by their number; it does not divide by the micro-steps.
         """
-        self._engine.backward(loss * self.launch.num_ranks, scale_wrt_gas=False)
+        self._engine.backward(loss * self.ranks.num_ranks, scale_wrt_gas=False)
 
-    def step(self, learning_rates, judge=None):
+    def step(self, learning_rates: Sequence[float], veto: Callable[[float], str] | None = None) -> Update:
         """End of a micro-step; on the last one of a step the optimizer runs with one learning rate per group.
 
-        `judge(grad_norm)` is given on the last one: where it returns true the optimizer does not run, and weights and
-        moments keep every bit. Returns whether the optimizer was kept from running, by `judge` or by DeepSpeed, which
-        does so where the norm is not finite.
+        `veto(grad_norm)` is given on the last one: where it answers with a reason the optimizer does not run, and weights
+        and moments keep every bit. DeepSpeed itself leaves the optimizer out where the norm is not finite; `veto` is then
+        asked about NaN.
         """
         for group, rate in zip(self._engine.optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = rate
-        self._judge, self._is_skipped = judge, None
-        if judge is not None and zero_stage(self.ds_config) == 0:
-            self._norm = self._norm_without_zero()
+        self._veto, self._answer = veto, None
+        if veto is not None and zero_stage(self.ds_config) == 0:
+            self._norm = self._bends.grad_norm_without_zero(self.model)
         self._engine.step()
-        if judge is None:
-            return False
-        if self._is_skipped is None:  # DeepSpeed left the optimizer out
+        if veto is None:
+            return Update(self._norm)
+        if self._answer is None:  # DeepSpeed left the optimizer out
             self._norm = float("nan")
-            judge(self._norm)
-            return True
-        return self._is_skipped
+            self._answer = veto(self._norm)
+        return Update(self._norm, self._answer)
 
-    def _asked_to_skip(self):
+    def _should_skip(self) -> bool:
         """The optimizer asks this before it runs, once per group of parameters; the answer is found once per step."""
-        if self._is_skipped is None and self._judge is not None:
+        if not self._is_ready:
+            return True
+        if self._answer is None and self._veto is not None:
             if zero_stage(self.ds_config) > 0:
-                norm = self._engine.optimizer._global_grad_norm  # DeepSpeed's wrapper has it by now, its engine not yet
-                self._norm = float("nan") if norm is None or norm < 0 else float(norm)
-            self._is_skipped = bool(self._judge(self._norm))
-        return bool(self._is_skipped)
+                self._norm = self._bends.grad_norm_before_update(self._engine)
+            self._answer = self._veto(self._norm)
+        return bool(self._answer)
 
-    def _norm_without_zero(self):
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
-
-    def grad_norm(self):
-        """Global gradient norm of the last completed step, before clipping; NaN before the first or if not finite."""
-        return self._norm
-
-    def slices(self):
+    def slices(self) -> list[Slice]:
         """What this rank holds of every parameter and its optimizer state: a list of `Slice`s, live."""
-        return held_slices(self._engine, self._optimizer, self.launch.rank)
+        return held_slices(self._engine, self._optimizer, self.ranks.rank)
 
     @property
-    def num_updates(self):
+    def num_updates(self) -> int:
         """How many times the optimizer has moved the weights."""
         return num_updates(self._optimizer)
 
     @contextlib.contextmanager
-    def loading(self, updates):
+    def loading(self, updates: int) -> Iterator[list[Slice]]:
         """Within this context `slices()` may be written to; afterwards every rank works with what was written."""
         before_loading(self._engine)
         yield self.slices()
         set_num_updates(self._optimizer, updates)
         publish_weights(self._engine)
 
-    def sum_over_ranks(self, values):
-        """Element-wise sum of a 1-D tensor over all ranks."""
-        values = values.to(self.device)
-        torch.distributed.all_reduce(values)
-        return values
-
-    def full_state(self):
+    def full_state(self) -> dict[str, torch.Tensor]:
         """Full weights by name on rank 0's CPU (an empty dict elsewhere); every rank must call it."""
         import deepspeed
 
-        state = {}
+        state: dict[str, torch.Tensor] = {}
         for name, parameter in self.model.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                if self.launch.rank == 0:
+                if self.ranks.rank == 0:
                     state[name] = parameter.detach().cpu().clone()
-        if self.launch.rank == 0:
+        if self.ranks.rank == 0:
             state.update({name: buffer.detach().cpu() for name, buffer in self.model.named_buffers()})
         return state
 
-    def close(self):
+    def close(self) -> None:
         """Free what the engine holds; the process group stays."""
         self._engine.destroy()

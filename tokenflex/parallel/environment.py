@@ -6,6 +6,7 @@ that nothing later has to guess. A process that nothing started is rank 0 of 1.
 
 import os
 import re
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from ..errors import UserError
@@ -25,7 +26,7 @@ class Launch:
     master_port: int
     launcher: str
 
-    def variables(self):
+    def variables(self) -> dict[str, str]:
         """The environment variables that torch.distributed and DeepSpeed read."""
         return {
             "RANK": str(self.rank),
@@ -37,7 +38,7 @@ class Launch:
         }
 
 
-def discover(environment):
+def discover(environment: Mapping[str, str]) -> Launch:
     """The `Launch` that environment variables describe.
 
     Raises:
@@ -58,7 +59,9 @@ def discover(environment):
     elif get("PMI_SIZE") is not None and get("SLURM_PROCID") is None:
         launcher, names = "mpi", ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
     elif get("SLURM_PROCID") is not None and int(get("SLURM_NTASKS", "1")) > 1:
-        return _discover_slurm(get, address or first_host(get("SLURM_STEP_NODELIST") or get("SLURM_NODELIST") or ""))
+        return _discover_slurm(
+            environment, address or first_host(get("SLURM_STEP_NODELIST") or get("SLURM_NODELIST") or "")
+        )
     else:
         return Launch(
             rank=0,
@@ -66,12 +69,12 @@ def discover(environment):
             local_rank=0,
             local_num_ranks=1,
             master_addr="127.0.0.1",
-            master_port=port,
+            master_port=int(get("MASTER_PORT") or 0),  # 0 is any free one: no other rank has to find it
             launcher="none",
         )
-    rank, num_ranks = int(get(names[0])), int(get(names[1]))
+    rank, num_ranks = int(environment[names[0]]), int(environment[names[1]])
     local_rank = int(get(names[2]) or rank)
-    local_num_ranks = int(re.match(r"\d+", get(names[3]) or str(num_ranks))[0])
+    local_num_ranks = int(re.split(r"\D", get(names[3]) or str(num_ranks))[0])
     if not 0 <= rank < num_ranks:
         raise UserError(
             f"{launcher} start: {names[0]}={rank} and {names[1]}={num_ranks}; the rank must be below the number of ranks"
@@ -86,9 +89,11 @@ def discover(environment):
     )  # fmt: skip
 
 
-def _discover_slurm(get, address):
+def _discover_slurm(environment: Mapping[str, str], address: str) -> Launch:
     """A task of `srun` is a rank; the step's own variables count, the job's may speak of other steps."""
-    rank, num_ranks = int(get("SLURM_PROCID")), int(get("SLURM_STEP_NUM_TASKS") or get("SLURM_NTASKS"))
+    get = environment.get
+    rank = int(environment["SLURM_PROCID"])
+    num_ranks = int(get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"])
     tasks = get("SLURM_STEP_TASKS_PER_NODE") or get("SLURM_TASKS_PER_NODE") or get("SLURM_NTASKS_PER_NODE") or ""
     per_node = tasks_per_node(tasks or str(num_ranks))
     node = int(get("SLURM_NODEID") or 0)
@@ -105,13 +110,13 @@ def _discover_slurm(get, address):
     )
 
 
-def tasks_per_node(text):
+def tasks_per_node(text: str) -> list[int]:
     """SLURM's short form of tasks per node as a list: `4(x2),1` -> [4, 4, 1].
 
     Raises:
         UserError: it is no such form.
     """
-    counts = []
+    counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if not match:
@@ -120,7 +125,7 @@ def tasks_per_node(text):
     return counts
 
 
-def first_host(node_list):
+def first_host(node_list: str) -> str:
     """First host of a SLURM node list: `gpu[003-006,9],cpu1` -> `gpu003`."""
     match = re.match(r"([^,\[]+)(?:\[(\d+))?", node_list)
     if not match:
@@ -130,7 +135,7 @@ def first_host(node_list):
     return match[1] + (match[2] or "")
 
 
-def join(environment=os.environ):
+def join(environment: MutableMapping[str, str] = os.environ) -> Launch:
     """Discover the launch and export torch's variables for it; returns the `Launch`."""
     launch = discover(environment)
     environment.update(launch.variables())

@@ -9,9 +9,11 @@ import sys
 import tempfile
 import time
 from collections import deque
+from os import PathLike
 from pathlib import Path
 
 from . import watchdog
+from .environment import Launch
 
 NUM_STEPS = 200
 """Steps whose duration decides what is too long."""
@@ -20,7 +22,7 @@ ECHO_S = 4.0
 """How long a rank whose peer is gone waits to hear what became of it; its watchdog looks every quarter of a second."""
 
 
-class Heart:
+class Heartbeat:
     """Pulses of this rank. Every rank has one; construct it before the first collective of the run that may hang.
 
     A phase lasts too long after max(`min_s`, 3 x the 99th percentile of the last 200 steps); before five steps are done,
@@ -30,9 +32,11 @@ class Heart:
         folder: where the watchdogs of this start of the run meet; shared by all ranks.
     """
 
-    def __init__(self, launch, folder, min_s, startup_s):
+    def __init__(self, launch: Launch, folder: str | PathLike, min_s: float, startup_s: float):
         self.rank, self.folder, self.min_s, self.startup_s = launch.rank, Path(folder), min_s, startup_s
-        self._count, self._step, self._durations, self._begin = 0, 0, deque(maxlen=NUM_STEPS), None
+        self._count = self._step = 0
+        self._durations: deque[float] = deque(maxlen=NUM_STEPS)
+        self._begin: float | None = None
         self._limit = startup_s
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix="tokenflex-pulse-") as file:
@@ -56,14 +60,14 @@ class Heart:
                 pass_fds=[file.fileno()],
             )
 
-    def phase(self, name, limit_s=None):
+    def phase(self, name: str, limit_s: float | None = None) -> None:
         """The rank enters a phase; `limit_s` where it may take longer than a step."""
         self._count += 1
         text = name.encode()
         record = (self._count, self._step, time.monotonic(), limit_s or self._limit, len(text), text)
         self._pulse[: watchdog.PULSE.size] = watchdog.PULSE.pack(*record)
 
-    def step(self, step):
+    def step(self, step: int) -> None:
         """A step begins."""
         now = time.monotonic()
         if self._begin is not None:
@@ -73,7 +77,7 @@ class Heart:
                 self._limit = max(self.min_s, 3 * longest)
         self._begin, self._step = now, step
 
-    def failed(self, error):
+    def failed(self, error: BaseException) -> str:
         """This rank ends with an error: leave it for the others, and find out whether one of theirs came first.
 
         Returns the words about the rank that failed first, or an empty string where it is this one.
@@ -91,7 +95,7 @@ class Heart:
         self.close()
         return first
 
-    def close(self):
+    def close(self) -> None:
         """End the watchdog; the run is over, and the process may go on to something else."""
         self.phase(watchdog.FINISHED)
         faulthandler.unregister(watchdog.STACK_SIGNAL)
@@ -99,7 +103,7 @@ class Heart:
         self._process.wait()
         self._stacks.close()
 
-    def _first_failure(self):
+    def _first_failure(self) -> str:
         for name in sorted(os.listdir(self.folder)):
             kind, _, rank = name.partition("-")
             if kind in ("dead", "failed") and rank != str(self.rank):
@@ -107,7 +111,7 @@ class Heart:
         return ""
 
 
-def _may_be_an_echo(error):
+def _may_be_an_echo(error: BaseException) -> bool:
     """Whether an error may be but the echo of another rank's end: what gloo and NCCL raise where a peer is gone."""
     words = ("connection", "gloo", "nccl", "peer", "store", "socket")
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)

@@ -6,9 +6,15 @@ ranks; stages 1 and 2 cut the optimizer's flat groups, so a rank holds whole par
 0, and for frozen parameters below stage 3, every rank holds everything.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -23,12 +29,12 @@ class Slice:
     """
 
     name: str
-    shape: tuple
+    shape: tuple[int, ...]
     start: int
-    tensors: dict
+    tensors: dict[str, torch.Tensor]
     is_shared: bool
 
-    def share(self, rank, num_ranks):
+    def share(self, rank: int, num_ranks: int) -> tuple[int, dict[str, torch.Tensor]]:
         """(start, tensors) of what this rank saves: all of it, or an even part of what all ranks hold."""
         if not self.is_shared:
             return self.start, self.tensors
@@ -37,33 +43,55 @@ class Slice:
         return self.start + begin, {kind: tensor[begin:end] for kind, tensor in self.tensors.items()}
 
 
-def held_slices(engine, optimizer, rank):
-    """The `Slice`s of every parameter of which this rank holds a part, by name; `engine` is DeepSpeed's.
+def held_slices(engine: "DeepSpeedEngine", optimizer: torch.optim.Optimizer, rank: int) -> list[Slice]:
+    """The `Slice`s of every parameter of which this rank holds a part, by name.
 
     Optimizer state that does not exist before the first step is created as zeros, as the first step would.
     """
-    wrapper = engine.optimizer
-    if hasattr(wrapper, "fp32_partitioned_groups_flat"):
-        place = _stage3_place
-    elif hasattr(wrapper, "_lazy_init_hp_params_optimizer_state") or hasattr(wrapper, "bf16_groups"):
-        place = _mapped_place
-    else:
-        place = _whole_place
-    masters = _masters_of_bf16_without_zero(wrapper)
-    found = []
+    find = _finder(engine.optimizer, optimizer)
+    found: list[Slice] = []
     for name, parameter in engine.module.named_parameters():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        if parameter.requires_grad:
-            found += place(wrapper, optimizer, masters, name, shape, parameter, rank)
-        elif hasattr(parameter, "ds_tensor"):
-            found += _stage3_frozen(name, shape, parameter, rank)
-        else:
-            view = parameter.data.view(-1)
-            found.append(Slice(name=name, shape=shape, start=0, tensors={WEIGHT: view}, is_shared=True))
+        part = find(parameter, rank) if parameter.requires_grad else _frozen_part(parameter, rank)
+        if part is not None:
+            found += part.slices(name, shape)
     return found
 
 
-def publish_weights(engine):
+def _finder(wrapper: Any, optimizer: torch.optim.Optimizer) -> "Callable[[torch.nn.Parameter, int], _Part | None]":
+    """(parameter, rank) -> where DeepSpeed's wrapper keeps a trained parameter: a `_Part`, or None."""
+    if hasattr(wrapper, "fp32_partitioned_groups_flat"):
+        return functools.partial(_stage3_part, wrapper, optimizer)
+    if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state") or hasattr(wrapper, "bf16_groups"):
+        return functools.partial(_mapped_part, wrapper, optimizer)
+    return functools.partial(_whole_part, _masters_of_bf16_without_zero(wrapper), optimizer)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A stretch of a flat tensor that holds elements `start` and on of a parameter, and the moments of that tensor.
+
+    state: {kind: moment}, each as long as `flat`; empty where the parameter is frozen.
+    """
+
+    flat: torch.Tensor
+    offset: int
+    length: int
+    start: int
+    state: dict[str, torch.Tensor]
+    is_shared: bool = False
+
+    def slices(self, name: str, shape: tuple[int, ...]) -> list[Slice]:
+        """The slice, without the padding at the end; none where nothing is left."""
+        length = max(0, min(self.length, torch.Size(shape).numel() - self.start))
+        if not length and not self.is_shared:
+            return []
+        sources = {WEIGHT: self.flat.data, **{kind: self.state[kind] for kind in MOMENTS if self.state}}
+        tensors = {kind: source.view(-1).narrow(0, self.offset, length) for kind, source in sources.items()}
+        return [Slice(name=name, shape=shape, start=self.start, tensors=tensors, is_shared=self.is_shared)]
+
+
+def publish_weights(engine: "DeepSpeedEngine") -> None:
     """After weights were written into `held_slices`: bring the forward pass' copies up to date on every rank."""
     wrapper = engine.optimizer
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
@@ -77,66 +105,59 @@ def publish_weights(engine):
             parameter.data.copy_(master.data)
 
 
-def before_loading(engine):
+def before_loading(engine: "DeepSpeedEngine") -> None:
     """Give up gathered parameters, so that what is written into a partition is what a later gather finds."""
     if hasattr(engine.optimizer, "checkpoint_event_prologue"):
         engine.optimizer.checkpoint_event_prologue()
 
 
-def num_updates(optimizer):
+def num_updates(optimizer: torch.optim.Optimizer) -> int:
     """How many times the optimizer has moved the weights; skipped steps do not count."""
     counts = {int(state["step"]) for state in optimizer.state.values() if "step" in state}
     assert len(counts) <= 1, f"parameter groups were updated {sorted(counts)} times; all are stepped together"
     return max(counts, default=0)
 
 
-def set_num_updates(optimizer, number):
+def set_num_updates(optimizer: torch.optim.Optimizer, number: int) -> None:
     """Undo or redo the optimizer's count, on which its bias correction depends."""
     for state in optimizer.state.values():
         state["step"] = torch.as_tensor(float(number), dtype=torch.float32, device=state["step"].device)
 
 
-def _stage3_place(wrapper, optimizer, masters, name, shape, parameter, rank):
+def _stage3_part(wrapper: Any, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, rank: int) -> _Part:
     group, offset, length = wrapper.grad_position[wrapper.get_param_id(parameter)]
     flat = wrapper.fp32_partitioned_groups_flat[group]
-    return _cut(name, shape, length * rank, flat, offset, length, _state_of(optimizer, flat))
+    return _Part(flat, offset, length, length * rank, _state_of(optimizer, flat))
 
 
-def _stage3_frozen(name, shape, parameter, rank):
-    view = parameter.ds_tensor.data.view(-1)
-    return _cut(name, shape, view.numel() * rank, view, 0, view.numel(), {})
-
-
-def _mapped_place(wrapper, optimizer, masters, name, shape, parameter, rank):
+def _mapped_part(wrapper: Any, optimizer: torch.optim.Optimizer, parameter: Any, rank: int) -> _Part | None:
     mapping = parameter._hp_mapping
     if mapping is None:  # none of it is in this rank's partition
-        return []
-    group = mapping.param_group_index
+        return None
     flats = getattr(wrapper, "single_partition_of_fp32_groups", None) or wrapper.fp32_groups_flat_partition
-    address, start = mapping.hp_fragment_address, mapping.lp_fragment_address.start
-    return _cut(
-        name, shape, start, flats[group], address.start, address.numel, _state_of(optimizer, flats[group])
-    )  # fmt: skip
+    flat, address = flats[mapping.param_group_index], mapping.hp_fragment_address
+    start = mapping.lp_fragment_address.start
+    return _Part(flat, address.start, address.numel, start, _state_of(optimizer, flat))
 
 
-def _whole_place(wrapper, optimizer, masters, name, shape, parameter, rank):
+def _whole_part(
+    masters: dict[torch.Tensor, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    parameter: torch.nn.Parameter,
+    rank: int,
+) -> _Part:
     master = masters.get(parameter, parameter)
-    state = _state_of(optimizer, master)
-    tensors = {WEIGHT: master.data.view(-1), **{kind: state[kind].view(-1) for kind in MOMENTS}}
-    return [Slice(name=name, shape=shape, start=0, tensors=tensors, is_shared=True)]
+    return _Part(master, 0, master.numel(), 0, _state_of(optimizer, master), is_shared=True)
 
 
-def _cut(name, shape, start, flat, offset, length, state):
-    """The part of `flat` that is this parameter's, without the padding at its end."""
-    length = max(0, min(length, torch.Size(shape).numel() - start))
-    if not length:
-        return []
-    sources = {WEIGHT: flat.data, **{kind: state[kind] for kind in MOMENTS if state}}
-    tensors = {kind: source.narrow(0, offset, length) for kind, source in sources.items()}
-    return [Slice(name=name, shape=shape, start=start, tensors=tensors, is_shared=False)]
+def _frozen_part(parameter: Any, rank: int) -> _Part:
+    if not hasattr(parameter, "ds_tensor"):
+        return _Part(parameter, 0, parameter.numel(), 0, {}, is_shared=True)
+    flat = parameter.ds_tensor.data.view(-1)
+    return _Part(flat, 0, flat.numel(), flat.numel() * rank, {})
 
 
-def _state_of(optimizer, tensor):
+def _state_of(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     state = optimizer.state[tensor]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
@@ -144,7 +165,7 @@ def _state_of(optimizer, tensor):
     return state
 
 
-def _masters_of_bf16_without_zero(wrapper):
+def _masters_of_bf16_without_zero(wrapper: Any) -> dict[torch.Tensor, torch.Tensor]:
     """{bf16 parameter: fp32 master} of DeepSpeed's wrapper for stage 0, else empty."""
     if not hasattr(wrapper, "fp32_groups") or not hasattr(wrapper, "fp16_groups"):
         return {}

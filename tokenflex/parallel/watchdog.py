@@ -1,6 +1,6 @@
 """Watches one rank from outside: a process of its own, because what hangs cannot tell that it does.
 
-Every rank starts one (`Heart` in `heart.py`) and writes its pulse into a small shared file; the watchdog looks at it four
+Every rank starts one (`Heartbeat` in `heartbeat.py`) and writes its pulse into a small shared file; the watchdog looks at it four
 times a second. It ends its rank, whatever state that is in, when
 
 - the rank makes no progress for longer than its limit: every watchdog of the job then writes down where its rank stands,
@@ -19,7 +19,9 @@ import signal
 import struct
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 PULSE = struct.Struct("<QqddH62s")
 """count of pulses; step; time of the last one (monotonic seconds); seconds until it is missed; length of phase; phase."""
@@ -30,10 +32,12 @@ REPORTS_S = 3.0
 """How long the lowest rank's watchdog waits for the others' reports."""
 STACK_SIGNAL = signal.SIGUSR2
 """On it a rank writes the stacks of all its threads (`faulthandler`), even from within a call that never returns."""
+Report = dict[str, Any]
+"""Where a rank stands, as its watchdog writes it down for the others: see `settle_hang`."""
 IN_COLLECTIVE = ("torch/distributed/", "deepspeed/comm/")
 
 
-def watch(rank, num_ranks, process, pulse_path, folder, label):
+def watch(rank: int, num_ranks: int, process: int, pulse_path: str, folder: str | Path, label: str) -> None:
     """Watch process `process` until it ends or must be ended."""
     folder = Path(folder)
     with open(pulse_path, "rb") as file:
@@ -68,15 +72,24 @@ def watch(rank, num_ranks, process, pulse_path, folder, label):
                 return
 
 
-def settle_hang(folder, rank, num_ranks, process, standing, label):
+def settle_hang(
+    folder: Path, rank: int, num_ranks: int, process: int, standing: tuple[int, int, str, float], label: str
+) -> None:
     """Write down where this rank stands; on the lowest rank also name the culprit. Then end the rank."""
     count, step, phase, age = standing
     stack = stacks_of(folder, rank, process)
-    report = {"rank": rank, "count": count, "step": step, "phase": phase, "age_s": round(age, 1), "label": label}
+    report: Report = {
+        "rank": rank,
+        "count": count,
+        "step": step,
+        "phase": phase,
+        "age_s": round(age, 1),
+        "label": label,
+    }
     report |= {"state": state_of(process), "stopped_children": stopped_children(process), "stack": stack}
     write(folder / f"report-{rank}", report)
     deadline = time.monotonic() + REPORTS_S
-    reports = []
+    reports: list[Report] = []
     while time.monotonic() < deadline and len(reports) < num_ranks:
         time.sleep(0.1)
         reports = [json.loads((folder / name).read_text()) for name in os.listdir(folder) if name.startswith("report-")]
@@ -94,7 +107,7 @@ def settle_hang(folder, rank, num_ranks, process, standing, label):
     end(process)
 
 
-def judge(reports, num_ranks):
+def judge(reports: Sequence[Report], num_ranks: int) -> tuple[str, list[int]]:
     """(reason in words, culprit ranks) from what the watchdogs wrote down; pulses are counted alike on every rank."""
     missing = sorted(set(range(num_ranks)) - {entry["rank"] for entry in reports})
     if missing:
@@ -129,26 +142,28 @@ WORDS = {
 }
 
 
-def because(entries, reason):
+def because(entries: Sequence[Report], reason: str) -> tuple[str, list[int]]:
+    """A verdict on the ranks of some reports."""
     ranks = sorted(entry["rank"] for entry in entries)
     return f"rank {listed(ranks)} ({entries[0]['label']}) {reason} (step {entries[0]['step']})", ranks
 
 
-def listed(numbers):
+def listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def waits_in_collective(entry):
+def waits_in_collective(entry: Report) -> bool:
     """Whether any thread of the rank is inside a collective."""
     return any(part in entry["stack"] for part in IN_COLLECTIVE)
 
 
-def read_pulse(pulse):
+def read_pulse(pulse: mmap.mmap) -> tuple[int, int, float, float, str]:
+    """(count, step, time, limit, phase); see `PULSE`."""
     count, step, at, limit, length, phase = PULSE.unpack(pulse[: PULSE.size])
     return count, step, at, limit, phase[:length].decode(errors="replace")
 
 
-def stacks_of(folder, rank, process):
+def stacks_of(folder: Path, rank: int, process: int) -> str:
     """The rank's own account of its threads, or why there is none."""
     path = folder / f"stacks-{rank}"
     if state_of(process) in "Tt":
@@ -159,7 +174,7 @@ def stacks_of(folder, rank, process):
     return path.read_text(errors="replace")[-20_000:] if path.exists() else "none written"
 
 
-def state_of(process):
+def state_of(process: int) -> str:
     """The kernel's letter: R running, S sleeping, D in the kernel, T stopped, Z dead, X gone."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
@@ -167,11 +182,11 @@ def state_of(process):
         return "X"
 
 
-def is_gone(process):
+def is_gone(process: int) -> bool:
     return state_of(process) in "ZX" or os.getppid() != process
 
 
-def stopped_children(process):
+def stopped_children(process: int) -> list[int]:
     try:
         children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     except OSError:
@@ -179,13 +194,13 @@ def stopped_children(process):
     return [int(child) for child in children if state_of(int(child)) in "Tt"]
 
 
-def announce(folder, kind, rank, record):
+def announce(folder: Path, kind: str, rank: int, record: Report) -> None:
     """Leave an event for all watchdogs, once."""
     if not (folder / f"{kind}-{rank}").exists():
         write(folder / f"{kind}-{rank}", record)
 
 
-def describe_loss(folder, name):
+def describe_loss(folder: Path, name: str) -> str:
     """An event of a rank's end in words."""
     record = json.loads((folder / name).read_text())
     who = f"rank {name.partition('-')[2]} ({record['label']})"
@@ -196,25 +211,25 @@ def describe_loss(folder, name):
     )
 
 
-def write(path, record):
+def write(path: Path, record: Report) -> None:
     temporary = path.with_name("." + path.name)
     temporary.write_text(json.dumps(record))
     os.replace(temporary, path)
 
 
-def wait_for(path, seconds):
+def wait_for(path: Path, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
-def end(process):
+def end(process: int) -> None:
     """SIGKILL is the one signal that a stopped or wedged process obeys."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(process, signal.SIGKILL)
 
 
-def say(text):
+def say(text: str) -> None:
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
 

@@ -2,15 +2,13 @@
 
 import os
 import socket
-
-import torch
+from collections.abc import Mapping, Sequence
 
 from ..errors import UserError
+from .ranks import Ranks
 
-NAME_BYTES = 256
 
-
-def check_world(launch, device, environment=os.environ):
+def check_world(ranks: Ranks, environment: Mapping[str, str] = os.environ) -> str:
     """One line on the ranks of this job and their nodes, after every rank has checked it. Every rank must call it.
 
     Under slurm/job.py the number of ranks and the nodes must be those of the job's allocation.
@@ -19,7 +17,8 @@ def check_world(launch, device, environment=os.environ):
         UserError: the ranks are others than they should be.
     """
     own = environment.get("SLURMD_NODENAME") or socket.gethostname()
-    names = _gather_names(own, launch.num_ranks, device)
+    launch = ranks.launch
+    names = ranks.all_gather(own)
     nodes = list(dict.fromkeys(names))
     layout = ", ".join(f"{node}: {_ranks(names, node)}" for node in nodes)
     text = f"{launch.num_ranks} ranks on {len(nodes)} nodes ({layout}), started by {launch.launcher}"
@@ -38,16 +37,7 @@ def check_world(launch, device, environment=os.environ):
     return text
 
 
-def _gather_names(own, num_ranks, device):
-    mine = torch.zeros(NAME_BYTES, dtype=torch.uint8)
-    data = own.encode()[:NAME_BYTES]
-    mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    gathered = [torch.empty(NAME_BYTES, dtype=torch.uint8, device=device) for _ in range(num_ranks)]
-    torch.distributed.all_gather(gathered, mine.to(device))
-    return [bytes(name.cpu().tolist()).rstrip(b"\0").decode() for name in gathered]
-
-
-def _ranks(names, node):
+def _ranks(names: Sequence[str], node: str) -> str:
     ranks = [rank for rank, name in enumerate(names) if name == node]
     is_block = ranks == list(range(ranks[0], ranks[-1] + 1)) and len(ranks) > 1
     return f"{ranks[0]}-{ranks[-1]}" if is_block else " ".join(map(str, ranks))

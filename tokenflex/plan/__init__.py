@@ -4,7 +4,19 @@
 `planner` what the trainer calls.
 """
 
-from .mixture import Mixture, Source
-from .planner import EMPTY, LOSS_WEIGHTS, LeftOut, Pack, Planner, Position, StepPlan
+from .mixture import Lengths, Mixture, Source
+from .planner import LOSS_WEIGHTS, Planner
+from .steps import EMPTY, Dropped, Pack, Position, StepPlan
 
-__all__ = ["EMPTY", "LOSS_WEIGHTS", "LeftOut", "Mixture", "Pack", "Planner", "Position", "Source", "StepPlan"]
+__all__ = [
+    "EMPTY",
+    "LOSS_WEIGHTS",
+    "Dropped",
+    "Lengths",
+    "Mixture",
+    "Pack",
+    "Planner",
+    "Position",
+    "Source",
+    "StepPlan",
+]

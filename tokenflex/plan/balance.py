@@ -8,17 +8,17 @@ they are. Everything is whole numbers and stable sorts, so each machine gets the
 """
 
 import bisect
+from typing import NamedTuple
 
 import numpy as np
 
-CANDIDATES = 12
-"""Samples per pack that are tried in an exchange; 12 x 12 pairs land within a few tokens of any difference."""
+from .loads import Capacity, Loads, members_of, slots_of
+
 ROUNDS = 20
 MAX_LEFT_OVER = 40
 """Samples that a caller may accept as left over. More packs than this that hold too much are not repaired but given up."""
 REPAIR_ROUNDS = 6
 """Tries of a pack that holds too much, each with another partner."""
-REPAIR_CANDIDATES = 40
 TOKENS_PER_TILE = 32
 """What a tile of difference counts against tokens of difference while packs are levelled."""
 
@@ -32,7 +32,14 @@ TRIM_PAIRS = 512
 """Pairs of packs that are tried in a round, whether few outliers try many partners each or many try one."""
 
 
-def balance(tokens, tiles, num_packs, max_tokens, max_tiles, is_kept=None):
+def balance(
+    tokens: np.ndarray,
+    tiles: np.ndarray,
+    num_packs: int,
+    max_tokens: int,
+    max_tiles: int,
+    is_kept: np.ndarray | None = None,
+) -> np.ndarray:
     """Samples -> packs, level in tokens and tiles.
 
     Args:
@@ -45,31 +52,29 @@ def balance(tokens, tiles, num_packs, max_tokens, max_tiles, is_kept=None):
         `MAX_LEFT_OVER` left over it is a failed try: packs may then hold too much.
     """
     tokens, tiles = np.asarray(tokens, np.int64), np.asarray(tiles, np.int64)
+    capacity = Capacity(max_tokens, max_tiles)
     pack = _deal(tokens, tiles, num_packs)
     if num_packs > 1 and len(tokens):
         _level(pack, tokens, tiles, num_packs)
-        over = _is_over(pack, tokens, tiles, num_packs, max_tokens, max_tiles)
+    loads = Loads.of(pack, tokens, tiles, num_packs)
+    if num_packs > 1 and len(tokens):
+        over = loads.is_over(capacity)
         if over.sum() > max(MAX_LEFT_OVER, num_packs // 10):  # too coarse for so few packs: the caller tries with less
             pack[_smallest_of_each(pack, tokens, over)] = -1
             return pack
-        _repair(pack, tokens, tiles, num_packs, max_tokens, max_tiles)
-    _take_out(pack, tokens, tiles, num_packs, max_tokens, max_tiles, is_kept)
+        _repair(loads, capacity)
+    _take_out(loads, capacity, np.zeros(len(tokens), bool) if is_kept is None else is_kept)
     return pack
 
 
-def _is_over(pack, tokens, tiles, num_packs, max_tokens, max_tiles):
-    load = np.bincount(pack, weights=tokens, minlength=num_packs)
-    return (load > max_tokens) | (np.bincount(pack, weights=tiles, minlength=num_packs) > max_tiles)
-
-
-def _smallest_of_each(pack, tokens, chosen):
+def _smallest_of_each(pack: np.ndarray, tokens: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """The smallest sample of each chosen pack: their places."""
     order = np.lexsort((tokens, pack))
     order = order[chosen[pack[order]]]
     return order[np.append(True, np.diff(pack[order]) != 0)]
 
 
-def _deal(tokens, tiles, num_packs):
+def _deal(tokens: np.ndarray, tiles: np.ndarray, num_packs: int) -> np.ndarray:
     """Longest first to the least loaded pack: images by tokens and tiles together, then the text that has no image."""
     pack = np.empty(len(tokens), np.int64)
     has_image = tiles > 0
@@ -83,7 +88,7 @@ def _deal(tokens, tiles, num_packs):
     return pack
 
 
-def _to_least_loaded(sizes, load):
+def _to_least_loaded(sizes: np.ndarray, load: np.ndarray) -> np.ndarray:
     """The greedy rule, many at a time: all packs that stay below the least one's next load get their sample together."""
     pack = np.empty(len(sizes), np.int64)
     done = 0
@@ -97,40 +102,32 @@ def _to_least_loaded(sizes, load):
     return pack
 
 
-def _level(pack, tokens, tiles, num_packs):
+def _level(pack: np.ndarray, tokens: np.ndarray, tiles: np.ndarray, num_packs: int) -> None:
     """Exchange samples between pairs of packs, in place, until nothing moves or the rounds are over."""
-    tokens_S = np.append(tokens, 0).astype(np.int32)
-    tiles_S = np.append(tiles, 0).astype(np.int32) * TOKENS_PER_TILE
-    load = np.bincount(pack, weights=tokens, minlength=num_packs).astype(np.int32)
-    tile_load = np.bincount(pack, weights=tiles, minlength=num_packs).astype(np.int32) * TOKENS_PER_TILE
-    slots = _slots(pack, num_packs)
+    loads = Loads.of(pack, tokens, tiles * TOKENS_PER_TILE, num_packs, np.int32)
+    slots = slots_of(pack, num_packs)
     half = num_packs // 2
     for number in range(ROUNDS):
-        key = tile_load.astype(np.int64) * 2**31 + load if number % 3 == 1 else load
+        key = loads.tiles.astype(np.int64) * 2**31 + loads.tokens if number % 3 == 1 else loads.tokens
         order = np.argsort(key, kind="stable")
         low, high = order[:half], order[::-1][:half]
-        apart = np.abs(load[low] - load[high]) + np.abs(tile_load[low] - tile_load[high])
+        apart = np.abs(loads.tokens[low] - loads.tokens[high]) + np.abs(loads.tiles[low] - loads.tiles[high])
         uneven = apart > 4
         if not uneven.any():
             break
         low, high, apart = low[uneven], high[uneven], apart[uneven]
-        first, second, after = _best_exchange(
-            slots[low], slots[high], load[low] - load[high], tile_load[low] - tile_load[high], tokens_S, tiles_S
-        )
+        first, second, after = _best_exchange(loads, slots[low], slots[high], low, high)
         better = np.flatnonzero(after < apart)
         low, high, first, second = low[better], high[better], first[better], second[better]
         ours, theirs = slots[low, first], slots[high, second]
         slots[low, first], slots[high, second] = theirs, ours
-        for sizes, loads in ((tokens_S, load), (tiles_S, tile_load)):
-            change = sizes[theirs] - sizes[ours]
-            loads[low] += change
-            loads[high] -= change
-        pack[ours[ours >= 0]] = high[ours >= 0]
-        pack[theirs[theirs >= 0]] = low[theirs >= 0]
+        loads.exchange(ours, low, theirs, high)
         slots[:, -1] = -1  # what was moved into the free place stays in its pack, out of the exchange
 
 
-def trim(pack, tokens, tiles, num_packs, row_packs, max_tokens):
+def trim(
+    pack: np.ndarray, tokens: np.ndarray, tiles: np.ndarray, num_packs: int, row_packs: int, max_tokens: int
+) -> None:
     """Lower the most tiles of rows by exchanges, in place: a row waits for its fullest pack, and levelling leaves outliers.
 
     Rows are the packs in the order of their tiles, `row_packs` at a time. A pack above nearly all of its row gives tiles to a
@@ -141,158 +138,135 @@ def trim(pack, tokens, tiles, num_packs, row_packs, max_tokens):
         pack, tokens, tiles: [S] per sample; every sample has a pack, and no pack holds too much before or after.
         num_packs, row_packs, max_tokens: packs (whole rows), packs side by side, and what a pack may hold.
     """
-    tokens_S, tiles_S = np.append(tokens, 0).astype(np.int32), np.append(tiles, 0).astype(np.int32)
-    load = np.bincount(pack, weights=tokens, minlength=num_packs).astype(np.int32)
-    tile_load = np.bincount(pack, weights=tiles, minlength=num_packs).astype(np.int32)
+    loads = Loads.of(pack, tokens, tiles, num_packs, np.int32)
     for number in range(TRIM_ROUNDS):
-        order = np.argsort(-tile_load, kind="stable")
-        by_row = tile_load[order].reshape(-1, row_packs)
-        if (by_row[:, :1] - by_row).sum() * 1000 <= TRIM_FROM * by_row.sum():
+        outliers = _outliers(loads.tiles, row_packs, number)
+        if outliers is None:
             return
-        room = by_row[:, row_packs // TRIM_SHARE][:, None] - by_row
-        num_above = np.repeat((room < 0).sum(1), row_packs)
-        room = room.reshape(-1)
-        givers = np.flatnonzero(room < 0)
-        givers = givers[np.argsort(num_above[givers], kind="stable")][
-            :TRIM_PAIRS
-        ]  # a row counts only when all are done
-        takers = np.flatnonzero(room > 1)
-        if not len(givers) or not len(takers):
-            return
-        tries = min(TRIM_PAIRS // len(givers), len(takers))
-        partner = (
-            np.arange(tries * len(givers)) * len(takers) // (tries * len(givers)) + 7 * number
-        )  # others each round
-        takers, column = np.unique(takers[partner % len(takers)], return_inverse=True)
-        column = column.reshape(tries, len(givers)).T
-        excess, room = -room[givers], room[takers]
-        givers, takers = order[givers], order[takers]
-        slots = _members(pack, np.concatenate([givers, takers]), num_packs)
-        ours, theirs = slots[: len(givers), None, :, None], slots[len(givers) :][column][:, :, None, :]
-        more, more_tiles = (
-            tokens_S[ours] - tokens_S[theirs],
-            tiles_S[ours] - tiles_S[theirs],
-        )  # [givers, tries, ours, theirs]
-        fits = (more <= max_tokens - load[takers][column][:, :, None, None]) & (more_tiles > 0)
-        fits &= (more >= load[givers][:, None, None, None] - max_tokens) & (
-            more_tiles <= room[column][:, :, None, None]
-        )
-        gain = np.minimum(more_tiles, excess[:, None, None, None])
-        worth = np.where(fits, gain * 2**20 - np.abs(more), -1).reshape(len(givers), -1)
-        best = worth.argmax(1)
-        done = np.flatnonzero(worth[np.arange(len(givers)), best] >= 0)
-        tried, mine, other = np.unravel_index(best[done], (tries, slots.shape[1], slots.shape[1]))
-        taker = column[done, tried]
-        taker, first = np.unique(taker, return_index=True)  # a pack exchanges with one at a time
-        mine, other = slots[done[first], mine[first]], slots[len(givers) + taker, other[first]]
-        giver, taker = givers[done[first]], takers[taker]
-        for sizes, loads in ((tokens_S, load), (tiles_S, tile_load)):
-            change = sizes[mine] - sizes[other]
-            loads[giver] -= change
-            loads[taker] += change
-        pack[mine[mine >= 0]] = taker[mine >= 0]
-        pack[other[other >= 0]] = giver[other >= 0]
+        _even_out(loads, outliers, max_tokens)
 
 
-def _repair(pack, tokens, tiles, num_packs, max_tokens, max_tiles):
+class _Outliers(NamedTuple):
+    """Packs above nearly all of their row, and packs with room that each of them tries.
+
+    givers [G], takers [K]: packs. excess [G], room [K]: tiles above, and below, nearly all of the row. column [G, tries]:
+    which takers each giver tries.
+    """
+
+    givers: np.ndarray
+    takers: np.ndarray
+    excess: np.ndarray
+    room: np.ndarray
+    column: np.ndarray
+
+
+def _outliers(tile_load: np.ndarray, row_packs: int, number: int) -> _Outliers | None:
+    """What round `number` of trimming tries; None where rows are level enough, or none can give or take."""
+    order = np.argsort(-tile_load, kind="stable")
+    by_row = tile_load[order].reshape(-1, row_packs)
+    if (by_row[:, :1] - by_row).sum() * 1000 <= TRIM_FROM * by_row.sum():
+        return None
+    room_by_row = by_row[:, row_packs // TRIM_SHARE][:, None] - by_row
+    num_above = np.repeat((room_by_row < 0).sum(1), row_packs)
+    room = room_by_row.reshape(-1)
+    givers, takers = np.flatnonzero(room < 0), np.flatnonzero(room > 1)
+    if not len(givers) or not len(takers):
+        return None
+    # a row counts only when all of its outliers are done: the rows with few of them first
+    givers = givers[np.argsort(num_above[givers], kind="stable")][:TRIM_PAIRS]
+    tries = min(TRIM_PAIRS // len(givers), len(takers))
+    num_pairs = tries * len(givers)
+    partner = np.arange(num_pairs) * len(takers) // num_pairs + 7 * number  # others each round
+    takers, column = np.unique(takers[partner % len(takers)], return_inverse=True)
+    return _Outliers(order[givers], order[takers], -room[givers], room[takers], column.reshape(tries, len(givers)).T)
+
+
+def _even_out(loads: Loads, found: _Outliers, max_tokens: int) -> None:
+    """Each giver's best exchange with one of its takers, a taker once."""
+    givers, takers, excess, room, column = found
+    slots = members_of(loads.pack, np.concatenate([givers, takers]), len(loads.tokens))
+    ours, theirs = slots[: len(givers), None, :, None], slots[len(givers) :][column][:, :, None, :]
+    more = loads.tokens_S[ours] - loads.tokens_S[theirs]  # [givers, tries, ours, theirs]
+    more_tiles = loads.tiles_S[ours] - loads.tiles_S[theirs]
+    fits = (more <= max_tokens - loads.tokens[takers][column][:, :, None, None]) & (more_tiles > 0)
+    fits &= more >= loads.tokens[givers][:, None, None, None] - max_tokens
+    fits &= more_tiles <= room[column][:, :, None, None]
+    gain = np.minimum(more_tiles, excess[:, None, None, None])
+    worth = np.where(fits, gain * 2**20 - np.abs(more), -1).reshape(len(givers), -1)
+    best = worth.argmax(1)
+    done = np.flatnonzero(worth[np.arange(len(givers)), best] >= 0)
+    tried, mine, other = np.unravel_index(best[done], (column.shape[1], slots.shape[1], slots.shape[1]))
+    taker, first = np.unique(column[done, tried], return_index=True)  # a pack exchanges with one at a time
+    mine, other = slots[done[first], mine[first]], slots[len(givers) + taker, other[first]]
+    loads.exchange(mine, givers[done[first]], other, takers[taker])
+
+
+def _repair(loads: Loads, capacity: Capacity) -> None:
     """Packs that still hold too much exchange with others far below, among many samples of both, in place."""
-    tokens_S, tiles_S = np.append(tokens, 0), np.append(tiles, 0)
-    load = np.bincount(pack, weights=tokens, minlength=num_packs).astype(np.int64)
-    tile_load = np.bincount(pack, weights=tiles, minlength=num_packs).astype(np.int64)
     for number in range(REPAIR_ROUNDS):
-        is_over = (load > max_tokens) | (tile_load > max_tiles)
+        is_over = loads.is_over(capacity)
         over, others = np.flatnonzero(is_over), np.flatnonzero(~is_over)
         if not len(over) or not len(others):
             return
-        lightest = others[np.argsort(load[others] + tile_load[others] * TOKENS_PER_TILE, kind="stable")]
+        lightest = others[np.argsort(loads.tokens[others] + loads.tiles[others] * TOKENS_PER_TILE, kind="stable")]
         over = over[: len(lightest)]
         lightest = np.roll(lightest[: 2 * len(over)], number * len(over) // 2)[: len(over)]  # other partners next time
-        slots = _members(pack, np.concatenate([over, lightest]), num_packs)
+        slots = members_of(loads.pack, np.concatenate([over, lightest]), len(loads.tokens))
         ours, theirs = slots[: len(over)], slots[len(over) :]
-        left = 0
-        for sizes, loads, most, worth in (
-            (tokens_S, load, max_tokens, 1),
-            (tiles_S, tile_load, max_tiles, TOKENS_PER_TILE),
+        left = np.zeros(1, np.int64)
+        for sizes, held, most, worth in (
+            (loads.tokens_S, loads.tokens, capacity.tokens, 1),
+            (loads.tiles_S, loads.tiles, capacity.tiles, TOKENS_PER_TILE),
         ):
             more = sizes[ours][:, :, None] - sizes[theirs][:, None, :]
-            heavy, light = loads[over][:, None, None] - more, loads[lightest][:, None, None] + more
+            heavy, light = held[over][:, None, None] - more, held[lightest][:, None, None] + more
             excess = np.maximum(heavy - most, 0) + np.maximum(light - most, 0)
             left = left + worth * (np.abs(heavy - light) + excess * 2**20)
         best = left.reshape(len(over), -1).argmin(1)
-        rows = np.arange(len(over))
-        mine, other = ours[rows, best // ours.shape[1]], theirs[rows, best % ours.shape[1]]
-        for sizes, loads in ((tokens_S, load), (tiles_S, tile_load)):
-            change = sizes[mine] - sizes[other]
-            loads[over] -= change
-            loads[lightest] += change
-        pack[mine[mine >= 0]] = lightest[mine >= 0]
-        pack[other[other >= 0]] = over[other >= 0]
+        pairs = np.arange(len(over))
+        mine, other = ours[pairs, best // ours.shape[1]], theirs[pairs, best % ours.shape[1]]
+        loads.exchange(mine, over, other, lightest)
 
 
-def _members(pack, chosen, num_packs):
-    """Samples of the chosen packs, up to `REPAIR_CANDIDATES` spread over each, and one free place: [chosen, width + 1]."""
-    row = np.full(num_packs, -1)
-    row[chosen] = np.arange(len(chosen))
-    places = np.flatnonzero(row[pack] >= 0)
-    slots = _slots(
-        row[pack[places]], len(chosen), min(REPAIR_CANDIDATES, int(np.bincount(pack[places]).max(initial=1)))
-    )
-    return np.where(slots >= 0, places[slots], -1)
-
-
-def _best_exchange(slots_low, slots_high, token_gap, tile_gap, tokens, tiles):
+def _best_exchange(
+    loads: Loads, slots_low: np.ndarray, slots_high: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per pair of packs the two places whose exchange leaves the least difference: (place, place, difference left)."""
-    low, high = 2 * tokens[slots_low], 2 * tokens[slots_high]
-    left = np.abs((token_gap[:, None] - low)[:, :, None] + high[:, None, :])
-    low, high = 2 * tiles[slots_low], 2 * tiles[slots_high]
-    left += np.abs((tile_gap[:, None] - low)[:, :, None] + high[:, None, :])
+    ours, theirs = 2 * loads.tokens_S[slots_low], 2 * loads.tokens_S[slots_high]
+    gap = loads.tokens[low] - loads.tokens[high]
+    left = np.abs((gap[:, None] - ours)[:, :, None] + theirs[:, None, :])
+    ours, theirs = 2 * loads.tiles_S[slots_low], 2 * loads.tiles_S[slots_high]
+    gap = loads.tiles[low] - loads.tiles[high]
+    left += np.abs((gap[:, None] - ours)[:, :, None] + theirs[:, None, :])
     left = left.reshape(len(left), -1)
     best = left.argmin(1)
     width = slots_low.shape[1]
     return best // width, best % width, left[np.arange(len(left)), best]
 
 
-def _slots(pack, num_packs, width=CANDIDATES):
-    """Up to `width` samples of each pack, spread over its samples, and one free place: [packs, width + 1]."""
-    order = np.argsort(pack, kind="stable")
-    number = np.bincount(pack, minlength=num_packs)
-    step = np.maximum(number, width)[:, None] * np.arange(width) // width
-    places = np.minimum((np.cumsum(number) - number)[:, None] + step, len(order) - 1)
-    chosen = np.where(step < number[:, None], order[places], -1)
-    return np.concatenate([chosen, np.full((num_packs, 1), -1)], axis=1)
-
-
-def _take_out(pack, tokens, tiles, num_packs, max_tokens, max_tiles, is_kept):
+def _take_out(loads: Loads, capacity: Capacity, is_kept: np.ndarray) -> None:
     """Take samples out of packs that hold too much (the smallest that will do) and put them where they still fit."""
-    load = np.bincount(pack, weights=tokens, minlength=num_packs).astype(np.int64)
-    tile_load = np.bincount(pack, weights=tiles, minlength=num_packs).astype(np.int64)
-    taken = []
-    for number in np.flatnonzero((load > max_tokens) | (tile_load > max_tiles)):
-        inside = np.flatnonzero(pack == number)
-        while load[number] > max_tokens or tile_load[number] > max_tiles:
-            over = max(load[number] - max_tokens, 0), max(tile_load[number] - max_tiles, 0)
+    tokens, tiles, taken = loads.tokens_S, loads.tiles_S, []
+    for number in np.flatnonzero(loads.is_over(capacity)):
+        inside = np.flatnonzero(loads.pack == number)
+        while loads.tokens[number] > capacity.tokens or loads.tiles[number] > capacity.tiles:
+            over = max(loads.tokens[number] - capacity.tokens, 0), max(loads.tiles[number] - capacity.tiles, 0)
             enough = (tokens[inside] >= over[0]) & (tiles[inside] >= over[1])
             cost = tokens[inside] + np.where(enough, 0, 2**40)
             if not enough.any():
                 cost = -tokens[inside] - tiles[inside] * TOKENS_PER_TILE
-            if is_kept is not None:
-                cost = cost + is_kept[inside] * 2**50
-            place = inside[np.argmin(cost)]
+            place = int(inside[np.argmin(cost + is_kept[inside] * 2**50)])
             inside = inside[inside != place]
-            pack[place] = -1
-            load[number] -= tokens[place]
-            tile_load[number] -= tiles[place]
+            loads.move(place, -1)
             taken.append(place)
     for place in sorted(taken, key=lambda place: (-tokens[place], place)):
-        fits = (load + tokens[place] <= max_tokens) & (tile_load + tiles[place] <= max_tiles)
+        fits = loads.tokens + tokens[place] <= capacity.tokens
+        fits &= loads.tiles + tiles[place] <= capacity.tiles
         if fits.any():
-            number = int(np.argmax(np.where(fits, load, -1)))
-            pack[place] = number
-            load[number] += tokens[place]
-            tile_load[number] += tiles[place]
+            loads.move(place, int(np.argmax(np.where(fits, loads.tokens, -1))))
 
 
-def best_fit(tokens, tiles, num_packs, max_tokens, max_tiles):
+def best_fit(tokens: np.ndarray, tiles: np.ndarray, num_packs: int, max_tokens: int, max_tiles: int) -> np.ndarray:
     """Longest first, each into the pack with the least room that holds it: [S] packs, -1 for what fits nowhere.
 
     Less even than `balance`, denser where samples are so large that few combinations fill a pack.
@@ -314,7 +288,7 @@ def best_fit(tokens, tiles, num_packs, max_tokens, max_tiles):
     return pack
 
 
-def first_fit(tokens, tiles, num_packs, max_tokens, max_tiles):
+def first_fit(tokens: np.ndarray, tiles: np.ndarray, num_packs: int, max_tokens: int, max_tiles: int) -> np.ndarray:
     """Samples in their order, each into the first pack that holds it; the first that fits nowhere ends it.
 
     The sure way where balancing leaves too much over: returns [n] packs of the n samples that went in.

@@ -5,8 +5,11 @@ z3_waste = 1 - mean(V + L) / (max V + max L) over the ranks of a micro-step. It 
 """
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
+
+from ..config.schema import CostConfig
 
 
 @dataclass(frozen=True)
@@ -19,10 +22,13 @@ class PackTotals:
     samples: np.ndarray
 
 
-def totals(pack, tokens, tiles, num_packs, cost):
+def totals(pack: np.ndarray, tokens: np.ndarray, tiles: np.ndarray, num_packs: int, cost: CostConfig) -> PackTotals:
     """`PackTotals` of samples in packs: pack, tokens, tiles [S]; `cost` is the configuration's cost section."""
     tokens, tiles = np.asarray(tokens, np.float64), np.asarray(tiles, np.float64)
-    total = lambda values: np.bincount(pack, weights=values, minlength=num_packs)  # noqa: E731
+
+    def total(values: np.ndarray) -> np.ndarray:
+        return np.bincount(pack, weights=values, minlength=num_packs)
+
     language = total(cost.per_token * tokens + cost.per_token_pair * tokens**2)
     return PackTotals(total(tokens), total(tiles), language, np.bincount(pack, minlength=num_packs))
 
@@ -33,8 +39,10 @@ class Figures:
 
     capacity: int
     num_ranks: int
-    cost: object
-    sums: dict = field(default_factory=lambda: dict.fromkeys(("language", "vision", "max_language", "max_vision"), 0.0))
+    cost: CostConfig
+    sums: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("language", "vision", "max_language", "max_vision"), 0.0)
+    )
     num_packs: int = 0
     num_samples: int = 0
     num_tokens: int = 0
@@ -43,10 +51,10 @@ class Figures:
     max_tiles: int = 0
     max_tokens: int = 0
     fill: np.ndarray = field(default_factory=lambda: np.zeros(1001, np.int64))
-    steps: list = field(default_factory=list)
-    MAX_STEPS = 4096
+    steps: list[tuple[float, float, float]] = field(default_factory=list)
+    MAX_STEPS: ClassVar[int] = 4096
 
-    def add(self, packs):
+    def add(self, packs: PackTotals) -> None:
         """Packs (`PackTotals`) in emitted order; every `num_ranks` make a micro-step, an incomplete last one is not one."""
         used = packs.samples > 0
         self.num_packs += int(used.sum())
@@ -69,7 +77,7 @@ class Figures:
             waited = language.max(axis=1, initial=0) + vision.max(axis=1, initial=0)
             self.steps += list(zip(both.min(axis=1, initial=np.inf), both.mean(axis=1), waited))
 
-    def result(self):
+    def result(self) -> dict[str, Any]:
         """Shares between 0 and 1, and numbers; wastes are 0 where there is no whole micro-step."""
         waste = lambda mean, slowest: 1 - mean / slowest if slowest else 0.0  # noqa: E731
         sums = self.sums

@@ -6,6 +6,7 @@ the order of the shards and are shuffled inside windows only (for corpora that g
 interleaved by their shares of the epoch, evenly, and each source goes on in the next epoch where it stopped.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ MIXTURE_BLOCK = 1024
 """Positions over which sources hold their shares exactly."""
 
 
-def permute(places, size, key):
+def permute(places: np.ndarray, size: int, key: int) -> np.ndarray:
     """A keyed permutation of range(size), place by place: [N] int64 -> [N] int64, no table.
 
     A Feistel network over the next power of two, walked until it lands inside (fewer than two walks on average).
@@ -26,7 +27,7 @@ def permute(places, size, key):
         return np.zeros_like(places)
     bits = max(2, int(size - 1).bit_length())
     out = np.asarray(places).astype(np.uint64)
-    outside = slice(None)
+    outside: slice | np.ndarray = slice(None)
     while True:
         walked = _feistel(out[outside], bits, key)
         out[outside] = walked
@@ -36,7 +37,7 @@ def permute(places, size, key):
         outside = np.flatnonzero(wrong) if isinstance(outside, slice) else outside[wrong]
 
 
-def _feistel(x, bits, key):
+def _feistel(x: np.ndarray, bits: int, key: int) -> np.ndarray:
     high_bits, low_bits = bits - bits // 2, bits // 2
     for number in range(ROUNDS):
         high, low = x >> np.uint64(low_bits), x & np.uint64((1 << low_bits) - 1)
@@ -47,7 +48,7 @@ def _feistel(x, bits, key):
     return x
 
 
-def _key(*parts):
+def _key(*parts: int) -> int:
     """One 64-bit key of several whole numbers."""
     key = np.zeros(1, np.uint64)
     for part in parts:
@@ -57,7 +58,7 @@ def _key(*parts):
 
 @dataclass
 class SourceOrder:
-    """Order of one source: `ids(places, turn)`.
+    """Order of one source: `ids(places, pass_number)`.
 
     shard_sizes [shards]: samples per shard. block_shards: shards that are shuffled together. window: samples shuffled
     together in the order of the shards; 0 permutes the shards and shuffles blocks of them.
@@ -68,33 +69,35 @@ class SourceOrder:
     block_shards: int
     window: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.size = int(np.sum(self.shard_sizes))
         self._first = np.cumsum(self.shard_sizes) - self.shard_sizes
-        self._turn = None
+        self._pass = None
 
-    def ids(self, places, turn):
-        """Samples at `places` [N] of pass `turn` over the source: [N] int64."""
-        blocks, starts = self._blocks(places, turn)
+    def ids(self, places: np.ndarray, pass_number: int) -> np.ndarray:
+        """Samples at `places` [N] of pass `pass_number` over the source: [N] int64."""
+        blocks, starts = self._blocks(places, pass_number)
         ids = np.empty(len(places), np.int64)
         for block in np.unique(blocks):
             at = np.flatnonzero(blocks == block)
             begin, end = starts(block)
-            ids[at] = begin + permute(places[at] - begin, end - begin, _key(self.seed, turn, block))
+            ids[at] = begin + permute(places[at] - begin, end - begin, _key(self.seed, pass_number, block))
         return ids if self.window else self._through_shards(ids)
 
-    def _blocks(self, places, turn):
+    def _blocks(self, places, pass_number):
         if self.window:
             return places // self.window, lambda b: (int(b) * self.window, min(self.size, (int(b) + 1) * self.window))
-        if self._turn != turn:
-            self._shards = np.argsort(keyed_uniform(self.seed, turn, np.arange(len(self.shard_sizes))), kind="stable")
+        if self._pass != pass_number:
+            self._shards = np.argsort(
+                keyed_uniform(self.seed, pass_number, np.arange(len(self.shard_sizes))), kind="stable"
+            )
             self._starts = np.append(0, np.cumsum(np.asarray(self.shard_sizes)[self._shards]))
             self._bounds = np.append(self._starts[:-1][:: self.block_shards], self.size)
-            self._turn = turn
+            self._pass = pass_number
         blocks = np.searchsorted(self._bounds, places, side="right") - 1
         return blocks, lambda b: (int(self._bounds[b]), int(self._bounds[b + 1]))
 
-    def _through_shards(self, places):
+    def _through_shards(self, places: np.ndarray) -> np.ndarray:
         """Places in the permuted row of shards -> sample ids."""
         shard = np.searchsorted(self._starts, places, side="right") - 1
         return self._first[self._shards[shard]] + places - self._starts[shard]
@@ -109,7 +112,7 @@ class MixtureOrder:
         seed: of the interleaving.
     """
 
-    def __init__(self, sources, per_epoch, seed):
+    def __init__(self, sources: Sequence[SourceOrder], per_epoch: Sequence[int], seed: int):
         self.sources = sources
         self.per_epoch = [int(number) for number in per_epoch]
         self.seed = seed
@@ -117,40 +120,43 @@ class MixtureOrder:
         self._num_blocks = max(1, self.size // MIXTURE_BLOCK)
         self._base = np.cumsum([0, *(source.size for source in sources)])
 
-    def read(self, epoch, begin, end):
+    def read(self, epoch: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions [begin, end) of an epoch -> (sample ids, pass over the source that each belongs to), both [N] int64."""
         if len(self.sources) == 1:
             return self._of_source(0, epoch, np.arange(begin, end))
-        ids, turns = np.empty(end - begin, np.int64), np.empty(end - begin, np.int64)
+        ids, passes = np.empty(end - begin, np.int64), np.empty(end - begin, np.int64)
         block = begin * self._num_blocks // max(self.size, 1)
         while self._start(block) > begin:
             block -= 1
         while self._start(block) < end:
-            self._read_block(epoch, block, begin, end, ids, turns)
+            at, own, passes_of = self._read_block(epoch, block, begin, end)
+            ids[at], passes[at] = own, passes_of
             block += 1
-        return ids, turns
+        return ids, passes
 
-    def _start(self, block):
+    def _start(self, block: int) -> int:
         return sum(number * block // self._num_blocks for number in self.per_epoch)
 
-    def _read_block(self, epoch, block, begin, end, ids, turns):
+    def _read_block(self, epoch: int, block: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What of positions [begin, end) lies in a block: (places from `begin` on, sample ids, passes), all [N]."""
         first, last = self._start(block), self._start(block + 1)
         places = np.arange(max(first, begin), min(last, end))
         slots = permute(places - first, last - first, _key(self.seed, epoch, block, 1))
+        ids, passes = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
         for number, share in enumerate(self.per_epoch):
             low, high = share * block // self._num_blocks, share * (block + 1) // self._num_blocks
             mine = np.flatnonzero((slots >= 0) & (slots < high - low))
             if len(mine):
-                at = places[mine] - begin
-                ids[at], turns[at] = self._of_source(number, epoch, low + slots[mine])
+                ids[mine], passes[mine] = self._of_source(number, epoch, low + slots[mine])
             slots = slots - (high - low)
+        return places - begin, ids, passes
 
-    def _of_source(self, number, epoch, places):
+    def _of_source(self, number: int, epoch: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         source = self.sources[number]
         consumed = epoch * self.per_epoch[number] + places
-        turns, places = consumed // source.size, consumed % source.size
+        passes, places = consumed // source.size, consumed % source.size
         ids = np.empty(len(places), np.int64)
-        for turn in np.unique(turns):
-            at = np.flatnonzero(turns == turn)
-            ids[at] = source.ids(places[at], int(turn))
-        return self._base[number] + ids, turns
+        for pass_number in np.unique(passes):
+            at = np.flatnonzero(passes == pass_number)
+            ids[at] = source.ids(places[at], int(pass_number))
+        return self._base[number] + ids, passes

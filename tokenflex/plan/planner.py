@@ -5,15 +5,17 @@ What it has to remember between two windows is a few positions, so a run's place
 next plan after a resume costs one window, however large the corpus is.
 """
 
-import hashlib
-from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..budget import VisualTokenBudget
+from ..config import DataConfig
 from ..errors import UserError
-from .mixture import Mixture, Source
-from .window import PackLimits, Samples, State, plan_window
+from .mixture import Lengths, Mixture, Source, draw_key
+from .steps import EMPTY, Dropped, Pack, Position, StepPlan
+from .window import PackLimits, Samples, State, Window, plan_window
 
 LOSS_WEIGHTS = {
     "token": lambda num_learned: np.ones_like(num_learned, dtype=np.float64),
@@ -26,82 +28,6 @@ PLANNER_VERSION = 2
 """Raised with every change that gives some sample another pack or place: a run goes on under the version it began with."""
 MIN_WINDOW_PACKS = 512
 """Fewer packs than this in a window leave too little choice for equal packs, and cost more time per sample."""
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where in the data a run is: the next step to run is `step` of `epoch`.
-
-    The rest says where the window begins that this step begins in (`State`; empty at the start of an epoch) and how many of
-    the window's rows are done.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    frontier: int = 0
-    cursors: tuple = ()
-    waited: tuple = ()
-    fills: tuple = ()
-    left_over: tuple = ()
-    row: int = 0
-
-    def __post_init__(self):
-        for name in ("cursors", "waited", "fills", "left_over"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-
-    def as_dict(self):
-        """Plain JSON values, from which `Position(**values)` makes the position again."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-
-@dataclass(frozen=True)
-class Pack:
-    """Samples of one pack and the visual-token count of each: both [samples] int64. May be empty.
-
-    num_messages [samples]: how many messages of each conversation are used; 0 is all.
-    """
-
-    sample_ids: np.ndarray
-    counts: np.ndarray
-    num_messages: np.ndarray
-
-
-EMPTY = Pack(*[np.empty(0, np.int64)] * 3)
-"""Fills up a last row or step; its rank runs one token that teaches nothing."""
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """One optimizer step: `packs_per_step` packs, the weight of all its learned tokens together, and where the next begins."""
-
-    position: Position
-    packs: tuple
-    total_weight: float
-    next_position: Position
-
-    def digest(self):
-        """16 hex digits that ranks compare to find out that they plan the same."""
-        digest = hashlib.sha256()
-        for pack in self.packs:
-            digest.update(
-                np.concatenate([[len(pack.sample_ids)], pack.sample_ids, pack.counts]).astype("<i8").tobytes()
-            )
-        return digest.hexdigest()[:16]
-
-
-@dataclass
-class LeftOut:
-    """Samples that no pack gets, or not whole: how many for which reason, and the first of their ids."""
-
-    numbers: Counter = field(default_factory=Counter)
-    ids: dict = field(default_factory=dict)
-    MAX_LISTED = 1000
-
-    def add(self, reason, ids):
-        if len(ids):
-            self.numbers[reason] += len(ids)
-            listed = self.ids.setdefault(reason, [])
-            listed += [int(i) for i in ids[: self.MAX_LISTED - len(listed)]]
 
 
 class Planner:
@@ -119,7 +45,9 @@ class Planner:
             fewer samples than packs in a step.
     """
 
-    def __init__(self, index, budget, data, seed, loss_weighting):
+    def __init__(
+        self, index: Lengths | Mixture, budget: VisualTokenBudget, data: DataConfig, seed: int, loss_weighting: str
+    ):
         self.mixture = index if isinstance(index, Mixture) else Mixture([Source(index=index, over_long=data.over_long)])
         self.budget = budget
         self.data = data
@@ -134,18 +62,18 @@ class Planner:
             pair_cost=data.cost.per_token_pair,
         )
         self.order = self.mixture.order(seed, data.shuffle_shards, data.shuffle_window)
-        self.left_out = LeftOut()
+        self.dropped = Dropped()
         """What the epochs planned so far have left out."""
         self.window_packs = max(data.window_rows * data.lockstep_packs, MIN_WINDOW_PACKS)
         self.block = 1 << (self.window_packs.bit_length() - 1)
         self._check()
 
     @property
-    def epoch_size(self):
+    def epoch_size(self) -> int:
         """Samples per epoch, those that are left out counted."""
         return self.order.size
 
-    def _check(self):
+    def _check(self) -> None:
         """Refuse plans that cannot be before the first step."""
         largest, data = max(self.budget.counts), self.data
         if largest >= data.pack_length:
@@ -164,7 +92,7 @@ class Planner:
         if not num_usable:
             raise UserError("data.train: no sample is usable; each needs an assistant answer and must fit a pack")
 
-    def _check_source(self, source, largest):
+    def _check_source(self, source: Source, largest: int) -> int:
         """How many samples of a source have an answer and may fit; refuses over-long ones under `error`."""
         longest_text, num_usable = source.index.longest_text(), source.index.num_answered()
         tiles = np.arange(len(longest_text))
@@ -181,7 +109,8 @@ class Planner:
             "data.max_images_per_pack, or set data.over_long=drop"
         )
 
-    def _first_too_long(self, index, largest):
+    def _first_too_long(self, index: Lengths, largest: int) -> tuple[int, int]:
+        """(the first sample that may be longer than a pack, how many there are)."""
         first, number = -1, 0
         for begin in range(0, len(index.text_tokens), 2**20):
             text = index.text_tokens[begin : begin + 2**20].astype(np.int64)
@@ -194,14 +123,15 @@ class Planner:
             number += len(wrong)
         return first, number
 
-    def steps_from(self, position):
+    def steps_from(self, position: Position) -> Iterator[StepPlan]:
         """Yield `StepPlan`s without end, the first at `position`."""
         epoch = position.epoch
+        yield from self.epoch_steps(epoch, position)
         while True:
-            yield from self.epoch_steps(epoch, position)
-            epoch, position = epoch + 1, None
+            epoch += 1
+            yield from self.epoch_steps(epoch)
 
-    def epoch_steps(self, epoch, position=None):
+    def epoch_steps(self, epoch: int, position: Position | None = None) -> Iterator[StepPlan]:
         """Yield the steps of an epoch from `position` on (default: its start). The last is filled up with empty packs.
 
         Raises:
@@ -210,34 +140,32 @@ class Planner:
         rows_per_step = self.data.packs_per_step // self.data.lockstep_packs
         start = position or Position(epoch)
         rows = self._rows(epoch, start)
-        packs, weight, here, number = [], 0.0, start, start.step
+        packs: list[Pack] = []
+        weight, here, number = 0.0, start, start.step
         for row_packs, row_weight, after in rows:
             packs += row_packs
             weight += row_weight
             if len(packs) == rows_per_step * self.data.lockstep_packs:
                 if after.epoch == epoch:
                     after = replace(after, step=number + 1)
-                yield self._step(here, packs, weight, after)
+                yield StepPlan(here, tuple(packs), weight, after)
                 packs, weight, here, number = [], 0.0, after, number + 1
         if packs:
             packs += [EMPTY] * (self.data.packs_per_step - len(packs))
-            yield self._step(here, packs, weight, Position(epoch + 1))
+            yield StepPlan(here, tuple(packs), weight, Position(epoch + 1))
         elif number == 0:
             raise UserError("data.train: no sample is usable; each needs an assistant answer and must fit a pack")
 
-    def _step(self, here, packs, weight, after):
-        return StepPlan(here, tuple(packs), weight, after)
-
-    def _rows(self, epoch, position):
+    def _rows(self, epoch: int, position: Position) -> Iterator[tuple[list[Pack], float, Position]]:
         """Yield (packs of a row, their weight, position after it)."""
         skip = position.row
-        for state, window, after in self.windows(epoch, self.state_at(position), self.left_out):
+        for state, window, after in self.windows(epoch, self.state_at(position), self.dropped):
             bounds = np.searchsorted(window.pack, np.arange(window.num_packs + 1))
             samples, size = window.samples, window.row_packs
             weights = samples.learned * self.weight_of(samples.learned)
             for row in range(skip, len(window.row_queue)):
                 packs = [
-                    Pack(samples.id[low:high], samples.count[low:high], samples.turns[low:high])
+                    Pack(samples.id[low:high], samples.count[low:high], samples.num_messages[low:high])
                     for low, high in zip(bounds[row * size :], bounds[row * size + 1 : (row + 1) * size + 1])
                 ]
                 weight = float(weights[bounds[row * size] : bounds[(row + 1) * size]].sum())
@@ -253,16 +181,18 @@ class Planner:
                 )
             skip = 0
 
-    def state_at(self, position):
+    def state_at(self, position: Position) -> State:
         """The state of the window that a position is in."""
         if not position.cursors:
             return State.start(self.limits.num_queues)
         return State(position.frontier, position.cursors, position.waited, position.fills, position.left_over)
 
-    def windows(self, epoch, state=None, left_out=None):
+    def windows(
+        self, epoch: int, state: State | None = None, dropped: Dropped | None = None
+    ) -> Iterator[tuple[State, Window, State]]:
         """Yield (state before it, `Window`, state after it) from a state on to the end of the epoch.
 
-        `left_out` (`LeftOut`), if given, gets what is read on the way and left out.
+        `dropped` (`Dropped`), if given, gets what is read on the way and left out.
         """
         state = state or State.start(self.limits.num_queues)
         waiting = self._read_again(epoch, state)
@@ -274,7 +204,7 @@ class Planner:
             while window is None or (not len(window.row_queue) and frontier < self.epoch_size):
                 while tokens < wanted and frontier < self.epoch_size:
                     end = min(frontier + self.block, self.epoch_size)
-                    parts.append(self.read(epoch, frontier, end, left_out))
+                    parts.append(self.read(epoch, frontier, end, dropped))
                     tokens += int(parts[-1].tokens.sum())
                     frontier = end
                 waiting = Samples.join(parts)
@@ -288,7 +218,7 @@ class Planner:
             if len(window.row_queue):
                 yield before, window, state
 
-    def _read_again(self, epoch, state):
+    def _read_again(self, epoch: int, state: State) -> Samples:
         """The samples that wait at a state: those before its frontier that are not planned."""
         begin = min([state.frontier, *state.cursors, *state.left_over])
         parts = [
@@ -298,50 +228,85 @@ class Planner:
         parts = [part.take(state.still_waiting(part)) for part in parts]
         return Samples.join([self.read(epoch, 0, 0), *parts])
 
-    def read(self, epoch, begin, end, left_out=None):
+    def read(self, epoch: int, begin: int, end: int, dropped: Dropped | None = None) -> Samples:
         """Usable samples at positions [begin, end) of an epoch, with their counts drawn: `Samples`."""
         position = np.arange(begin, end)
-        ids, turns = self.order.read(epoch, begin, end)
-        text, learned, tiles = self.mixture.columns(ids)
-        count = np.empty(len(ids), np.int64)
-        for turn in np.unique(turns):
-            at = np.flatnonzero(turns == turn)
-            seen = epoch * self.epoch_size + position[at]
-            count[at] = self.budget.draw(self.seed, 2 * int(turn) + 1, ids[at], seen)
-        count[tiles == 0] = 0
-        num_messages = np.zeros(len(ids), np.int64)
-        too_long = (text + tiles * count > self.limits.max_tokens) | (tiles > self.limits.max_tiles)
+        ids, passes = self.order.read(epoch, begin, end)
+        lengths = _Lengths(*self.mixture.columns(ids), self._counts(epoch, position, ids, passes), np.zeros_like(ids))
+        lengths.count[lengths.tiles == 0] = 0
+        too_long = self._is_too_long(lengths)
         if too_long.any():
-            self._cut(ids, np.flatnonzero(too_long), count, text, learned, tiles, num_messages)
-            too_long = (text + tiles * count > self.limits.max_tokens) | (tiles > self.limits.max_tiles)
-            count[tiles == 0] = 0
-        if left_out is not None:
-            left_out.add("without an answer", ids[(learned == 0) & ~too_long])
-            left_out.add("longer than a pack", ids[too_long])
-            left_out.add("truncated at a turn", ids[num_messages > 0])
-        usable = np.flatnonzero((learned > 0) & ~too_long)
-        queue = np.full(len(ids), self.limits.text)
-        has_image = tiles > 0
+            self._truncate(ids, np.flatnonzero(too_long), lengths)
+            too_long = self._is_too_long(lengths)
+            lengths.count[lengths.tiles == 0] = 0
+        if dropped is not None:
+            dropped.add("without an answer", ids[(lengths.learned == 0) & ~too_long])
+            dropped.add("longer than a pack", ids[too_long])
+            dropped.add("truncated at a turn", ids[lengths.num_messages > 0])
+        samples = Samples(
+            position=position,
+            id=ids,
+            queue=self._queues(lengths),
+            count=lengths.count,
+            tokens=lengths.tokens,
+            tiles=lengths.tiles,
+            learned=lengths.learned,
+            num_messages=lengths.num_messages,
+        )
+        return samples.take(np.flatnonzero((lengths.learned > 0) & ~too_long))
+
+    def _counts(self, epoch: int, position: np.ndarray, ids: np.ndarray, passes: np.ndarray) -> np.ndarray:
+        """The visual-token count that each sample draws: [N] int64."""
+        count = np.empty(len(ids), np.int64)
+        for pass_number in np.unique(passes):
+            at = np.flatnonzero(passes == pass_number)
+            seen = epoch * self.epoch_size + position[at]
+            count[at] = self.budget.draw(self.seed, draw_key(int(pass_number)), ids[at], seen)
+        return count
+
+    def _is_too_long(self, lengths: "_Lengths") -> np.ndarray:
+        return (lengths.tokens > self.limits.max_tokens) | (lengths.tiles > self.limits.max_tiles)
+
+    def _queues(self, lengths: "_Lengths") -> np.ndarray:
+        """The queue that each sample waits in: [N] int64."""
+        queue = np.full(len(lengths.text), self.limits.text)
+        has_image = lengths.tiles > 0
         if self.data.mixing == "lockstep":
             for number, value in enumerate(self.budget.counts):
-                queue[has_image & (count == value)] = number
+                queue[has_image & (lengths.count == value)] = number
         else:
             queue[has_image] = 0
-        samples = Samples(position, ids, queue, count, text + tiles * count, tiles, learned, num_messages)
-        return samples.take(usable)
+        return queue
 
-    def _cut(self, ids, places, count, text, learned, tiles, num_messages):
+    def _truncate(self, ids: np.ndarray, places: np.ndarray, lengths: "_Lengths") -> None:
         """Samples of sources that truncate: end the conversation after the last answer that fits, in place."""
+        most = self.limits.max_tokens, self.limits.max_tiles
         for number, at in self.mixture.parts(ids[places]):
             source = self.mixture.sources[number]
             if source.over_long != "truncate":
                 continue
             for place in places[at]:
-                cut = source.index.cut(
-                    int(ids[place] - self.mixture.base[number]),
-                    int(count[place]),
-                    self.limits.max_tokens,
-                    self.limits.max_tiles,
-                )
+                own = int(ids[place] - self.mixture.base[number])
+                cut = source.index.cut(own, int(lengths.count[place]), *most)
                 if cut is not None:
-                    num_messages[place], text[place], learned[place], tiles[place] = cut
+                    lengths.end_early(int(place), cut)
+
+
+@dataclass
+class _Lengths:
+    """Columns [N] of samples while their lengths are settled; see `Samples`. text: tokens without visual ones."""
+
+    text: np.ndarray
+    learned: np.ndarray
+    tiles: np.ndarray
+    count: np.ndarray
+    num_messages: np.ndarray
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Text and visual tokens."""
+        return self.text + self.tiles * self.count
+
+    def end_early(self, place: int, cut: tuple[int, int, int, int]) -> None:
+        """Take the lengths of a conversation that is cut; see `Lengths.cut`."""
+        self.num_messages[place], self.text[place], self.learned[place], self.tiles[place] = cut

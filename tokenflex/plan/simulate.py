@@ -9,7 +9,10 @@ import resource
 import tempfile
 import time
 import zipfile
+from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,13 +20,14 @@ from ..budget import VisualTokenBudget
 from ..config import DataConfig
 from ..errors import UserError
 from .figures import Figures, totals
-from .mixture import Mixture, Source
-from .planner import LeftOut, Planner
+from .mixture import Lengths, Mixture, Source, draw_key
+from .planner import Planner
+from .steps import Dropped
 
 CHUNK = 2**20
 
 
-def make_planner(lengths, arguments):
+def make_planner(lengths: Lengths, arguments: Namespace) -> Planner:
     """The `Planner` of the command's arguments: one micro-step of `ranks` packs is one step.
 
     Raises:
@@ -52,19 +56,21 @@ def make_planner(lengths, arguments):
     return Planner(mixture, budget, data, arguments.seed, "token")
 
 
-def simulate(planner, epoch, out=None):
-    """Plan an epoch: (figures dict, `Figures`, `LeftOut`). `out` is the .npz that gets `sample`, `pack` and `count`.
+def simulate(
+    planner: Planner, epoch: int, out: str | os.PathLike | None = None
+) -> tuple[dict[str, Any], Figures, Dropped]:
+    """Plan an epoch: (figures dict, `Figures`, `Dropped`). `out` is the .npz that gets `sample`, `pack` and `count`.
 
     Raises:
         UserError: `out` cannot be written.
     """
     figures = Figures(planner.limits.max_tokens, planner.limits.row_packs, planner.data.cost)
-    left_out, first_pack, mixed, anonymous = LeftOut(), 0, 0, 0
+    dropped, first_pack, mixed, anonymous = Dropped(), 0, 0, 0
     writer = Writer(out, planner) if out else None
     memory_before = anonymous_memory()
     wall, cpu = time.perf_counter(), time.process_time()
     seconds = cpu_seconds = 0.0
-    for _, window, _ in planner.windows(epoch, left_out=left_out):
+    for _, window, _ in planner.windows(epoch, dropped=dropped):
         seconds += time.perf_counter() - wall
         cpu_seconds += time.process_time() - cpu
         samples = window.samples
@@ -75,11 +81,11 @@ def simulate(planner, epoch, out=None):
         first_pack += window.num_packs
         anonymous = max(anonymous, anonymous_memory())
         wall, cpu = time.perf_counter(), time.process_time()
-    result = figures.result()
-    excluded = sum(number for reason, number in left_out.numbers.items() if reason != "truncated at a turn")
+    result: dict[str, Any] = figures.result()
+    excluded = sum(number for reason, number in dropped.numbers.items() if reason != "truncated at a turn")
     result |= {
         "coverage_of_what_fits": figures.num_samples / max(planner.epoch_size - excluded, 1),
-        "left_out": dict(left_out.numbers),
+        "left_out": dict(dropped.numbers),
         "rows_of_mixed_counts": mixed,
         "samples_per_s": round(figures.num_samples / max(seconds, 1e-9)),
         "samples_per_cpu_s": round(figures.num_samples / max(cpu_seconds, 1e-9)),
@@ -89,10 +95,10 @@ def simulate(planner, epoch, out=None):
     }
     if writer:
         writer.close(epoch)
-    return result, figures, left_out
+    return result, figures, dropped
 
 
-def anonymous_memory():
+def anonymous_memory() -> int:
     """Bytes of this process that are no mapped file."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
@@ -107,7 +113,7 @@ class Writer:
     [samples]: visual tokens per tile of every sample by its number.
     """
 
-    def __init__(self, path, planner):
+    def __init__(self, path: str | os.PathLike, planner: Planner):
         self.path, self.planner = Path(path), planner
         self.dtype = np.dtype(np.int32 if planner.epoch_size < 2**31 else np.int64)
         try:
@@ -117,12 +123,12 @@ class Writer:
         self.files = {name: open(Path(self.folder.name) / name, "wb") for name in ("sample", "pack")}  # noqa: SIM115
         self.size = 0
 
-    def add(self, sample, pack):
+    def add(self, sample: np.ndarray, pack: np.ndarray) -> None:
         for name, values in (("sample", sample), ("pack", pack)):
             self.files[name].write(values.astype(self.dtype).tobytes())
         self.size += len(sample)
 
-    def close(self, epoch):
+    def close(self, epoch: int) -> None:
         """Put the file in place, whole or not at all."""
         whole = Path(self.folder.name) / "whole.npz"
         with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
@@ -133,7 +139,7 @@ class Writer:
         os.replace(whole, self.path)
         self.folder.cleanup()
 
-    def _member(self, archive, name, size, chunks):
+    def _member(self, archive: zipfile.ZipFile, name: str, size: int, chunks: Iterator[bytes]) -> None:
         with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
             header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (size,)}
             np.lib.format.write_array_header_1_0(file, header)
@@ -141,28 +147,31 @@ class Writer:
                 file.write(chunk)
 
     @staticmethod
-    def _chunks(path):
+    def _chunks(path: str) -> Iterator[bytes]:
         with open(path, "rb") as file:
             while chunk := file.read(2**22):
                 yield chunk
 
-    def _counts(self, epoch):
+    def _counts(self, epoch: int) -> Iterator[bytes]:
         planner = self.planner
         for begin in range(0, len(planner.mixture), CHUNK):
             ids = np.arange(begin, min(begin + CHUNK, len(planner.mixture)))
-            yield planner.budget.draw(planner.seed, 2 * epoch + 1, ids, ids).astype(self.dtype).tobytes()
+            yield planner.budget.draw(planner.seed, draw_key(epoch), ids, ids).astype(self.dtype).tobytes()
 
 
-def describe(result, planner):
+def describe(result: dict[str, Any], planner: Planner) -> str:
     """The figures as lines of text."""
-    percent = lambda name: f"{100 * result[name]:.2f} %"  # noqa: E731
+
+    def percent(name: str) -> str:
+        return f"{100 * result[name]:.2f} %"
+
     limits = planner.limits
-    left_out = ", ".join(f"{number} {reason}" for reason, number in result["left_out"].items()) or "none"
+    dropped = ", ".join(f"{number} {reason}" for reason, number in result["left_out"].items()) or "none"
     return "\n".join(
         [
             f"plan         {result['samples']} samples -> {result['packs']} packs of {limits.max_tokens} tokens and {limits.max_tiles} tiles, "
             f"{result['micro_steps']} whole micro-steps of {limits.row_packs} ranks",
-            f"coverage     {percent('coverage_of_what_fits')} of what fits; left out: {left_out}",
+            f"coverage     {percent('coverage_of_what_fits')} of what fits; left out: {dropped}",
             f"utilisation  {percent('utilisation')} of the packs' tokens",
             f"waste        language {percent('llm_waste')}, vision {percent('vision_waste')}, ZeRO-3 {percent('z3_waste')}",
             f"effective    {percent('effective')} = utilisation x (1 - ZeRO-3 waste)",
@@ -175,7 +184,7 @@ def describe(result, planner):
     )
 
 
-def plot(figures, folder):
+def plot(figures: Figures, folder: str | os.PathLike) -> None:
     """`fill.png` and `cost.png` under `folder`.
 
     Raises:
@@ -195,7 +204,7 @@ def plot(figures, folder):
     lowest = int(np.flatnonzero(figures.fill)[0]) if figures.fill.any() else 0
     axes.set(xlabel="fill of a pack in percent", ylabel="packs", yscale="log", xlim=(min(lowest / 10, 98), 100.2))
     figure.savefig(folder / "fill.png", dpi=120)
-    steps = np.array(figures.steps or [[0.0, 0.0, 0.0]])
+    steps = np.array(figures.steps or [(0.0, 0.0, 0.0)])
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     place = np.arange(len(steps))
     axes.fill_between(place, steps[:, 0], steps[:, 2], alpha=0.3, label="fastest rank to what all wait for")
@@ -206,7 +215,7 @@ def plot(figures, folder):
     plt.close("all")
 
 
-def write_json(result, path):
+def write_json(result: dict[str, Any], path: str | os.PathLike) -> None:
     """Write the figures.
 
     Raises:

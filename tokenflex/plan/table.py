@@ -2,6 +2,7 @@
 
 import zipfile
 from dataclasses import dataclass, field
+from os import PathLike
 
 import numpy as np
 
@@ -25,38 +26,39 @@ class LengthTable:
     _stats: dict = field(default_factory=dict)
 
     @property
-    def text_tokens(self):
+    def text_tokens(self) -> np.ndarray:
         return self.text
 
     @property
-    def num_tiles(self):
+    def num_tiles(self) -> np.ndarray:
         return self.tiles
 
     @property
-    def learned_tokens(self):
+    def learned_tokens(self) -> np.ndarray:
         return self.text if self.learned is None else self.learned
 
     @property
-    def shard_sizes(self):
+    def shard_sizes(self) -> np.ndarray:
         whole, rest = divmod(len(self.text), self.shard_size)
         return np.array([self.shard_size] * whole + [rest] * (rest > 0), np.int64)
 
-    def shard_of(self, sample_id):
+    def shard_of(self, sample_id: int) -> str:
         """Where a sample comes from, for messages."""
         return self.name
 
-    def num_answered(self):
+    def num_answered(self) -> int:
         """How many samples have something to learn."""
         return self._statistics()[1]
 
-    def longest_text(self):
+    def longest_text(self) -> np.ndarray:
         """Text tokens of the longest sample with each number of tiles, -1 where there is none: [tiles + 1] int64."""
         return self._statistics()[0]
 
-    def cut(self, sample_id, count, max_tokens, max_tiles):
+    def cut(self, sample_id: int, count: int, max_tokens: int, max_tiles: int) -> tuple[int, int, int, int] | None:
         """A table does not say where conversations could end, so none is truncated."""
+        return None
 
-    def _statistics(self):
+    def _statistics(self) -> tuple[np.ndarray, int]:
         """One pass over the table, a chunk at a time."""
         if not self._stats:
             longest, answered = np.full(1, -1, np.int64), 0
@@ -73,7 +75,7 @@ class LengthTable:
         return self._stats["result"]
 
 
-def load_table(path):
+def load_table(path: str | PathLike) -> LengthTable:
     """The `LengthTable` of an .npz file with the int arrays `text` and `tiles` [S]; mapped where it is not compressed.
 
     Raises:
@@ -100,7 +102,7 @@ def load_table(path):
     return LengthTable(text=text, tiles=tiles, name=str(path))
 
 
-def _member(archive, path, name):
+def _member(archive: zipfile.ZipFile, path: str | PathLike, name: str) -> np.ndarray:
     """One array of an .npz: memory-mapped if it is stored as it is, else read."""
     info = archive.getinfo(f"{name}.npy")
     if info.compress_type != zipfile.ZIP_STORED:

@@ -6,7 +6,9 @@ each in the order of the epoch; a window takes a stretch from the head of each q
 is described by one position per queue: that is the whole state of a run in its data.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,7 +30,7 @@ class Samples:
     """Columns of samples, in the order of the epoch; all [S] int64.
 
     position: place in the epoch. id: sample. queue: which queue it waits in. count: visual tokens per tile.
-    tokens, tiles, learned: text and visual tokens, tiles, learned tokens. turns: how many messages of it are used; 0: all.
+    tokens, tiles, learned: text and visual tokens, tiles, learned tokens. num_messages: how many of its messages are used; 0: all.
     """
 
     position: np.ndarray
@@ -38,16 +40,16 @@ class Samples:
     tokens: np.ndarray
     tiles: np.ndarray
     learned: np.ndarray
-    turns: np.ndarray
+    num_messages: np.ndarray
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.position)
 
-    def take(self, places):
+    def take(self, places: np.ndarray) -> "Samples":
         return Samples(*(getattr(self, field.name)[places] for field in fields(self)))
 
     @staticmethod
-    def join(parts):
+    def join(parts: Sequence["Samples"]) -> "Samples":
         return Samples(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Samples)))
 
 
@@ -60,20 +62,20 @@ class State:
     """
 
     frontier: int
-    cursors: tuple
-    waited: tuple
-    fills: tuple
-    left_over: tuple = ()
+    cursors: tuple[int, ...]
+    waited: tuple[int, ...]
+    fills: tuple[int, ...]
+    left_over: tuple[int, ...] = ()
 
     @staticmethod
-    def start(num_queues):
+    def start(num_queues: int) -> "State":
         return State(0, (0,) * num_queues, (0,) * num_queues, (FULLEST,) * num_queues)
 
-    def is_done(self, epoch_size):
+    def is_done(self, epoch_size: int) -> bool:
         """Whether an epoch of `epoch_size` positions is planned to its end."""
         return self.frontier == epoch_size and min(self.cursors) == epoch_size and not self.left_over
 
-    def still_waiting(self, samples):
+    def still_waiting(self, samples: Samples) -> np.ndarray:
         """Which of the samples before the frontier are not planned yet: [S] bool."""
         is_ahead = samples.position >= np.asarray(self.cursors)[samples.queue]
         return is_ahead | np.isin(samples.position, np.asarray(self.left_over, np.int64))
@@ -89,7 +91,7 @@ class Window:
     row_packs: int
 
     @property
-    def num_packs(self):
+    def num_packs(self) -> int:
         return len(self.row_queue) * self.row_packs
 
 
@@ -108,22 +110,23 @@ class PackLimits:
     pair_cost: int
 
     @property
-    def text(self):
+    def text(self) -> int:
         return self.num_queues - 1
 
 
-def plan_window(waiting, state, limits, is_end, seed):
+def plan_window(waiting: Samples, state: State, limits: PackLimits, is_end: bool, seed: int) -> tuple[Window, State]:
     """Whole rows from the heads of the queues: (Window, State after it).
 
     With `is_end` nothing more will come: everything that waits is planned, the last rows with mixed counts and perhaps
     empty packs. Without, the window may be empty: then more must be read first.
     """
-    rows, left = [], waiting
+    rows: list[_Rows] = []
+    left = waiting
     while True:
         taken, fills, left_over = _whole_rows(left, state, limits)
         rows += taken
         used = np.concatenate([np.empty(0, np.int64), *(members.position for members, _, _, _ in taken)])
-        state = _after(left, used, state, limits, fills, left_over, bool(taken))
+        state = _after(left, used, replace(state, fills=fills, left_over=left_over), bool(taken))
         left = left.take(~np.isin(left.position, used))
         if not taken or not is_end:
             break
@@ -132,31 +135,32 @@ def plan_window(waiting, state, limits, is_end, seed):
         members, pack, number = _mixed_rows(left, is_due, limits, is_end)
         rows.append((members, pack, number, -1))
         left_over = tuple(sorted({*state.left_over} - set(members.position.tolist())))
-        state = _after(left, members.position, state, limits, state.fills, left_over, True)
-        state = State(state.frontier, state.cursors, _reset(state.waited, is_due), state.fills, state.left_over)
+        state = _after(left, members.position, replace(state, left_over=left_over), True)
+        state = replace(state, waited=tuple(0 if due else number for number, due in zip(state.waited, is_due)))
     return _assemble(rows, limits, keyed_uniform(seed, state.frontier, np.arange(4096))), state
 
 
-def _reset(waited, is_due):
-    return tuple(0 if due else number for number, due in zip(waited, is_due))
-
-
-def _after(waiting, used, state, limits, fills, left_over, is_progress):
-    """The state once the samples at positions `used` are planned."""
+def _after(waiting: Samples, used: np.ndarray, state: State, is_progress: bool) -> State:
+    """The state once the samples at positions `used` are planned; its fills and left-over samples are those given."""
     cursors, waited = list(state.cursors), list(state.waited)
     is_used = np.isin(waiting.position, used)
-    for queue in range(limits.num_queues):
+    is_left_over = np.isin(waiting.position, np.asarray(state.left_over, np.int64))
+    for queue in range(len(cursors)):
         inside = waiting.queue == queue
-        rest = waiting.position[inside & ~is_used & ~np.isin(waiting.position, np.asarray(left_over, np.int64))]
+        rest = waiting.position[inside & ~is_used & ~is_left_over]
         cursors[queue] = int(rest[0]) if len(rest) else state.frontier
         if is_progress:
             took_some = (inside & is_used).any()
             waited[queue] = waited[queue] + 1 if inside.any() and not took_some else 0
-    return State(state.frontier, tuple(cursors), tuple(waited), tuple(fills), left_over)
+    return replace(state, cursors=tuple(cursors), waited=tuple(waited))
 
 
-def _whole_rows(waiting, state, limits):
-    """Rows of one queue each: ([(samples, pack [S], packs, queue)], fills, positions left over)."""
+_Rows = tuple[Samples, np.ndarray, int, int]
+"""Samples, the pack of each [S], how many packs, the queue (-1 is mixed)."""
+
+
+def _whole_rows(waiting: Samples, state: State, limits: PackLimits) -> tuple[list[_Rows], tuple, tuple]:
+    """Rows of one queue each: (rows, fills, positions left over)."""
     queues = [np.flatnonzero(waiting.queue == queue) for queue in range(limits.num_queues)]
     text = queues[limits.text]
     numbers, text_rows, spread = _rows_per_queue(waiting, queues, state.fills, limits)
@@ -167,9 +171,8 @@ def _whole_rows(waiting, state, limits):
         if not num_packs:
             continue
         own = queues[queue][:0] if is_text else queues[queue]
-        places, pack, fills[queue], num_text = _fill_packs(
-            waiting, own, text[text_done:], num_packs, fills[queue], spread, state.left_over, limits
-        )
+        heads = _Heads(own, text[text_done:], num_packs, spread)
+        places, pack, fills[queue], num_text = _fill_packs(waiting, heads, fills[queue], state.left_over, limits)
         text_done += num_text
         left_over += waiting.position[places[pack < 0]].tolist()
         places, pack = places[pack >= 0], pack[pack >= 0]
@@ -180,12 +183,14 @@ def _whole_rows(waiting, state, limits):
     return rows, tuple(fills), tuple(sorted({*left_over, *(untouched - used)}))
 
 
-def _room(tokens, tiles, limits):
+def _room(tokens: np.ndarray, tiles: np.ndarray, limits: PackLimits) -> np.ndarray:
     """Tokens of pack that samples take up: their own, or those of the packs that their tiles fill, whichever is more."""
     return np.maximum(tokens, tiles * limits.max_tokens / (limits.max_tiles * TILE_FILL))
 
 
-def _rows_per_queue(waiting, queues, fills, limits):
+def _rows_per_queue(
+    waiting: Samples, queues: list[np.ndarray], fills: tuple, limits: PackLimits
+) -> tuple[np.ndarray, int, float]:
     """How many rows each queue of images can fill with its share of the text, and how many text fills alone.
 
     Text goes first where tiles, not tokens, fill the packs; the rest is spread over all.
@@ -207,8 +212,20 @@ def _rows_per_queue(waiting, queues, fills, limits):
     return numbers, text_rows, spread
 
 
-def _fill_packs(waiting, own, text, num_packs, fill, spread, kept, limits):
+class _Heads(NamedTuple):
+    """What may go into the packs of one queue: places of its own samples and of text, and how much text images leave room for."""
+
+    own: np.ndarray
+    text: np.ndarray
+    num_packs: int
+    spread: float
+
+
+def _fill_packs(
+    waiting: Samples, heads: _Heads, fill: int, kept: tuple, limits: PackLimits
+) -> tuple[np.ndarray, np.ndarray, int, int]:
     """Heads of a queue and of the text into packs: (places, pack of each or -1, fill that worked, text samples taken)."""
+    own, text, num_packs, spread = heads
     share = MAX_LEFT_OVER // limits.num_queues
     fill = min(fill + 10, FULLEST)
     room = _room(np.cumsum(waiting.tokens[own]), np.cumsum(waiting.tiles[own]), limits)
@@ -240,7 +257,7 @@ def _fill_packs(waiting, own, text, num_packs, fill, spread, kept, limits):
     return places, pack, LOWEST, int(np.isin(places, text).sum())
 
 
-def _mixed_rows(left, is_due, limits, is_end):
+def _mixed_rows(left: Samples, is_due: np.ndarray, limits: PackLimits, is_end: bool) -> tuple[Samples, np.ndarray, int]:
     """Rows of any counts: all that is left at the end of an epoch, else the queues that waited too long and what fills up."""
     must = np.ones(len(left), bool) if is_end else is_due[left.queue]
     room = float(_room(left.tokens[must].sum(), left.tiles[must].sum(), limits))
@@ -260,10 +277,13 @@ def _mixed_rows(left, is_due, limits, is_end):
         number += max(1, number // 200, int(tokens[pack < 0].sum() // limits.max_tokens))
 
 
-def _assemble(rows, limits, shuffle):
+def _assemble(rows: list[_Rows], limits: PackLimits, shuffle: np.ndarray) -> Window:
     """Packs of each queue in the order of tiles and cost, cut into rows; the rows shuffled so that counts alternate."""
     size = limits.row_packs
-    parts, keys, queues, first_row = [], [], [], 0
+    parts: list[tuple[Samples, np.ndarray]] = []
+    keys: list[np.ndarray] = []
+    queues: list[int] = []
+    first_row = 0
     for members, pack, number, queue in rows:
         new_place = _by_cost(members, pack, number, limits)
         num_rows = -(-number // size)
@@ -288,7 +308,7 @@ def _assemble(rows, limits, shuffle):
     return Window(samples.take(by_pack), pack[by_pack], np.asarray(queues)[order], size)
 
 
-def _by_cost(members, pack, number, limits):
+def _by_cost(members: Samples, pack: np.ndarray, number: int, limits: PackLimits) -> np.ndarray:
     """New number of each pack, so that neighbours have equal tiles and nearly equal cost."""
     tiles = np.bincount(pack, weights=members.tiles, minlength=number).astype(np.int64)
     cost = np.bincount(

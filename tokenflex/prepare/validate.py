@@ -3,18 +3,22 @@
 import functools
 import hashlib
 import json
+from collections.abc import Callable, Sequence
+from os import PathLike
 from pathlib import Path
 
 from ..data.images import verify_image
-from ..data.problems import BadSample, Tally
-from ..data.sample import has_answer
+from ..data.problems import BadSample, Limits, Tally
+from ..data.sample import Sample, has_answer
 from ..data.scan import scan_shard
 from ..errors import UserError
 from ..files import over_processes
 from .convert.records import text_repairs
 
 
-def validate(shards, limits, num_workers=1, progress=None):
+def validate(
+    shards: Sequence[Path], limits: Limits, num_workers: int = 1, progress: Callable[[int], object] | None = None
+) -> tuple[Tally, list[BadSample]]:
     """Read and decode every sample: (`Tally`, the `BadSample`s in the shards' order).
 
     A key that came in an earlier shard is bad too. `progress(number)` is told of samples as shards are done.
@@ -22,7 +26,9 @@ def validate(shards, limits, num_workers=1, progress=None):
     Raises:
         UserError: a shard that cannot be opened.
     """
-    tally, problems, seen = Tally(), [], {}
+    tally = Tally()
+    problems: list[BadSample] = []
+    seen: dict[bytes, Path] = {}
     work = functools.partial(validate_shard, limits=limits)
     for shard, (found, bad, keys) in over_processes(work, shards, num_workers):
         tally.update(found)
@@ -39,7 +45,7 @@ def validate(shards, limits, num_workers=1, progress=None):
     return tally, problems
 
 
-def validate_shard(shard, limits):
+def validate_shard(shard: Path, limits: Limits) -> tuple[Tally, list[BadSample], list[tuple[bytes, str, int]]]:
     """(`Tally`, problems, [(digest of the key, key, offset)] of good samples) of one shard.
 
     Raises:
@@ -49,9 +55,7 @@ def validate_shard(shard, limits):
     try:
         for scanned in scan_shard(shard, limits):
             try:
-                if scanned.problem is not None:
-                    raise scanned.problem
-                tally.keep(check_sample(scanned.sample, limits))
+                tally.keep(check_sample(scanned.whole, limits))
                 digest = hashlib.blake2b(scanned.key.encode(), digest_size=12).digest()
                 keys.append((digest, scanned.key, scanned.offset))
             except BadSample as problem:
@@ -62,7 +66,7 @@ def validate_shard(shard, limits):
     return tally, problems, keys
 
 
-def check_sample(sample, limits):
+def check_sample(sample: Sample, limits: Limits) -> tuple[str, ...]:
     """Names of the repairs that a parsed sample needs, after decoding all of it.
 
     Raises:
@@ -79,7 +83,7 @@ def check_sample(sample, limits):
     return tuple(dict.fromkeys(repairs))
 
 
-def write_report(path, tally, problems):
+def write_report(path: str | PathLike, tally: Tally, problems: Sequence[BadSample]) -> None:
     """JSON lines: one per bad sample, then the counts.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from os import PathLike
 from pathlib import Path
 
 from ..errors import UserError
@@ -15,7 +16,7 @@ class Start:
 
     number: int
     job_id: str
-    nodes: list
+    nodes: list[str]
     began: float
     step_before: int
     status: int | None = None
@@ -27,10 +28,10 @@ class Starts:
     """All starts of a job (or of a chain of array tasks), kept in one JSON file."""
 
     path: Path
-    starts: list = field(default_factory=list)
+    starts: list[Start] = field(default_factory=list)
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | PathLike) -> "Starts":
         """The record at `path`; an empty one where there is none.
 
         Raises:
@@ -43,12 +44,12 @@ class Starts:
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}: not a record of starts ({error}); remove it to count from zero") from None
 
-    def save(self):
+    def save(self) -> None:
         """Write the record so that a kill leaves the old one or the new one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, json.dumps([asdict(start) for start in self.starts], indent=1))
 
-    def num_without_progress(self, step_now):
+    def num_without_progress(self, step_now: int) -> int:
         """Starts at the end of the record that left the newest checkpoint where they found it.
 
         `step_now` is where the newest checkpoint stands now, after the last of them.
@@ -62,7 +63,7 @@ class Starts:
         return number
 
 
-def newest_step(checkpoints):
+def newest_step(checkpoints: str | PathLike) -> tuple[int, float]:
     """(step, modification time in seconds) of the newest whole checkpoint in a folder; (0, 0.0) where there is none."""
     found = [(0, 0.0)]
     for folder in Path(checkpoints).glob("*"):
@@ -72,7 +73,7 @@ def newest_step(checkpoints):
     return max(found)
 
 
-def first_status(folder):
+def first_status(folder: str | PathLike) -> tuple[int, int] | None:
     """(rank, status) of the rank that was first to end with anything but 0, by the files the ranks leave; None without.
 
     One that ended well before the others says nothing about them, and what follows the first is its consequence.
@@ -82,10 +83,13 @@ def first_status(folder):
         text = path.read_text().strip()
         if text.isdecimal() and int(text) != DONE:
             ended.append((path.stat().st_mtime_ns, int(path.name.removeprefix("rank-")), int(text)))
-    return min(ended)[1:] if ended else None
+    if not ended:
+        return None
+    _, rank, status = min(ended)
+    return rank, status
 
 
-def outcome(srun_status, first):
+def outcome(srun_status: int, first: tuple[int, int] | None) -> int:
     """The job's status from srun's and the first rank's: DONE, REQUEUE, or why not to start again.
 
     srun reports the highest status, which is that of a rank killed for another's sake; so the first rank's word counts.

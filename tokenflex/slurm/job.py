@@ -11,14 +11,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from ..errors import UserError
 from ..layout import BAD_NODE, DONE, NO_PROGRESS, REQUEUE, STOP_SIGNALS, USER_ERROR
 from . import preflight
 from .attempts import Start, Starts, first_status, newest_step, outcome
 from .logs import MergedLog
-from .site import array_is_one_at_a_time, job_state, read_job, read_site
+from .site import Job, Site, array_is_one_at_a_time, job_state, read_job, read_site
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KINDS = ("train", "evaluate", "index")
@@ -34,7 +37,8 @@ LAUNCHER_VARIABLES = (
 """What another launcher may have left in the shell that submitted; ranks would believe it."""
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> int:
+    """Run this batch script's job; returns its exit status."""
     try:
         site, job = read_site(os.environ, sys.executable), read_job(os.environ)
         if not argv or argv[0] not in KINDS:
@@ -45,7 +49,8 @@ def main(argv):
         return USER_ERROR
 
 
-def say(text):
+def say(text: str) -> None:
+    """A line of the job's own log."""
     print(f"{time.strftime('%H:%M:%S')} [job] {text}", flush=True)
 
 
@@ -61,15 +66,15 @@ INTO_LOG = (
 class JobRun:
     """One start of one job, from the first check to the decision about the next."""
 
-    def __init__(self, site, job, kind, arguments):
+    def __init__(self, site: Site, job: Job, kind: str, arguments: Sequence[str]):
         self.site, self.job, self.kind, self.arguments = site, job, kind, list(arguments)
         self.script = ROOT / "launch" / f"{kind}.py"
         self.ranks_per_node = site.index_ranks_per_node if kind == "index" else site.ranks_per_node
         self.num_ranks = len(job.nodes) * self.ranks_per_node
-        self.srun = None
+        self.srun: subprocess.Popen | None = None
         self.is_disturbed = False
 
-    def run(self):
+    def run(self) -> int:
         """Run the job's steps; returns the exit status, having asked for a requeue if that is due."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._forward)
@@ -97,7 +102,7 @@ class JobRun:
             self._requeue()
         return start.status
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         """What launch/KIND.py says of the run it was asked for, by its --check: folders, or its own one-line error."""
         command = [*self._step(1, 1, "none"), *self._python(self.script), "--check", *self.arguments]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=self._environment())
@@ -109,7 +114,7 @@ class JobRun:
             raise SystemExit(done.returncode if done.returncode == USER_ERROR else 1)
         return json.loads(done.stdout.splitlines()[-1])
 
-    def _attempt(self, folder, described, starts):
+    def _attempt(self, folder: Path, described: dict[str, Any], starts: Starts) -> tuple[int, str]:
         """(status, decision) of the check of the nodes and the ranks' run."""
         rendezvous = self._check_nodes(folder / "nodes", described)
         if rendezvous is None:
@@ -135,7 +140,7 @@ class JobRun:
         status = outcome(srun_status, first)
         return status, self._decide(status, first, folder, starts)
 
-    def _decide(self, status, first, folder, starts):
+    def _decide(self, status: int, first: tuple[int, int] | None, folder: Path, starts: Starts) -> str:
         if status == DONE:
             return "done"
         if status != REQUEUE:
@@ -152,18 +157,18 @@ class JobRun:
             return "failed: no newer checkpoint after several starts"
         return "requeue"
 
-    def _show_culprit(self, first, folder):
+    def _show_culprit(self, first: tuple[int, int] | None, folder: Path) -> None:
         if first is None:
-            return say("no rank left a status: killed from outside (memory, node); see what srun says above")
+            say("no rank left a status: killed from outside (memory, node); see what srun says above")
+            return
         rank, status = first
         log = next(iter(sorted(folder.glob(f"rank-*{rank}.log"), key=lambda path: len(path.name))), None)
         node = self.job.nodes[rank // self.ranks_per_node]
         say(f"rank {rank} on {node} was the first to end, with status {status}; its log {log} ends with:")
         for line in log.read_text(errors="replace").splitlines()[-NUM_LINES_SHOWN:] if log else []:
             say(f"    {line}")
-        return None
 
-    def _silent_nodes(self, folder):
+    def _silent_nodes(self, folder: Path) -> list[str]:
         """Nodes that no longer start a task, of those on which a rank ended without a word."""
         if len(list((folder / "status").glob("rank-*"))) == self.num_ranks:
             return []
@@ -177,7 +182,7 @@ class JobRun:
             answers = late.stdout or b""
         return [node for node in self.job.nodes if node not in answers.decode().split()]
 
-    def _wait_for_slurm(self, silent):
+    def _wait_for_slurm(self, silent: Sequence[str]) -> str:
         """The decision when nodes died: SLURM's, which notices by itself (SlurmdTimeout) and starts the job without them."""
         say(f"{', '.join(silent)} does not answer: waiting for SLURM to start this job on other nodes")
         deadline = time.monotonic() + NODE_FAILURE_S
@@ -188,7 +193,7 @@ class JobRun:
             time.sleep(2)
         return "requeue"
 
-    def _state(self):
+    def _state(self) -> str:
         """SLURM's word for the job, asked again if a signal came meanwhile: a requeue would undo a scancel."""
         while True:
             self.is_disturbed = False
@@ -196,7 +201,7 @@ class JobRun:
             if not self.is_disturbed:
                 return state
 
-    def _requeue(self):
+    def _requeue(self) -> None:
         if self.is_disturbed and self._state() != "RUNNING":
             say("not requeued: SLURM has ended the job meanwhile")
             return
@@ -206,7 +211,7 @@ class JobRun:
                 f"scontrol requeue: {' '.join(done.stderr.split())}; submit the same command again, it goes on from there"
             )
 
-    def _chain_is_over(self, starts):
+    def _chain_is_over(self, starts: Starts) -> int | None:
         """For a task of an array: the exit status if the chain has ended before it, else None."""
         if not self.job.is_array:
             return None
@@ -220,7 +225,7 @@ class JobRun:
         say(f"task {self.job.array_task}: nothing to do, start {last.number} was the last ({last.decision})")
         return last.status
 
-    def _refuse(self, starts):
+    def _refuse(self, starts: Starts) -> int | None:
         """The exit status if the job was started too often without getting on, else None."""
         step, _ = newest_step(self.checkpoints)
         number = starts.num_without_progress(step)
@@ -234,7 +239,7 @@ class JobRun:
         )
         return NO_PROGRESS
 
-    def _arguments_of(self, starts):
+    def _arguments_of(self, starts: Starts) -> list[str]:
         """The script's arguments; --fresh holds until this job has a checkpoint of its own, else a requeue would lose it."""
         step, written = newest_step(self.checkpoints)
         if "--fresh" in self.arguments and step and written >= starts.starts[0].began and len(starts.starts) > 1:
@@ -242,7 +247,7 @@ class JobRun:
             return [argument for argument in self.arguments if argument != "--fresh"]
         return self.arguments
 
-    def _check_nodes(self, folder, described):
+    def _check_nodes(self, folder: Path, described: dict[str, Any]) -> dict[str, Any] | None:
         """The rendezvous {"address", "free_port"} if every node is fit; else None, having named those that are not."""
         folder.mkdir(exist_ok=True)
         writable = [described["folder"], *described["writable"], *self.site.writable]
@@ -265,7 +270,7 @@ class JobRun:
             return None
         return json.loads((folder / f"report-{self.job.nodes[0]}.json").read_text())
 
-    def _step(self, num_nodes, ranks_per_node, mpi, kills=True):
+    def _step(self, num_nodes: int, ranks_per_node: int, mpi: str, kills: bool = True) -> list[str]:
         """srun and its options for a step of `ranks_per_node` tasks on each of `num_nodes` nodes."""
         command = ["srun", f"--nodes={num_nodes}", f"--ntasks={num_nodes * ranks_per_node}", f"--mpi={mpi}"]
         command += [f"--ntasks-per-node={ranks_per_node}", f"--kill-on-bad-exit={int(kills)}"]
@@ -278,7 +283,7 @@ class JobRun:
             command += [f"--container-mounts={','.join(mounts)}"]
         return command
 
-    def _python(self, *arguments):
+    def _python(self, *arguments: object) -> list[str]:
         """The interpreter that ranks run, with a script and its arguments, within the container if there is one."""
         prefix = []
         if self.site.container.endswith(".sif"):
@@ -287,14 +292,14 @@ class JobRun:
             prefix = ["apptainer", "exec", *(["--nv"] if self.site.gpus_per_node else []), *binds, self.site.container]
         return [*prefix, self.site.python, *map(str, arguments)]
 
-    def _environment(self, **variables):
+    def _environment(self, **variables: str) -> dict[str, str]:
         environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
         # this checkout's code runs, whichever one the environment was made from
         paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         return {**environment, **variables}
 
-    def _forward(self, number, frame):
+    def _forward(self, number: int, frame: FrameType | None) -> None:
         """A signal that reached this process: the ranks have it from SLURM as well, except with --signal=B:..."""
         self.is_disturbed = True
         say(f"got {signal.Signals(number).name}; the ranks save and end")

@@ -16,8 +16,11 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from importlib import metadata
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("torch", "deepspeed", "transformers", "triton", "numpy", "safetensors", "webdataset")
 MAX_CLOCK_OFFSET_S = 2.0
@@ -28,12 +31,12 @@ PORTS = range(15000, 30000)
 """Below the range that Linux hands out by itself, so that a free port stays free until rank 0 takes it."""
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> int:
     """The node's part; returns 0 once its report is written, whatever it says."""
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the job stops after the check, which takes seconds
     arguments = parse(argv)
-    report = {
+    report: dict[str, Any] = {
         "node": arguments.node,
         "versions": versions(),
         "disks": [try_disk(path) for path in (*arguments.writable, os.environ.get("TMPDIR") or "/tmp")],
@@ -57,7 +60,8 @@ def main(argv):
     return 0
 
 
-def parse(argv):
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The node's part's options."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", required=True, help="shared folder for the reports")
     parser.add_argument("--node", default=os.environ.get("SLURMD_NODENAME") or socket.gethostname())
@@ -70,9 +74,9 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def problems(folder, nodes, num_gpus):
+def problems(folder: str | PathLike, nodes: Sequence[str], num_gpus: int) -> list[tuple[str, str]]:
     """[(node, what is wrong with it)] by the reports in `folder`; empty if every node is fit."""
-    reports = {}
+    reports: dict[str, dict[str, Any]] = {}
     for node in nodes:
         path = Path(folder) / f"report-{node}.json"
         if path.is_file():
@@ -106,9 +110,9 @@ def problems(folder, nodes, num_gpus):
     return sorted(found, key=lambda item: list(nodes).index(item[0]))
 
 
-def _network_problems(reports, first):
+def _network_problems(reports: Mapping[str, dict[str, Any]], first: str) -> list[tuple[str, str]]:
     """Peers that could not be reached (a node nobody reaches is named, not those who tried) and clocks that differ."""
-    tries = {}
+    tries: dict[str, dict[str, dict[str, Any]]] = {}
     for node, report in reports.items():
         for peer, result in report["peers"].items():
             if peer in reports:  # else it is named already
@@ -129,7 +133,7 @@ def _network_problems(reports, first):
     return found
 
 
-def peers_of(node, nodes):
+def peers_of(node: str, nodes: Sequence[str]) -> list[str]:
     """Nodes that `node` calls: the first (clocks are compared with it) and the next ones round the ring."""
     place = nodes.index(node)
     ring = [nodes[(place + step) % len(nodes)] for step in range(1, NUM_NEIGHBOURS + 1)]
@@ -139,20 +143,20 @@ def peers_of(node, nodes):
 class Doorbell:
     """A socket that answers each caller with the node's name and clock, in a thread of its own."""
 
-    def __init__(self, address, node):
+    def __init__(self, address: str, node: str):
         self._socket = socket.create_server((address or "0.0.0.0", 0))
         self.port = self._socket.getsockname()[1]
         self._node = node
         self._thread = threading.Thread(target=self._answer, daemon=True)
 
-    def __enter__(self):
+    def __enter__(self) -> "Doorbell":
         self._thread.start()
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self._socket.close()
 
-    def _answer(self):
+    def _answer(self) -> None:
         while True:
             try:
                 caller, _ = self._socket.accept()
@@ -163,9 +167,9 @@ class Doorbell:
                     return
 
 
-def ring_all(folder, peers, deadline):
+def ring_all(folder: Path, peers: Sequence[str], deadline: float) -> dict[str, dict[str, Any]]:
     """{peer: what `ring` says}, each called as soon as it is there; one that never comes holds up no other."""
-    answers = {}
+    answers: dict[str, dict[str, Any]] = {}
     while len(answers) < len(peers) and time.monotonic() < deadline:
         for peer in peers:
             hello = folder / f"hello-{peer}.json"
@@ -176,7 +180,7 @@ def ring_all(folder, peers, deadline):
     return {peer: answers.get(peer, silent) for peer in peers}
 
 
-def ring(place, peer):
+def ring(place: Mapping[str, Any], peer: str) -> dict[str, Any]:
     """Call a peer at {"address", "port"}: {"error": text or "", "offset_s": this clock minus the peer's}."""
     try:
         before = time.time()
@@ -190,7 +194,7 @@ def ring(place, peer):
     return {"error": "", "offset_s": middle - answer["time"]}
 
 
-def address_of(interface):
+def address_of(interface: str) -> str:
     """IPv4 address of a network interface; of the one that has the default route where none is named.
 
     Raises:
@@ -213,7 +217,7 @@ def address_of(interface):
         return probe.getsockname()[0]
 
 
-def free_port(seed):
+def free_port(seed: int) -> int:
     """A TCP port that nobody listens on, looked for from a place that depends on `seed` (the job)."""
     for step in range(len(PORTS)):
         port = PORTS[(seed * 7 + step) % len(PORTS)]
@@ -227,7 +231,7 @@ def free_port(seed):
     raise OSError(f"no free port in {PORTS.start}..{PORTS.stop}")
 
 
-def versions():
+def versions() -> dict[str, str]:
     """What must be equal on all nodes: Python, libraries, and this package's own code (by checksum)."""
     found = {"Python": platform.python_version()}
     for name in PACKAGES:
@@ -242,7 +246,7 @@ def versions():
     return {**found, "tokenflex": digest.hexdigest()[:12]}
 
 
-def try_disk(path):
+def try_disk(path: str | PathLike) -> dict[str, Any]:
     """Write, sync, read and remove a file under `path` (made if missing): {"path", "error", "free_bytes"}."""
     place = Path(path).expanduser()
     probe = place / f".preflight-{socket.gethostname()}-{os.getpid()}"
@@ -258,13 +262,14 @@ def try_disk(path):
         status = os.statvfs(place)
     except OSError as error:
         return {"path": str(path), "error": error.strerror or str(error), "free_bytes": 0}
-    error = "" if is_same else "what was written is not what was read"
-    return {"path": str(path), "error": error, "free_bytes": status.f_bavail * status.f_frsize}
+    problem = "" if is_same else "what was written is not what was read"
+    return {"path": str(path), "error": problem, "free_bytes": status.f_bavail * status.f_frsize}
 
 
-def try_gpus(number):
+def try_gpus(number: int) -> dict[str, Any]:
     """Multiply on every GPU that torch sees: {"names": of those that work, "error": text or ""}. Without GPUs: no torch."""
-    names, errors = [], []
+    names: list[str] = []
+    errors: list[str] = []
     if number:
         import torch
 
@@ -279,12 +284,12 @@ def try_gpus(number):
     return {"names": names, "error": "; ".join(errors)}
 
 
-def missing(folder, kind, nodes):
+def missing(folder: str | PathLike, kind: str, nodes: Sequence[str]) -> list[str]:
     """Nodes whose file of a kind is not there yet."""
     return [node for node in nodes if not (Path(folder) / f"{kind}-{node}.json").is_file()]
 
 
-def write_json(path, value):
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a file that readers see whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value))

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import UserError
@@ -36,11 +37,12 @@ class Job:
     folder: str
 
     @property
-    def is_array(self):
+    def is_array(self) -> bool:
+        """Whether it is a task of an array."""
         return bool(self.array_task)
 
 
-def read_site(environment, python):
+def read_site(environment: Mapping[str, str], python: str) -> Site:
     """The `Site` of exported variables; `python` runs this process and, without a container, the ranks.
 
     Raises:
@@ -68,7 +70,7 @@ def read_site(environment, python):
     )
 
 
-def read_job(environment):
+def read_job(environment: Mapping[str, str]) -> Job:
     """The `Job` that this process is the batch script of.
 
     Raises:
@@ -88,30 +90,30 @@ def read_job(environment):
     )
 
 
-def job_state(job_id):
+def job_state(job_id: str) -> str:
     """SLURM's word for what the job is doing now (RUNNING, CANCELLED, ...); empty where SLURM does not answer."""
     fields = _ask("scontrol", "show", "job", "--oneliner", job_id, may_fail=True).split()
     return next((field.partition("=")[2] for field in fields if field.startswith("JobState=")), "")
 
 
-def array_is_one_at_a_time(job_id):
+def array_is_one_at_a_time(job_id: str) -> bool:
     """Whether the array that `job_id` belongs to runs one task at a time (`--array=1-10%1`)."""
     fields = _ask("scontrol", "show", "job", "--oneliner", job_id, may_fail=True).split()
     return "ArrayTaskThrottle=1" in fields
 
 
-def _ask(*command, may_fail=False):
+def _ask(*command: str, may_fail: bool = False) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if done.returncode and not may_fail:
         raise UserError(f"{' '.join(command)}: status {done.returncode}: {' '.join(done.stderr.split())}")
     return done.stdout
 
 
-def _cpus(environment):
+def _cpus(environment: Mapping[str, str]) -> int:
     return _number(environment, "SLURM_CPUS_ON_NODE", 1, least=1)
 
 
-def _number(environment, name, default, least):
+def _number(environment: Mapping[str, str], name: str, default: int, least: int) -> int:
     text = environment.get(name) or str(default)
     if not text.isdecimal() or int(text) < least:
         raise UserError(f"site file: {name}={text!r}; wanted a whole number of at least {least}")

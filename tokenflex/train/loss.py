@@ -6,22 +6,29 @@ tokens, V vocabulary, D width.
 """
 
 import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from ..errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 FUSED_MODEL_TYPES = ("llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
 """Language models whose logits are `lm_head(hidden)` and nothing more; others cap or scale them afterwards."""
 
 
-def weighted_cross_entropy(logits_LV, targets_L, weights_L, total_weight):
+def weighted_cross_entropy(
+    logits_LV: torch.Tensor, targets_L: torch.Tensor, weights_L: torch.Tensor, total_weight: float
+) -> torch.Tensor:
     """Sum over learned tokens of weight * cross-entropy, divided by the weight of the whole step: a scalar in fp32."""
     return weighted_sum(F.cross_entropy(logits_LV.float(), targets_L, reduction="none"), weights_L, total_weight)
 
 
-def weighted_sum(losses_L, weights_L, total_weight):
+def weighted_sum(losses_L: torch.Tensor, weights_L: torch.Tensor, total_weight: float) -> torch.Tensor:
     """Sum of weight * loss, divided by the weight of the whole step: a scalar in fp32.
 
     `total_weight` spans all ranks and micro-steps, so the sum of this over them is the step's loss however the step is cut
@@ -30,7 +37,7 @@ def weighted_sum(losses_L, weights_L, total_weight):
     return (losses_L.float() * weights_L).sum() / max(total_weight, 1e-30)
 
 
-def fused_loss_head(language_model, mode, device):
+def fused_loss_head(language_model: "PreTrainedModel", mode: str, device: torch.device) -> torch.nn.Module | None:
     """The output layer whose loss is fused, or None for the plain loss; `mode` is `auto`, `on` or `off`.
 
     Raises:
@@ -45,7 +52,7 @@ def fused_loss_head(language_model, mode, device):
     return language_model.get_output_embeddings()
 
 
-def _obstacle(model_type):
+def _obstacle(model_type: str) -> str:
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         return f"torch {torch.__version__} has no chunked linear_cross_entropy, 2.13 has"
     if model_type not in FUSED_MODEL_TYPES:
@@ -54,14 +61,14 @@ def _obstacle(model_type):
 
 
 @contextlib.contextmanager
-def answering_losses(head, targets_L):
+def answering_losses(head: torch.nn.Module, targets_L: torch.Tensor) -> Iterator[None]:
     """Within this context the output layer `head` answers hidden states [1, L, D] with cross-entropies [1, L], not logits.
 
     The computation stays inside the layer's own call, because that is where ZeRO-3 gathers its weight, before the forward
     and again before the backward pass, also where the weight is the embedding's.
     """
 
-    def forward(hidden_1LD):
+    def forward(hidden_1LD: torch.Tensor) -> torch.Tensor:
         options = torch.nn.LinearCrossEntropyOptions()
         losses_L = F.linear_cross_entropy(
             hidden_1LD.squeeze(0), head.weight, targets_L, linear_bias=head.bias, reduction="none", options=options

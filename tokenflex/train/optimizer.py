@@ -1,37 +1,43 @@
-"""Which parameters are trained, at which rate, and how the rate moves over the run."""
+"""Which parameters are trained, in which groups, and an optimizer that can be kept from running."""
 
-import math
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
+from ..config import OptimizerConfig
 from ..errors import UserError
 
 PARTS = {"vision": "vision_tower.", "projector": "projector.", "text": "language_model."}
 """Part of the configuration -> prefix of its parameters' names."""
 
 
-class GuardedAdamW(torch.optim.AdamW):
+class VetoableAdamW(torch.optim.AdamW):
     """AdamW that asks before it runs: where `should_skip()` says so, weights, moments and count stay as they are.
 
     The question comes at the one moment when the step's gradient norm is known and nothing has moved yet, whatever wraps
     the optimizer.
     """
 
-    should_skip = staticmethod(lambda: False)
+    def __init__(self, params: Iterable, should_skip: Callable[[], bool], **settings: Any):
+        self._should_skip = should_skip
+        super().__init__(params, **settings)
 
-    def step(self, closure=None):
-        return None if self.should_skip() else super().step(closure)
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Move the weights, unless told not to."""
+        return None if self._should_skip() else super().step(closure)
 
 
-def build_optimizer(model, config):
-    """AdamW over the trained parts, one group per part for matrices and one for vectors (which do not decay).
+def parameter_groups(model: torch.nn.Module, config: OptimizerConfig) -> list[dict]:
+    """The trained parts, one group per part for matrices and one for vectors (which do not decay), each with its peak `lr`.
 
-    Frozen parts get `requires_grad=False`. Returns the optimizer and the peak rate of each of its groups.
+    Frozen parts get `requires_grad=False`.
 
     Raises:
         UserError: every part is frozen.
     """
-    groups, peaks = [], []
+    groups = []
     for part, prefix in PARTS.items():
         settings = getattr(config, part)
         parameters = [p for name, p in model.named_parameters() if name.startswith(prefix)]
@@ -39,31 +45,25 @@ def build_optimizer(model, config):
             parameter.requires_grad_(settings.train)
         if not settings.train:
             continue
-        # A ZeRO-3 shard is flat; its real rank is in `ds_shape`.
-        is_matrix = lambda p: len(getattr(p, "ds_shape", p.shape)) >= 2  # noqa: E731
         for decay, members in (
-            (config.weight_decay, [p for p in parameters if is_matrix(p)]),
-            (0.0, [p for p in parameters if not is_matrix(p)]),
+            (config.weight_decay, [p for p in parameters if _is_matrix(p)]),
+            (0.0, [p for p in parameters if not _is_matrix(p)]),
         ):
             if members:
                 groups.append({"params": members, "lr": settings.learning_rate, "weight_decay": decay})
-                peaks.append(settings.learning_rate)
     if not groups:
         raise UserError(
             "optimizer: vision, projector and text are all frozen; set optimizer.projector.train=true or another part's"
         )
-    return GuardedAdamW(groups, betas=config.betas, eps=config.eps, fused=True), peaks
+    return groups
 
 
-def rate_factor(step, num_steps, config):
-    """Share of the peak learning rate at `step` (0-based) of `num_steps`: linear warm-up, then the chosen shape."""
-    warmup = math.ceil(config.warmup_fraction * num_steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, num_steps - warmup)
-    shapes = {
-        "constant": 1.0,
-        "linear": 1.0 - progress,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-    }
-    return config.final_fraction + (1.0 - config.final_fraction) * shapes[config.schedule]
+def make_adamw(groups: list[dict], config: OptimizerConfig) -> Callable[[Callable[[], bool]], VetoableAdamW]:
+    """What makes the optimizer of these groups once there is somebody to ask: (should_skip) -> optimizer."""
+    return functools.partial(VetoableAdamW, groups, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _is_matrix(parameter):
+    return (
+        len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+    )  # a ZeRO-3 shard is flat; its real rank is `ds_shape`

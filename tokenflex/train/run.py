@@ -1,222 +1,319 @@
-"""A whole run: data, model, engine, loop, export. What `launch/train.py` calls once the configuration is read."""
+"""A whole run, stage by stage: prepare, build, resume, train, export. What `launch/train.py` calls once a recipe is read."""
 
-import contextlib
 import functools
+import itertools
 import json
-import os
-import secrets
 import shutil
+from collections.abc import Callable
 
 import torch
 
 from .. import failpoints, parallel
-from ..budget import VisualTokenBudget
-from ..checkpoint import EarlyCheck, RunLock, tags
-from ..config import save_config
-from ..corpus import resolve_embedded
-from ..data import Limits, PackDataset, batch_loader
+from ..checkpoint import EarlyCheck, tags
+from ..config import RunConfig, save_config
+from ..data import batch_loader
+from ..data.identity import after_change, check_same_data
 from ..data.loader import micro_batches, num_micro_steps
-from ..data.sources import build_indexes, locate_sources, open_mixture
-from ..errors import OtherRankFailed, UserError
+from ..data.sources import DataRun, open_data, source_configs
+from ..errors import UserError
 from ..export import export_model
+from ..files import write_whole
 from ..layout import RunLayout
-from ..model import build_model, build_processor
+from ..model import build_model, build_processor, check_template
 from ..model.probe import probe
-from ..plan import Planner, Position
+from ..parallel import Heartbeat, Ranks
 from ..plan.planner import PLANNER_VERSION
 from .bad_samples import BadSampleLog
-from .loop import StopRequest, install_faults, train
-from .meter import Meter
-from .optimizer import build_optimizer
+from .guarding import SoleWriter, watched
+from .kernel_choices import settle, shapes_of
+from .loss import fused_loss_head
+from .metric_log import EventLog, MetricLog, SampleTrace
+from .metrics import Metrics
+from .objective import Objective
+from .observers import Observer, StepFigures
+from .optimizer import make_adamw, parameter_groups
+from .progress import Progress
+from .schedule import Schedule
+from .start import other_run, start
 from .state import RunState
+from .trainer import Batches, StopRequest, Trainer
+
+STAGES = ("prepare", "build", "resume", "train", "export")
+"""What a run does, in order; each is a method of `Run`."""
 
 
-def run_training(config, ds_config, launch, fresh=False, say=print):
+def run_training(
+    recipe: RunConfig,
+    config: RunConfig,
+    ds_config: dict,
+    ranks: Ranks,
+    *,
+    fresh: bool = False,
+    accept_new_data: bool = False,
+    say: Callable[[str], None] = print,
+) -> bool:
     """Train (or go on training) a configured run and export its model.
 
     Every rank calls it. Returns whether the run is complete; a run that was interrupted has saved a checkpoint, from which
-    the same call goes on. `say(text)` prints on rank 0 only.
+    the same call goes on.
+
+    Args:
+        recipe: the configuration as it was written, which the run's folder and its checkpoints remember.
+        config: the same with every part and source resolved to where it lies (`corpus.resolve_embedded`).
+        ds_config: DeepSpeed's, from `parallel.load_ds_config`.
+        fresh: begin anew, removing the run's checkpoints.
+        accept_new_data: go on with other data than the checkpoints', from the next epoch.
+        say: prints on rank 0.
 
     Raises:
         UserError: whatever in configuration or data the user can mend.
     """
-    folder = RunLayout.of(config)
-    num_accumulated = num_micro_steps(config.data.packs_per_step, launch.num_ranks, config.data.packs_per_micro_batch)
-    device = parallel.start_process_group(launch)
-    ranks = parallel.Ranks(launch)
-    say(f"world     {parallel.check_world(launch, device)}")
-    failpoints.enter(launch.rank)
-    with StopRequest() as stop, _locked(folder, ranks), _watched(folder, config, launch, ranks) as heart:
-        return _train_and_export(
-            config, ds_config, launch, ranks, device, num_accumulated, folder, fresh, stop, heart, say
-        )
-
-
-@contextlib.contextmanager
-def _watched(folder, config, launch, ranks):
-    """Within this context a watchdog looks after this rank; an error that only echoes another rank's says so.
-
-    Raises:
-        OtherRankFailed: another rank failed or died first.
-    """
-    if launch.rank == 0 and folder.health.exists():
-        shutil.rmtree(folder.health)
-    attempt = ranks.on_main(lambda: secrets.token_hex(4))
-    heart = parallel.Heart(launch, folder.health / attempt, config.train.hang_timeout_s, config.train.startup_timeout_s)
-    try:
-        yield heart
-    except Exception as error:
-        first = heart.failed(error)
-        if first:
-            raise OtherRankFailed(f"rank {launch.rank} ended, because {first}") from None
-        raise
-    heart.close()
-
-
-@contextlib.contextmanager
-def _locked(folder, ranks):
-    """Within this context no other job may write to the run's folder."""
-    lock = None
-
-    def acquire():
-        nonlocal lock
-        folder.root.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(folder.root)
-
-    ranks.on_main(acquire)
-    try:
-        yield
-    finally:
-        if lock:
-            lock.release()
-
-
-def _train_and_export(config, ds_config, launch, ranks, device, num_accumulated, folder, fresh, stop, heart, say):
-    precision = config.train.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-    ds_config = parallel.resolve_ds_config(ds_config, precision, num_accumulated, config.optimizer.max_grad_norm)
-    ranks.on_main(lambda: _prepare_folder(folder, config, fresh))
-    check = EarlyCheck(folder.checkpoints, launch.rank, launch.num_ranks)
-    config = resolve_embedded(config, say)
-    planner, dataset, processor = prepare_data(config, launch, say)
-    say(f"data      {planner.epoch_size} samples per epoch from {len(planner.mixture.sources)} sources")
-
-    torch.manual_seed(config.train.seed)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    loading = functools.partial(parallel.sharded_loading, ds_config)
-    model = build_model(config.model, config.budget, processor, dtype, loading, parallel.gathered)
-    optimizer, peak_rates = build_optimizer(model, config.optimizer)
-    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    engine = parallel.Engine(model, optimizer, ds_config, launch, device)
-    if config.model.probe:
-        heart.phase("probe", config.train.startup_timeout_s)
-        probe(engine.model, engine, device, config.data.pack_length)
-    install_faults(engine.model)
-    failpoints.hit("init")
-    say(
-        f"model     {num_parameters / 1e6:.2f}M parameters, {precision} on {launch.num_ranks} x {device.type}, "
-        f"ZeRO stage {parallel.zero_stage(ds_config)}, {num_accumulated} micro-steps per step"
-    )
-
-    state = RunState(engine, ranks, config, folder.checkpoints, heart, say)
-    if not state.resume(check) and not fresh:
-        say(f"new run   {folder.root}: there is no checkpoint")
-
-    first = next(planner.steps_from(Position(**state.progress["position"])))
-    ranks.check_same_plan(first.digest(), "the first step to run")  # different packs could hang it
-
-    def open_batches(progress):
-        passed_over = {tuple(position) for position in progress["passed_over"]}
-        steps = planner.steps_from(Position(**progress["position"]))
-        steps = (step for step in steps if (step.position.epoch, step.position.step) not in passed_over)
-        plans = micro_batches(steps, launch.rank, launch.num_ranks, config.data.packs_per_micro_batch)
-        num_left = (config.train.num_steps - progress["step"]) * num_accumulated
-        return batch_loader(dataset, _first(plans, num_left), config.data.num_workers, device.type == "cuda")
-
-    def name_of(sample_id):
-        return f"{dataset.mixture.shard_of(sample_id)}:{dataset.sample(sample_id).key}"
-
-    meter = Meter(folder.root, config, state.progress["step"], launch, name_of)
-    state.log = meter.event
-    try:
-        is_complete = train(
-            state,
-            open_batches,
-            processor.image_processor.normalised,
-            peak_rates,
-            config,
-            meter,
-            stop,
-            BadSampleLog(folder.root, launch.rank, config.data.max_bad_fraction, state.progress),
-        )
-    finally:
-        meter.close()
-    for reason, number in planner.left_out.numbers.items():
-        some = ", ".join(str(sample) for sample in planner.left_out.ids[reason][:10])
-        say(f"data      {number} samples {reason} so far: {some}")
-    heart.phase("export", config.train.startup_timeout_s)
-    if is_complete:
-        full = engine.full_state()
-        ranks.on_main(lambda: export_model(engine.model, full, processor, folder.model))
-    engine.close()
+    layout = RunLayout.of(config)
+    failpoints.enter(ranks.rank)
+    with StopRequest() as stop, SoleWriter(layout, ranks), watched(layout, config.train, ranks) as heartbeat:
+        run = Run(recipe, config, ds_config, ranks, heartbeat, say)
+        run.prepare(fresh, accept_new_data)
+        run.build()
+        run.resume()
+        is_complete = run.train(stop)
+        if is_complete:
+            run.export()
+        run.close()
     return is_complete
 
 
-def prepare_data(config, launch, say):
-    """Corpus (built at first run), processor, index and planner; rank 0 builds what is missing, the others wait."""
-    processor = build_processor(config.model, config.budget)
-    located = locate_sources(config.data)
-    limits = Limits.of(config.data)
-    if launch.rank == 0:
-        build_indexes(located, processor, max(1, config.data.num_workers), limits)
-    torch.distributed.barrier()
-    mixture = open_mixture(located, processor)
-    for source, (_, _, folder) in zip(mixture.sources, located):
-        if source.index.num_skipped():
-            say(f"index     {source.index.num_skipped()} bad samples left out; {folder / 'manifest.json'} names them")
-    budget = VisualTokenBudget(
-        counts=config.budget.num_visual_tokens,
-        probabilities=config.budget.probabilities,
-        schedule=config.budget.schedule,
-    )
-    planner = Planner(mixture, budget, config.data, config.train.seed, config.train.loss_weighting)
-    dataset = PackDataset(mixture, processor, config.train.loss_weighting, min(budget.counts), limits)
-    return planner, dataset, processor
+def grad_accum_steps(config: RunConfig, num_ranks: int) -> int:
+    """Micro-steps per optimizer step on so many ranks.
+
+    Raises:
+        UserError: the ranks do not divide the packs of a step.
+    """
+    data = config.data
+    return num_micro_steps(data.packs_per_step, num_ranks, data.packs_per_micro_batch)
 
 
-def _prepare_folder(folder, config, fresh):
-    """Make the run's folder ready; refuse to go on with a configuration that plans other data than the checkpoints'."""
+class Run:
+    """A run in stages: call `prepare`, `build`, `resume`, `train` and `export` in this order, and stop after any of them.
+
+    Every rank has one and calls the same stages. What a stage has made is an attribute from then on, for whoever looks at it
+    (or changes it) before the next: `data`, `engine`, `objective`, `state`, `observers`.
+
+    Args: see `run_training`; heartbeat: this rank's.
+    """
+
+    data: DataRun
+    engine: parallel.Engine
+    objective: Objective
+    state: RunState
+    observers: list[Observer]
+
+    def __init__(
+        self,
+        recipe: RunConfig,
+        config: RunConfig,
+        ds_config: dict,
+        ranks: Ranks,
+        heartbeat: Heartbeat,
+        say: Callable[[str], None] = print,
+    ):
+        self.recipe, self.config, self.ranks, self.heartbeat, self.say = recipe, config, ranks, heartbeat, say
+        self.layout = RunLayout.of(config)
+        self.grad_accum_steps = grad_accum_steps(config, ranks.num_ranks)
+        self.precision = _precision(config.train.precision, ranks.device)
+        max_norm = config.optimizer.max_grad_norm
+        self.ds_config = parallel.resolve_ds_config(ds_config, self.precision, self.grad_accum_steps, max_norm)
+        self.metrics = Metrics()
+        self.record_event = EventLog(self.layout, ranks)
+
+    def prepare(self, fresh: bool = False, accept_new_data: bool = False) -> None:
+        """The run's folder, its data: processor, indexes, planner, data set.
+
+        Raises:
+            UserError: the folder's checkpoints were made with other data, or the data cannot be read or planned.
+        """
+        source_configs(self.config.data)  # a run without data is refused before anything else
+        self.ranks.on_main(lambda: prepare_folder(self.layout, self.recipe, fresh))
+        # reads the newest checkpoint's bytes while the model is being built
+        self._check = EarlyCheck(self.layout.checkpoints, self.ranks.rank, self.ranks.num_ranks)
+        processor = build_processor(self.config.model, self.config.budget)
+        for note in check_template(processor):
+            self.say(f"template  {note}")
+        before = self.layout if tags(self.layout.checkpoints) else _layout_branched_from(self.recipe)
+        identity = before.data if before else None
+        self._accepts_new_data = accept_new_data
+        self._data_before = json.loads(identity.read_text()) if identity and identity.exists() else None
+        date = self._data_before["render_date"] if self._data_before else ""
+        self.data = open_data(self.config, processor, self.ranks, self.say, date)
+
+    def build(self) -> None:
+        """The model, under the engine, and what a step minimises."""
+        config = self.config
+        torch.manual_seed(config.train.seed)
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        loading = functools.partial(parallel.sharded_loading, self.ds_config)
+        model = build_model(config.model, config.budget, self.data.processor, dtype, loading, parallel.gathered)
+        groups = parameter_groups(model, config.optimizer)
+        num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        self.rates = Schedule([group["lr"] for group in groups], config.train.num_steps, config.optimizer)
+        self.engine = parallel.Engine(model, make_adamw(groups, config.optimizer), self.ds_config, self.ranks)
+        projector, on_device = self.engine.model.projector, torch.empty(0, device=self.ranks.device)
+        self.data.dataset.plan_of = projector.plan_maker(self.engine.model.patch_grid, on_device)
+        failpoints.install_hooks(self.engine.model)
+        failpoints.hit("init")
+        self.say(
+            f"model     {num_parameters / 1e6:.2f}M parameters, {self.precision} on {self.ranks.num_ranks} x "
+            f"{self.ranks.device.type}, ZeRO stage {parallel.zero_stage(self.ds_config)}, {self.grad_accum_steps} micro-steps "
+            "per step"
+        )
+        if config.model.probe:
+            self.heartbeat.phase("probe", config.train.startup_timeout_s)
+            probe(self.engine.model, self.engine, self.ranks.device, config.data.pack_length)
+        head = fused_loss_head(self.engine.model.language_model, config.train.fused_loss, self.ranks.device)
+        self.objective = Objective(self.engine, self.data.processor.image_processor.normalised, head)
+
+    def resume(self) -> None:
+        """The state that the run begins with, and who is told what it does."""
+        self.state = RunState(
+            engine=self.engine,
+            recipe=self.recipe,
+            folder=self.layout.checkpoints,
+            heartbeat=self.heartbeat,
+            settle_data=self.settle_data,
+            record_event=self.record_event,
+            name_of=self.data.dataset.name_of,
+            say=self.say,
+        )
+        start(self.state, self.layout, self.config.train.resume_from, self._check)
+        self.state.progress.data = self.data.identity["digest"]
+        data, counts = self.config.data, self.config.budget.num_visual_tokens
+        shapes = shapes_of(counts, data.max_images_per_pack * data.packs_per_micro_batch)
+        choices = settle(self.engine.model, shapes, self.ranks, self.state.progress.kernel_choices)
+        self.state.progress.kernel_choices = choices
+        self.ranks.on_main(lambda: write_whole(self.layout.data, json.dumps(self.data.identity, indent=1)))
+        first = next(self.data.planner.steps_from(self.state.progress.data_position()))
+        self.ranks.check_same_plan(first.digest(), "the first step to run")  # different packs could hang it
+        self.observers = self._observers()
+
+    def settle_data(self, progress: Progress) -> None:
+        """See that a restored position is in the data that are there; where they are others, go to their next epoch.
+
+        Raises:
+            UserError: they are others, and that was not accepted.
+        """
+        now = self.data.identity
+        if progress.data in ("", now["digest"]):
+            return
+        if not self._accepts_new_data:
+            before = self._data_before
+            if before is None or before["digest"] != progress.data:
+                before = {**now, "digest": progress.data}
+            check_same_data(before, now, f"run {self.layout.root}")
+        progress.position = after_change(progress.data_position()).as_dict()
+        progress.data = now["digest"]
+        self.say(f"new data  accepted: going on at epoch {progress.position['epoch']}")
+
+    def _observers(self) -> list[Observer]:
+        config, counts = self.config, self.engine.model.config.trained_num_visual_tokens
+        observers: list[Observer] = [SampleTrace(self.layout, self.ranks)] if config.train.log_samples else []
+        observers.append(StepFigures(self.metrics, counts, self.objective.part_names))
+        if self.ranks.is_main:
+            observers.append(MetricLog(self.layout, self.recipe, self.state.progress.step))
+        observers.append(BadSampleLog(self.layout, self.state, config.data.max_bad_fraction))
+        return observers
+
+    def train(self, stop: StopRequest) -> bool:
+        """Steps until the last one or a stop request; returns whether the run is complete.
+
+        Raises:
+            UserError: see `Trainer.train`.
+        """
+        trainer = Trainer(
+            settings=self.config.train,
+            engine=self.engine,
+            objective=self.objective,
+            open_batches=self.open_batches,
+            rates=self.rates,
+            state=self.state,
+            metrics=self.metrics,
+            observers=self.observers,
+            stop=stop,
+        )
+        try:
+            is_complete = trainer.train()
+        finally:
+            for observer in self.observers:
+                observer.close()
+        for line in self.data.describe_dropped():
+            self.say(line)
+        self.heartbeat.phase("export", self.config.train.startup_timeout_s)
+        return is_complete
+
+    def open_batches(self, progress: Progress) -> Batches:
+        """This rank's micro-batches from where the run stands, without the steps that it must not run again."""
+        data, num_steps = self.config.data, self.config.train.num_steps
+        excluded = {tuple(position) for position in progress.excluded_steps}
+        steps = self.data.planner.steps_from(progress.data_position())
+        steps = (step for step in steps if (step.position.epoch, step.position.step) not in excluded)
+        plans = micro_batches(steps, self.ranks.rank, self.ranks.num_ranks, data.packs_per_micro_batch)
+        plans = itertools.islice(plans, (num_steps - progress.step) * self.grad_accum_steps)
+        return batch_loader(self.data.dataset, plans, data.num_workers, self.ranks.device.type == "cuda")
+
+    def export(self) -> None:
+        """Write the model as a folder that transformers loads."""
+        full = self.engine.full_state()
+        self.ranks.on_main(lambda: export_model(self.engine.model, full, self.data.processor, self.layout.model))
+
+    def close(self) -> None:
+        """Free what the engine holds; the process group stays."""
+        self.engine.close()
+
+
+def _precision(wanted: str, device: torch.device) -> str:
+    if wanted != "auto":
+        return wanted
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+def prepare_folder(layout: RunLayout, recipe: RunConfig, fresh: bool) -> None:
+    """Make the run's folder ready, on one rank.
+
+    Raises:
+        UserError: its checkpoints (or those of `train.resume_from`) were made under settings that plan other data.
+    """
     if fresh:
-        for path in (folder.checkpoints, folder.model):
+        for path in (layout.checkpoints, layout.model):
             if path.exists():
                 shutil.rmtree(path)
-        for path in [*folder.root.glob("*.jsonl")]:
+        for path in [*layout.root.glob("*.jsonl")]:
             path.unlink()
-    saved, plan = folder.root / "plan.json", _plan_settings(config)
-    if tags(folder.checkpoints) and saved.exists():
-        before = json.loads(saved.read_text())
-        changed = sorted(key for key in {*plan, *before} if plan.get(key) != before.get(key))
-        if changed:
-            mend = "take the release of tokenflex that made them" if changed == ["planner.version"] else "set it back"
-            raise UserError(
-                f"run {folder.root}: its checkpoints were made with another {', '.join(changed)}; {mend}, choose another "
-                "name=..., or begin anew with --fresh"
-            )
-    temporary = saved.with_suffix(".tmp")
-    temporary.write_text(json.dumps(plan, indent=1))
-    os.replace(temporary, saved)
-    save_config(config, folder.root / "config.yaml")
+    plan = plan_settings(recipe)
+    if tags(layout.checkpoints):
+        _check_plan(layout, plan, "set it back, choose another name=..., or begin anew with --fresh")
+    elif other := _layout_branched_from(recipe):
+        _check_plan(other, plan, "a position in its data means nothing here: set it as there")
+    write_whole(layout.plan, json.dumps(plan, indent=1))
+    save_config(recipe, layout.config)
 
 
-def _plan_settings(config):
+def _layout_branched_from(recipe):
+    """The run that `train.resume_from` names, or None."""
+    return RunLayout(other_run(recipe.train.resume_from)[0].parent) if recipe.train.resume_from else None
+
+
+def _check_plan(layout, plan, mend):
+    if not layout.plan.exists():
+        return
+    before = json.loads(layout.plan.read_text())
+    changed = sorted(key for key in {*plan, *before} if plan.get(key) != before.get(key))
+    if changed == ["planner.version"]:
+        mend = mend.replace("set it back", "take the release of tokenflex that made them")
+    if changed:
+        raise UserError(f"run {layout.root}: its checkpoints were made with another {', '.join(changed)}; {mend}")
+
+
+def plan_settings(recipe: RunConfig) -> dict:
     """Everything that decides the plan: a position in the data means nothing under other settings."""
     apart = {"num_workers", "cache_dir", "shard_cache_gb", "evaluation", "packs_per_micro_batch"}
-    data = {f"data.{key}": value for key, value in config.data.model_dump(mode="json").items() if key not in apart}
-    budget = {f"budget.{key}": value for key, value in config.budget.model_dump(mode="json").items()}
-    return {**data, **budget, "train.seed": config.train.seed, "planner.version": PLANNER_VERSION}
-
-
-def _first(items, number):
-    for _, item in zip(range(number), items):
-        yield item
+    data = {f"data.{key}": value for key, value in recipe.data.model_dump(mode="json").items() if key not in apart}
+    budget = {f"budget.{key}": value for key, value in recipe.budget.model_dump(mode="json").items()}
+    return {**data, **budget, "train.seed": recipe.train.seed, "planner.version": PLANNER_VERSION}

@@ -3,13 +3,13 @@
 import math
 import statistics
 
-WINDOW = 128
+HISTORY = 128
 """Steps that the present one is compared with."""
 MIN_STEPS = 64
 """Steps that must have been seen before anything counts as a spike."""
 
 
-class Guard:
+class SpikeFilter:
     """Judges the loss and the gradient norm of each step; a pure function of the values it has seen.
 
     Spikes enter the history too: a loss that jumps and stays up (another curriculum, other data) is skipped for about
@@ -20,13 +20,13 @@ class Guard:
         history: {"loss": [...], "gradient norm": [...]} to go on from; it is kept up to date, and is what a checkpoint saves.
     """
 
-    def __init__(self, sigma, history):
+    def __init__(self, sigma: float, history: dict[str, list[float]]):
         self.sigma = sigma
         self.history = history
         for name in ("loss", "gradient norm"):
             history.setdefault(name, [])
 
-    def judge(self, loss, grad_norm):
+    def judge(self, loss: float, grad_norm: float) -> str:
         """Why the step must be skipped, in words, or an empty string; every rank gives the same values and gets the same."""
         reasons = []
         for name, value in (("loss", loss), ("gradient norm", grad_norm)):
@@ -39,9 +39,9 @@ class Guard:
                 if value > mean + self.sigma * spread:
                     reasons.append(f"{name} {value:.4g} is far above {mean:.4g} +- {spread:.2g}")
             seen.append(value)
-            del seen[:-WINDOW]
+            del seen[:-HISTORY]
         return "; ".join(reasons)
 
-    def mean_loss(self):
+    def mean_loss(self) -> float | None:
         """Mean loss of the last steps, or None before the first."""
         return statistics.fmean(self.history["loss"]) if self.history["loss"] else None

@@ -18,6 +18,7 @@ import simplejpeg
 import torch
 from PIL import Image
 
+from tokenflex.data import Limits
 from tokenflex.data.images import read_header
 from tokenflex.model.image_processing_tokenflex import TokenFlexImageProcessor
 
@@ -78,8 +79,8 @@ def measure(sizes, images_per_size=10, num_passes=7):
     whole, tiled = TokenFlexImageProcessor(TILE, TILE), TokenFlexImageProcessor(TILE, TILE, max_tiles=6)
     ways = {
         "bare": simplejpeg.decode_jpeg,
-        "ours": lambda data: (read_header(data), whole.tiled(data)),
-        "ours_6_tiles": lambda data: (read_header(data), tiled.tiled(data)),
+        "ours": lambda data: (read_header(data, Limits()), whole.tiled(data)),
+        "ours_6_tiles": lambda data: (read_header(data, Limits()), tiled.tiled(data)),
         "pillow": pillow_way,
     }
     rows = []

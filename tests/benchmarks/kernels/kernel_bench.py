@@ -1,10 +1,14 @@
-"""Microbenchmarks of tokenflex_kernels: shapes, peers, ceilings, interleaved timing, rows as JSON and a plot.
+"""Microbenchmarks of tokenflex_kernels: shapes, peers, floors, interleaved timing, rows as JSON and a plot.
 
 A row is one case: our time, every peer's, the median over rounds of peer / ours with its spread, and the share of the
-floor, which is the time of the products at the measured matrix rate plus that of the unavoidable bytes at the measured
-copy bandwidth. The variants of a case take turns in a shuffled order, so that clocks and temperature hit all alike. A
-backward time is the difference between a whole step and a forward pass: no peer is run twice over one graph (Liger
-overwrites what it saved). Nothing is timed before it was compared with float32; a peer that is off is left out, by name.
+floor, which is the time of the case's own bare products (cuBLAS, measured beside it) plus that of the unavoidable bytes at
+the measured copy bandwidth. Beside the chosen configuration there is a row for each by name. The variants of a case take
+turns in a shuffled order, so that clocks and temperature hit all alike. A backward time is the difference between a whole
+step and a forward pass: no peer is run twice over one graph (Liger overwrites what it saved). Nothing is timed before it
+was compared with float32; a peer that is off is left out, by name.
+
+    python kernel_bench.py                  the names of the cases, the most telling first
+    python kernel_bench.py CASE [--left-out KERNEL CONFIGURATION ...]   one case on the GPU; its rows as JSON on the last line
 """
 
 import contextlib
@@ -14,6 +18,8 @@ import importlib.util
 import json
 import random
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tokenflex_kernels import Linear, Norm, adaptive_pool, choose, pooled_swiglu
+from tokenflex_kernels import Linear, Norm, adaptive_pool, choose, pool_plan, pooled_swiglu
 
 NUM_ROUNDS = 5
 WRONG = 0.03  # relative Frobenius error to float32 past which nothing is timed
@@ -65,17 +71,21 @@ class Case(NamedTuple):
 WIDTHS = ((1024, 896), (1152, 1536), (1152, 3584), (1024, 3584), (3200, 8192))
 SIDES = ((8,), (12,), (16,), (8, 12, 16))
 ALL_CASES = [Case(*widths, b, sides) for widths in WIDTHS for b in (1, 8, 64) for sides in SIDES]
-# What fits into a few minutes with torch.compile's own tuning: the SigLIP shapes, a small batch, the largest widths.
+# What fits into a few minutes, the headline first: the SigLIP shapes, small batches, then the rest.
 CORE_CASES = [
-    Case(1152, 1536, 64, (8,)),
     Case(1152, 1536, 64, (16,)),
+    Case(1152, 3584, 64, (16,)),
+    Case(1152, 1536, 1, (16,)),
+    Case(1152, 1536, 8, (16,)),
+    Case(1152, 1536, 64, (8,)),
     Case(1152, 1536, 64, (8, 12, 16)),
     Case(1152, 1536, 64, (16,), frozen=True),
-    Case(1024, 3584, 64, (16,)),
-    Case(1152, 1536, 1, (16,)),
+    Case(1152, 1536, 8, (16,), frozen=True),
     Case(1152, 3584, 8, (12,)),
+    Case(1024, 3584, 64, (16,)),
     Case(3200, 8192, 8, (16,)),
 ]
+TUNED_CASES = CORE_CASES[:1]  # torch.compile with its own search over products; the others take its defaults
 
 
 class Tensors(NamedTuple):
@@ -172,8 +182,19 @@ def quack_swiglu(tokens, tensors):
     return gated_linear_func(before, tensors.down.weight, after, "swiglu", bias=tensors.down.bias)
 
 
+@functools.cache
+def plan_of(case, device):
+    """The case's pooling plan, as its batch would bring it along."""
+    return pool_plan(case.grids, case.tokens, device=device)
+
+
+def our_pool(features, case):
+    return adaptive_pool(features, plan_of(case, features.device))
+
+
 def ours(case, tensors):
-    return pooled_swiglu(tensors.features, case.grids, case.tokens, tensors.norm, tensors.gate_up, tensors.down)
+    plan = plan_of(case, tensors.features.device)
+    return pooled_swiglu(tensors.features, plan, tensors.norm, tensors.gate_up, tensors.down)
 
 
 def eager(case, tensors):
@@ -183,6 +204,7 @@ def eager(case, tensors):
 def peers(case):
     """Name -> function(case, tensors) of every peer that this machine and case allow."""
     found = {"eager": eager, "compile": _compiled(case)}
+    found["our pool, eager"] = lambda case, tensors: plain_swiglu(our_pool(tensors.features, case), tensors)
     if len(case.sides) > 1:
         found["loop"] = lambda case, tensors: plain_swiglu(loop_pool(tensors.features, case), tensors)
     else:
@@ -191,12 +213,14 @@ def peers(case):
         found["liger"] = lambda case, tensors: liger_swiglu(eager_pool(tensors.features, case), tensors)
     if importlib.util.find_spec("quack"):
         found["quack"] = lambda case, tensors: quack_swiglu(eager_pool(tensors.features, case), tensors)
+        found["our pool, quack"] = lambda case, tensors: quack_swiglu(our_pool(tensors.features, case), tensors)
     return found
 
 
 def _compiled(case):
     torch._dynamo.reset()
-    return torch.compile(eager, mode="max-autotune-no-cudagraphs", dynamic=False)
+    mode = "max-autotune-no-cudagraphs" if case in TUNED_CASES else None
+    return torch.compile(eager, mode=mode, dynamic=False)
 
 
 # -------------------------------------------------------------------------------------------------------------- timing
@@ -266,15 +290,26 @@ def measure_ceilings(device, dtype, num_bytes=2**30, side=8192, timer=time_ms):
     return Ceilings(2e3 * source.numel() * dtype.itemsize / copy_ms, 2e3 * side**3 / product_ms)
 
 
-def floor_ms(case, part, ceilings, itemsize=2):
-    """The products at the measured rate plus the pooling's own bytes at the measured bandwidth."""
+def bare_products_ms(case, device, dtype, timer=time_ms):
+    """{"forward", "backward"}: the case's own products one by one, by cuBLAS with nothing around them."""
     inner, tokens = 3 * case.width, case.num_tokens
-    gate_up, down = 2 * tokens * case.width * 2 * inner, 2 * tokens * inner * case.out
-    pool_bytes = itemsize * case.width * (case.num_patches + tokens)
-    # Frozen features leave the two weight products and dY Wd; the product with the gate and up weight is not needed.
-    forward = 1e3 * ((gate_up + down) / ceilings.flops_per_s + pool_bytes / ceilings.copy_bytes_per_s)
-    flops = gate_up + 2 * down if case.frozen else 2 * (gate_up + down)
-    backward = 1e3 * (flops / ceilings.flops_per_s + (0 if case.frozen else pool_bytes / ceilings.copy_bytes_per_s))
+    matrix = lambda rows, columns: torch.randn(rows, columns, device=device).to(dtype)  # noqa: E731
+    x, gate_up, down = matrix(tokens, case.width), matrix(2 * inner, case.width), matrix(case.out, inner)
+    s, d_out, d_gate_up = matrix(tokens, inner), matrix(tokens, case.out), matrix(tokens, 2 * inner)
+    products = {
+        "forward": [lambda: x @ gate_up.T, lambda: s @ down.T],
+        "backward": [lambda: d_out @ down, lambda: d_out.T @ s, lambda: d_gate_up.T @ x],
+    }
+    if not case.frozen:
+        products["backward"].append(lambda: d_gate_up @ gate_up)
+    return {part: sum(timer(product) for product in some) for part, some in products.items()}
+
+
+def floor_ms(case, part, ceilings, products, itemsize=2):
+    """The case's bare products plus the pooling's own bytes at the measured copy bandwidth."""
+    pool_ms = 1e3 * itemsize * case.width * (case.num_patches + case.num_tokens) / ceilings.copy_bytes_per_s
+    forward = products["forward"] + pool_ms
+    backward = products["backward"] + (0 if case.frozen else pool_ms)
     return {"forward": forward, "backward": backward, "both": forward + backward}[part]
 
 
@@ -312,15 +347,16 @@ def bench_projector(case, device, dtype, ceilings, functions=None, num_rounds=NU
         raise AssertionError(f"{case.name}: our gradients are {excluded['ours']}; nothing was timed")
     forward = {name: (lambda f=function: f(case, tensors)) for name, function in variants.items()}
     both = {name: (lambda f=function: step(f, case, tensors)) for name, function in variants.items()}
-    if device.type == "cuda" and case.num_images <= 8:
-        both["ours_graph"] = captured(ours, case, tensors)
+    if device.type == "cuda" and case.num_images <= 8:  # all or none: a graph saves every launch its host time
+        both |= {f"{name}, graph": captured(function, case, tensors) for name, function in variants.items()}
+    products = bare_products_ms(case, device, dtype, timer)
     times = {"forward": interleaved(forward, num_rounds, timer), "both": interleaved(both, num_rounds, timer)}
     times["backward"] = {
         name: [b - f for b, f in zip(times["both"][name], times["forward"][name], strict=True)] for name in forward
     }
-    memory = {name: peak_bytes(function, device) for name, function in both.items() if name != "ours_graph"}
+    memory = {name: peak_bytes(function, device) for name, function in both.items() if "graph" not in name}
     return [
-        row(case.name, part, times[part], floor_ms(case, part, ceilings, dtype.itemsize), memory, excluded)
+        row(case.name, part, times[part], floor_ms(case, part, ceilings, products, dtype.itemsize), memory, excluded)
         for part in times
     ]
 
@@ -358,9 +394,12 @@ def bench_pool(case, device, dtype, ceilings, num_rounds=NUM_ROUNDS, timer=time_
     bytes_moved = dtype.itemsize * case.width * (case.num_patches + case.num_tokens)
     floor = 1e3 * bytes_moved / ceilings.copy_bytes_per_s
     pools = {
-        "ours": lambda x: adaptive_pool(x, case.grids, case.tokens),
+        "ours": lambda x: our_pool(x, case),
         "eager": lambda x: eager_pool(x, case),
+        "compile": torch.compile(functools.partial(eager_pool, case=case), dynamic=False),
     }
+    if device.type != "cuda":
+        del pools["compile"]
     wanted = eager_pool(features.detach().float(), case)
     for name, function in pools.items():
         error = relative_error(function(features), wanted)
@@ -399,9 +438,23 @@ def bench_products(case, device, dtype, num_rounds=NUM_ROUNDS, timer=time_ms):
     }
     rows = []
     for name, functions in runs.items():
+        if device.type == "cuda":
+            functions |= _pinned_each(name, functions["ours"])
         times = interleaved(functions, num_rounds, timer)
         rows.append(row(f"{name}-{case.name}", "both", times, statistics.median(times["bare product"])))
     return rows
+
+
+def _pinned_each(kernel, call):
+    """Name -> ``call`` by that configuration, for each of ``kernel`` that was found right; the unfused one as well."""
+    call()
+    (text,) = [text for text in choose.export_choices()["timings_ms"] if text.startswith(f"{kernel}|")][-1:]
+
+    def pinned(name):
+        with choose.pinned(kernel, name):
+            return call()
+
+    return {name: functools.partial(pinned, name) for name in choose.export_choices()["timings_ms"][text]}
 
 
 def bench_splice(num_rows, num_visual, width, device, dtype, ceilings, num_rounds=NUM_ROUNDS, timer=time_ms):
@@ -436,7 +489,24 @@ def environment(device):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": name, "versions": versions, "date": time.strftime("%Y-%m-%d", time.gmtime())}
+    return {
+        "device": name,
+        "gpu_state": gpu_state(device),
+        "versions": versions,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def gpu_state(device):
+    """Clocks (MHz), power (W) and temperature (degrees C) at this moment, as nvidia-smi has them; None without one."""
+    if device.type != "cuda":
+        return None
+    query = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+        return dict(zip(query.split(","), map(str.strip, lines[0].split(","))))
+    return None
 
 
 def write_report(folder, name, device, ceilings, rows, left_out=()):
@@ -446,7 +516,12 @@ def write_report(folder, name, device, ceilings, rows, left_out=()):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    measured = {"ceilings": ceilings._asdict(), "choices": choose.choices(), "rows": rows, "left_out": list(left_out)}
+    measured = {
+        "ceilings": ceilings._asdict(),
+        "choices": choose.export_choices(),
+        "rows": rows,
+        "left_out": list(left_out),
+    }
     report = environment(device) | measured
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1))
     (folder / f"{name}.svg").write_text(plot(report))
@@ -504,3 +579,43 @@ def table(rows):
             f"{entry['case']:34} {entry['part']:9} {entry['ours_ms']:9.3f} {entry['floor_share']:8.2f}  {peers_text}{left_out}"
         )
     return "\n".join(lines)
+
+
+def case_names():
+    """What the last stage of `make gpu` runs, one process each, in this order."""
+    names = [f"projector {case.name}" for case in CORE_CASES[:4]]
+    names += [f"parts {case.name}" for case in CORE_CASES[:6]]
+    names += [f"splice {num_rows} {num_visual} {width}" for num_rows, num_visual, width in SPLICES]
+    return names + [f"projector {case.name}" for case in CORE_CASES[4:]]
+
+
+SPLICES = [(16384, 4096, 1536), (16384, 12288, 3584)]
+
+
+def run_case(name):
+    """{"rows", "ceilings", "choices", "gpu_state"} of one of ``case_names`` on this machine's GPU."""
+    device, dtype = torch.device("cuda", 0), torch.bfloat16
+    before, ceilings = gpu_state(device), measure_ceilings(device, dtype)
+    kind, *rest = name.split()
+    if kind == "splice":
+        rows = bench_splice(*map(int, rest), device, dtype, ceilings)
+    else:
+        (case,) = [case for case in CORE_CASES if case.name == rest[0]]
+        if kind == "parts":
+            rows = bench_pool(case, device, dtype, ceilings) + bench_products(case, device, dtype)
+        else:
+            rows = bench_projector(case, device, dtype, ceilings)
+    again = measure_ceilings(device, dtype)
+    return {
+        "rows": rows, "ceilings": [ceilings._asdict(), again._asdict()], "choices": choose.export_choices(),
+        "gpu_state": [before, gpu_state(device)], "environment": environment(device),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        print("\n".join(case_names()))
+    else:
+        for kernel, config in zip(sys.argv[3::2], sys.argv[4::2]):
+            choose.leave_out(kernel, config)
+        print(json.dumps(run_case(sys.argv[1])))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import kernel_bench
 import pytest
 import torch
 from kernel_bench import Case, Ceilings
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
+import gpu_run  # noqa: E402  beside the kernels' tests
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(copy_bytes_per_s=1e12, flops_per_s=1e14)
@@ -28,7 +32,7 @@ CASES = [Tiny(8, 12, 3, (4,)), Tiny(8, 12, 4, (2, 3)), Tiny(8, 12, 2, (4,), froz
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_pools_agree(case):
     features = torch.randn(case.num_patches, case.width)
-    wanted = kernel_bench.adaptive_pool(features, case.grids, case.tokens)
+    wanted = kernel_bench.our_pool(features, case)
     pools = [
         kernel_bench.eager_pool,
         kernel_bench.loop_pool,
@@ -71,14 +75,16 @@ def test_rounds_take_turns_and_ratios_pair_within_a_round():
     assert kernel_bench.ratios([1.0, 2.0, 4.0], [2.0, 2.0, 12.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
 
 
-def test_the_floor_is_products_and_bytes():
+def test_the_floor_is_the_cases_own_products_and_bytes():
     case = Case(1152, 1536, 64, (16,))
-    gate_up, down = 2 * 16384 * 1152 * 6912, 2 * 16384 * 3456 * 1536
-    seconds = (gate_up + down) / 1e14 + 2 * 1152 * (64 * 729 + 16384) / 1e12
-    assert kernel_bench.floor_ms(case, "forward", CEILINGS) == pytest.approx(1e3 * seconds)
-    whole = kernel_bench.floor_ms(case, "both", CEILINGS)
-    frozen = kernel_bench.floor_ms(case._replace(frozen=True), "both", CEILINGS)
-    assert whole - frozen == pytest.approx(1e3 * gate_up / 1e14 + 2e3 * 1152 * (64 * 729 + 16384) / 1e12)
+    pool_ms = 1e3 * 2 * 1152 * (64 * 729 + 16384) / 1e12
+    products = {"forward": 3.0, "backward": 5.0}
+    assert kernel_bench.floor_ms(case, "forward", CEILINGS, products) == pytest.approx(3 + pool_ms)
+    assert kernel_bench.floor_ms(case, "both", CEILINGS, products) == pytest.approx(8 + 2 * pool_ms)
+    frozen = case._replace(frozen=True)
+    assert kernel_bench.floor_ms(frozen, "both", CEILINGS, products) == pytest.approx(8 + pool_ms)
+    timed = lambda case: kernel_bench.bare_products_ms(case, CPU, torch.float32, lambda product: (product(), 1.0)[1])  # noqa: E731
+    assert timed(CASES[0]) == {"forward": 2.0, "backward": 4.0} and timed(CASES[2])["backward"] == 3.0
 
 
 def test_ceilings_are_rates(monkeypatch):
@@ -103,6 +109,8 @@ def test_the_report_is_json_and_the_plot_is_svg(tmp_path):
 def test_the_cases_are_the_promised_ones():
     assert len(kernel_bench.ALL_CASES) == 5 * 3 * 4 and len({case.name for case in kernel_bench.ALL_CASES}) == 60
     assert {case._replace(frozen=False) for case in kernel_bench.CORE_CASES} <= set(kernel_bench.ALL_CASES)
+    names = kernel_bench.case_names()
+    assert len(names) == len(set(names)) and names[:2] == ["projector 1152-1536-b64-n16", "projector 1152-3584-b64-n16"]
     ragged = Case(1152, 1536, 64, (8, 12, 16))
     assert ragged.num_tokens == 22 * 64 + 21 * 144 + 21 * 256 and ragged.name == "1152-1536-b64-ragged"
 
@@ -118,24 +126,80 @@ sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Wall
 
 
 @pytest.mark.parametrize("has_transformers", [True, False])
-def test_make_gpu_needs_no_more_than_torch_triton_and_pytest(has_transformers, tmp_path):
-    """What the target names is imported and collected where the trainer's other packages are missing."""
+def test_make_gpu_needs_no_more_than_torch_triton_and_pytest(has_transformers, tmp_path, monkeypatch):
+    """What its stages start is imported and collected where the trainer's other packages are missing."""
     packages = {"deepspeed", "webdataset", "pydantic", "hypothesis", "pytest_timeout", "liger_kernel"}
     packages |= set() if has_transformers else {"transformers", "huggingface_hub", "yaml", "PIL"}
     (tmp_path / "sitecustomize.py").write_text(BARE.format(packages=packages))
-    root = Path(__file__).parents[3]
-    options = "ARGS=--collect-only -q -p no:timeout -p no:hypothesispytest -p no:cacheprovider"
-    environment = {
-        key: value for key, value in os.environ.items() if not key.startswith("MAKE")
-    }  # of `make test` itself
-    command = ["make", "--no-print-directory", "-n", "gpu", options]
-    recipe = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True).stdout
-    recipe = recipe.replace("PYTHONPATH=", f"PYTHONPATH={tmp_path}:")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    options = ["--collect-only", "-p", "no:timeout", "-p", "no:hypothesispytest", "-p", "no:cacheprovider"]
+    status, output = gpu_run.run([*gpu_run.PYTEST, *options], 120)
+    assert status == 0, output[-3000:]
+    assert "test_pooling_rounds_once" in output and ("test_torchs_own_on_a_gpu" in output) is has_transformers
+    if not has_transformers:
+        status, output = gpu_run.run([gpu_run.BENCH], 60)
+        assert status == 0 and output.splitlines() == kernel_bench.case_names()
+
+
+def test_make_gpu_fails_where_there_is_none(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")} | {
+        "OUT": str(tmp_path)
+    }
     end = subprocess.run(
-        ["bash", "-c", recipe], cwd=root, capture_output=True, text=True, timeout=120, env={**environment, "PATH": path}
+        ["make", "gpu"], cwd=gpu_run.ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
-    assert end.returncode == 0, end.stdout[-3000:] + end.stderr[-3000:]
-    for name in ("test_projector[1152-1536-b64-n8]", "test_splice[16384", "test_pooling_rounds_once"):
-        assert name in end.stdout
-    assert ("test_torchs_own_on_a_gpu" in end.stdout) is has_transformers
+    assert end.returncode != 0 and "no NVIDIA GPU" in end.stdout and not list(tmp_path.iterdir())
+
+
+def test_a_hung_process_is_killed_with_its_children_and_what_it_said_is_kept(tmp_path):
+    code = (
+        "import signal, subprocess, sys, time\n"
+        "for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print('{\"pid\": %d}' % child.pid, flush=True)\n"
+        "print('{\"cut', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    status, output = gpu_run.run(["-c", code], 3)
+    assert status == "killed after 3 s"
+    (said,) = gpu_run.json_lines(output)
+    for _ in range(50):
+        if not Path(f"/proc/{said['pid']}").exists() or "Z" in Path(f"/proc/{said['pid']}/stat").read_text().split()[2]:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the child lives on")
+
+
+def test_the_stages_write_what_they_know_and_leave_the_wrong_out(tmp_path, monkeypatch):
+    """With stand-ins for the processes: one configuration wrong, one killed, one right; then the benchmarks."""
+    lines = {"good": [None, None], "bad": [None, "off by 1"], "hung": [None]}
+    asked = []
+
+    def run(arguments, seconds, log=None):
+        if arguments == [gpu_run.CASES]:
+            return 0, "".join(f"gated {name}\n" for name in lines) + "gated unfused\n"
+        if arguments == [gpu_run.BENCH]:
+            return 0, "projector a\nprojector b\n"
+        if arguments[0] == gpu_run.CASES:
+            kernel, name = arguments[1:]
+            results = [{"case": [kernel, name, f"p{i}"], "error": e} for i, e in enumerate(lines.get(name, [None]))]
+            return "killed after 45 s" if name == "hung" else 0, "\n".join(map(json.dumps, results))
+        asked.append(arguments)
+        return (0, 'noise\n{"rows": []}') if arguments[1] == "projector a" else (-9, "no")
+
+    monkeypatch.setattr(gpu_run, "run", run)
+    report = gpu_run.Report(tmp_path / "out", "AC")
+    gpu_run.check_all(report, time.monotonic() + 60)
+    gpu_run.bench_all(report, time.monotonic() + 60)
+    written = json.loads((tmp_path / "out" / "kernels-gpu.json").read_text())
+    assert set(written["wrong"]) == {"gated bad", "gated hung"} and written["right"] == {
+        "gated good": 2,
+        "gated unfused": 1,
+    }
+    assert written["cases"] == {"projector a": {"rows": []}, "projector b": "-9: no"}
+    assert all(sorted(a[3:]) == ["bad", "gated", "gated", "hung"] for a in asked)
+    gpu_run.bench_all(report, time.monotonic() + 10)
+    assert report.data["not_run"] == ["projector a", "projector b"]

@@ -6,14 +6,26 @@ import io
 import stat
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from ...data.images import EXTENSION, verify_image
 from ...data.problems import BadSample
 from ...data.shards import SCHEME
 
-OTHER_FORMATS = ("GIF", "BMP", "TIFF")
-"""Formats that are written as PNG; shards hold JPEG, PNG and WebP only."""
+try:
+    import pillow_heif
+except ImportError:  # HEIC photos are named as such
+    pillow_heif = None
+
+OTHER_FORMATS = ("GIF", "BMP", "TIFF", "AVIF", "HEIF")
+"""Formats that are written as PNG, where Pillow has their decoder; shards hold JPEG, PNG and WebP only."""
+_BRANDS = {
+    b"avif": "AVIF",
+    b"avis": "AVIF",
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1"), "HEIF"),
+}
+_DECODERS = {"AVIF": "a Pillow with AVIF (11.3 or newer)", "HEIF": "the package pillow-heif"}
 
 
 def fetch_image(reference, root, limits):
@@ -97,7 +109,7 @@ def _from_path(name, root, limits):
 
 def _as_png(data, limits, problem):
     try:
-        with Image.open(io.BytesIO(data), formats=OTHER_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             if image.width * image.height > limits.max_image_pixels:
                 raise BadSample(
                     "image-pixels",
@@ -105,14 +117,46 @@ def _as_png(data, limits, problem):
                 )
             image.load()
             upright = ImageOps.exif_transpose(image)
+            if upright.mode in ("F", "I"):
+                upright = _eight_bit(upright)
             if upright.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
                 upright = upright.convert("RGB")
             file = io.BytesIO()
             upright.save(file, "PNG", compress_level=1)
     except Image.UnidentifiedImageError:
+        kind = _BRANDS.get(bytes(data[8:12])) if data[4:8] == b"ftyp" else None
+        if kind and kind not in _formats():
+            raise BadSample("image-format", f"an {kind} image, which is read with {_DECODERS[kind]}") from None
         raise problem from None
     except Image.DecompressionBombError as error:
         raise BadSample("image-pixels", f"not a readable image ({error})") from None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError) as error:
         raise BadSample("image-data", f"not a readable image ({' '.join(str(error).split())})") from None
     return file.getvalue()
+
+
+def _formats() -> list[str]:
+    """Those of the other formats that this Pillow reads; asked for another, it would raise a KeyError."""
+    Image.init()
+    if pillow_heif is not None:
+        pillow_heif.register_heif_opener()
+    return [name for name in OTHER_FORMATS if name in Image.OPEN]
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Floating-point or 32-bit grey as bytes, if its values are of a range that is known: 0 to 1, to 255 or to 65535.
+
+    Raises:
+        BadSample: other values, of which it is not clear what is black and what is white.
+    """
+    values = np.asarray(image, dtype=np.float64)
+    low, high = float(values.min(initial=0)), float(values.max(initial=0))
+    scale = next((255 / top for top in (1, 255, 65535) if high <= top), None)
+    if scale is None or low < 0 or not np.isfinite(values).all():
+        raise BadSample(
+            "image-data",
+            f"floating-point or 32-bit values from {low:g} to {high:g}; wanted 0 to 1, 0 to 255 or 0 to 65535",
+        )
+    if image.mode == "I" and high <= 1:
+        scale = 1.0
+    return Image.fromarray((values * scale).round().astype(np.uint8))

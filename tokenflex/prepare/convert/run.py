@@ -18,7 +18,7 @@ from .images import checked_image, fetch_image
 from .records import convert_record
 from .sources import json_parts, parquet_parts, shard_parts
 
-VERSION = 1
+VERSION = 2  # of the rules by which records are read: shards of two versions do not mix
 FORMATS = {"llava": json_parts, "openai": json_parts, "huggingface": parquet_parts, "webdataset": shard_parts}
 """Format -> how it is cut into parts. LLaVA and OpenAI files differ in their records only, which tell themselves apart."""
 
@@ -32,9 +32,11 @@ class Options:
     """The question of a record that has a caption only."""
     source_name: str = ""
     """Written into every sample as `source`."""
+    tool_turns: str = "skip"
+    """Records in which functions are called: `skip` them, or take calls and results as `text` with their role."""
 
 
-def convert(format, source, out, images=None, samples_per_shard=1000, num_workers=1, options=Options(), progress=None):  # noqa: B008
+def convert(format, source, out, *, images=None, samples_per_shard=1000, num_workers=1, options=None, progress=None):
     """Convert a data set into shards `out/shard-00000.tar`, ...; returns the `Tally` of all records.
 
     Done parts are kept and not done again, so the same call goes on where it was stopped. `out/report.json` has the
@@ -43,6 +45,7 @@ def convert(format, source, out, images=None, samples_per_shard=1000, num_worker
     Raises:
         UserError: no such source, an output folder of something else, a full disk, or a worker that died.
     """
+    options = options or Options()
     parts = list(FORMATS[format](source, images and str(images), samples_per_shard))
     out = Path(out).expanduser()
     _prepare(out, [str(source), format, samples_per_shard, repr(options)])
@@ -107,13 +110,14 @@ def _convert_part(job, out, options):
         with webdataset.TarWriter(file, mtime=0, encoder=False) as writer:
             for place, record, notes in part.records(options.limits):
                 try:
-                    members, repairs = _sample(record, part, options)
+                    members, repairs, unread = _sample(record, part, options)
                 except BadSample as problem:
                     tally.skip(problem)
                     skipped.append({"source": part.path, "place": place, **problem.record()})
                     continue
                 key = f"{number:05d}-{tally.num_good:06d}"
                 tally.keep((*repairs, *notes))
+                tally.unread.update(set(unread))
                 # Two writes, because TarWriter sorts the members of one: a reader meets the conversation first.
                 writer.write({"__key__": key, "json": members.pop("json")})
                 if members:
@@ -131,25 +135,26 @@ def _convert_part(job, out, options):
 
 
 def _sample(record, part, options):
-    """Members of a converted record by extension, and its repairs.
+    """Members of a converted record by extension, its repairs, and the names of its fields that were not read.
 
     Raises:
         BadSample: the record, or an image of it, cannot be used.
     """
     if isinstance(record, BadSample):
         raise record
-    messages, references, repairs = convert_record(record, options.caption_prompt)
-    written = {"messages": messages}
+    converted = convert_record(record, options.caption_prompt, options.tool_turns)
+    repairs = converted.repairs
+    written = {"messages": converted.messages}
     if record.get("id") is not None:
         written["id"] = str(record["id"])
     if options.source_name or record.get("source"):
         written["source"] = options.source_name or str(record["source"])
     members = {}
-    for i, reference in enumerate(references):
+    for i, reference in enumerate(converted.references):
         data, extension, more = checked_image(fetch_image(reference, part.images, options.limits), options.limits)
         members[f"{i}.{extension}"] = data
         repairs = (*repairs, *more)
-    return {"json": json.dumps(written, ensure_ascii=False).encode(), **members}, repairs
+    return {"json": json.dumps(written, ensure_ascii=False).encode(), **members}, repairs, converted.unread
 
 
 def _finish(out, reports):
@@ -161,6 +166,13 @@ def _finish(out, reports):
     shards = [report["shard"] for report in reports if report["num_bytes"]]
     (out / "report.json").write_text(json.dumps({**tally.to_json(), "shards": shards}, indent=1) + "\n")
     return tally
+
+
+def first_skipped(out):
+    """What was wrong with the first record that a conversion into `out` left out, in words."""
+    with open(Path(out).expanduser() / "skipped.jsonl", encoding="utf-8") as file:
+        entry = json.loads(next(file, "null"))
+    return f"the first, {entry['place']}: {entry['detail']}" if entry else "there was none"
 
 
 def _size(path):

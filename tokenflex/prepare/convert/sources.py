@@ -16,6 +16,9 @@ from ...data.shards import find_shards
 from ...errors import UserError
 
 CHUNK = 2**22
+IMAGES = ("jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif")
+OTHER_MEDIA = ("mp4", "webm", "mkv", "avi", "mov", "mp3", "wav", "flac", "ogg", "m4a", "pdf")
+"""Members of a plain shard that show something: the first are read, the others lead to a skip."""
 _BLANK = re.compile(rb"[\s,]*")
 
 
@@ -101,7 +104,7 @@ class ShardPart(Part):
         return 1
 
     def records(self, limits):
-        wanted = re.compile(r"([^.]+\.)?(jpg|jpeg|png|webp|gif|bmp|tif|tiff|json|txt|caption)", re.IGNORECASE).pattern
+        wanted = rf"([^.]+\.)?({'|'.join((*IMAGES, *OTHER_MEDIA, 'json', 'txt', 'caption'))})"
         limits = type(limits)(**{**limits.to_json(), "extensions": wanted, "ignore_others": True})
         for scanned in scan_shard(self.path, limits, parse=lambda members, path: members):
             if scanned.problem is not None:
@@ -174,13 +177,12 @@ def shard_parts(sources, images, per_shard):
 def _plain_record(members):
     """The record of a plain sample's members and its repairs, or the BadSample in its place."""
     images = sorted(
-        (
-            (name, data)
-            for name, data in members.items()
-            if name not in ("__key__", "json", "txt", "caption") and not name.endswith((".json", ".txt"))
-        ),
+        ((name, data) for name, data in members.items() if name.rpartition(".")[2].casefold() in IMAGES),
         key=lambda item: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", item[0])],
     )
+    media = next((name for name in members if name.rpartition(".")[2].casefold() in OTHER_MEDIA), None)
+    if media is not None:
+        return BadSample("media", f"has the member .{media}; only images are read"), ()
     record = {}
     if "json" in members:
         try:
@@ -201,22 +203,44 @@ def _plain_record(members):
 def _spans(path):
     """(number, first byte, last byte + 1) of every record."""
     with open(path, "rb") as file:
-        first = file.read(CHUNK).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+        head = file.read(CHUNK)
+        first = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
         file.seek(0)
-        if first == b"{":
+        if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head[:4]:
+            raise UserError(
+                f"{path}: is not UTF-8 but UTF-16 or the like; write it again: iconv -f UTF-16 -t UTF-8 {path} > new.json"
+            )
+        if head[:2] in (b"\x1f\x8b", b"PK"):
+            raise UserError(f"{path}: is compressed; unpack it first")
+        if first == b"{" and _is_spread_over_lines(head):
+            yield from _spans_within(file, path, depth_of_records=1)
+        elif first == b"{":
             offset = 0
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, offset, offset + len(line)
                 offset += len(line)
         elif first == b"[":
-            yield from _array_spans(file, path)
+            yield from _spans_within(file, path, depth_of_records=2)
         else:
             raise UserError(f"{path}: begins with {first!r}; wanted a JSON array of objects, or one object per line")
 
 
-def _array_spans(file, path):
-    """Spans of the objects of an array, found by its brackets and quotes: no record is parsed, and no file is held whole."""
+def _is_spread_over_lines(head):
+    """Whether the begin of a file is an object on several lines, not one object per line, perhaps with a broken first."""
+    lines = [line for line in head.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
+    if len(lines) < 2 or lines[1].lstrip()[:1] == b"{" and lines[1][:1] == b"{":
+        return False
+    try:
+        json.loads(lines[0])
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
+def _spans_within(file, path, depth_of_records):
+    """Spans of the objects of an array, or of those in a row (depth 1), found by brackets and quotes: none is parsed, and
+    no file is held whole."""
     token = re.compile(rb'[{}\[\]"\\]')
     depth, in_text, start, number, offset, skip = 0, False, 0, 0, 0, -1
     while chunk := file.read(CHUNK):
@@ -230,17 +254,17 @@ def _array_spans(file, path):
                 in_text = not in_text
             elif not in_text and byte in b"{[":
                 depth += 1
-                if depth == 2:
+                if depth == depth_of_records:
                     start = place
             elif not in_text:
                 depth -= 1
-                if depth == 1:
+                if depth == depth_of_records - 1:
                     number += 1
                     yield number, start, place + 1
         offset += len(chunk)
     if depth:
         raise UserError(
-            f"{path}: ends within its array after {number} records ({offset} bytes); the file is cut short: get it again"
+            f"{path}: ends within a record or its array after {number} records ({offset} bytes); the file is cut short: get it again"
         )
 
 

@@ -5,14 +5,22 @@ hostile sample is only text.
 """
 
 import base64
+from collections.abc import Iterator, Sequence
 from html import escape
+from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...data.images import thumbnail_jpeg
+from ...data.sample import Sample
 from ...errors import UserError
 from .plots import bars, histogram, scatter
+from .survey import Survey, Surveyed
+
+if TYPE_CHECKING:
+    from ...model import TokenFlexProcessor
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
@@ -40,7 +48,13 @@ td:first-child,th:first-child,.left td,.left th { text-align:left } .left td { o
 """
 
 
-def write_page(path, survey, shards, processor, counts):
+def write_page(
+    path: str | PathLike,
+    survey: Survey,
+    shards: Sequence[Path],
+    processor: "TokenFlexProcessor | None",
+    counts: Sequence[int],
+) -> None:
     """Write the page of `render_page` to a file.
 
     Raises:
@@ -53,7 +67,12 @@ def write_page(path, survey, shards, processor, counts):
         raise UserError(f"--out {path}: {error.strerror}; name a file that can be written") from None
 
 
-def render_page(survey, shards, processor=None, counts=()):
+def render_page(
+    survey: Survey,
+    shards: Sequence[Path],
+    processor: "TokenFlexProcessor | None" = None,
+    counts: Sequence[int] = (),
+) -> str:
     """The HTML of a `Survey`. With a processor, texts are shown as tokens with their mask, and costs at each of `counts`."""
     title = f"{len(shards)} shard{'s' * (len(shards) > 1)}, {survey.tally.num_samples} samples"
     parts = [
@@ -73,9 +92,9 @@ def render_page(survey, shards, processor=None, counts=()):
     return "".join(parts)
 
 
-def _cards(survey, processor):
+def _cards(survey: Survey, processor: "TokenFlexProcessor | None") -> str:
     tally = survey.tally
-    figures = [
+    figures: list[tuple[int | str, str]] = [
         (tally.num_good, "good samples"),
         (tally.num_skipped, "bad samples"),
         (tally.num_repaired, "repaired"),
@@ -89,7 +108,7 @@ def _cards(survey, processor):
     return f'<div class="cards">{cards}</div>'
 
 
-def _costs(survey, counts):
+def _costs(survey: Survey, counts: Sequence[int]) -> str:
     text, tiles = np.array(survey.text), np.array(survey.tiles)
     rows = []
     for count in counts:
@@ -111,7 +130,7 @@ def _costs(survey, counts):
     return f"<table><tr>{head}</tr>{''.join(rows)}</table><p></p>"
 
 
-def _plots(survey, processor, counts):
+def _plots(survey: Survey, processor: "TokenFlexProcessor | None", counts: Sequence[int]) -> Iterator[str]:
     unit = "tokens" if processor else "characters"
     yield histogram(survey.text, "Text length", unit, is_log=True)
     if processor:
@@ -126,7 +145,7 @@ def _plots(survey, processor, counts):
     yield bars(survey.sources, "Source or task", "samples")
 
 
-def _problems(survey):
+def _problems(survey: Survey) -> str:
     tally = survey.tally
     if not tally.num_skipped and not tally.repairs:
         return ""
@@ -144,14 +163,14 @@ def _problems(survey):
     return f'<h2>Bad and repaired</h2><div class="grid">{plots}</div><p></p>{table}'
 
 
-def _legend():
+def _legend() -> str:
     return (
         '<p class="legend"><span class="learned">learned</span><span class="context">context, not learned</span>'
         '<span class="image">image: tiles x visual tokens</span></p>'
     )
 
 
-def _article(surveyed, processor, counts):
+def _article(surveyed: Surveyed, processor: "TokenFlexProcessor | None", counts: Sequence[int]) -> str:
     sample = surveyed.sample
     facts = [f"{len(sample.messages)} messages", f"{len(sample.images)} images"]
     if processor:
@@ -168,13 +187,13 @@ def _article(surveyed, processor, counts):
     return f'<article><header>{head}</header><div class="body">{pictures}<div class="text">{text}</div></div></article>'
 
 
-def _picture(data, size, tiles):
+def _picture(data: bytes, size: tuple[int, int], tiles: int) -> str:
     encoded = base64.b64encode(thumbnail_jpeg(data)).decode()
     name = f"{size[0]} x {size[1]}, {tiles} tile{'s' * (tiles > 1)}"
     return f'<div><img alt="" src="data:image/jpeg;base64,{encoded}">{name}</div>'
 
 
-def _tokens(sample, surveyed, processor, counts):
+def _tokens(sample: Sample, surveyed: Surveyed, processor: "TokenFlexProcessor", counts: Sequence[int]) -> str:
     """The whole rendered conversation: stretches of learned and other tokens, an image as one box."""
     encoded = processor.encode(sample.messages, [1] * len(sample.images))
     places = dict(zip(encoded.image_starts, range(len(sample.images))))
@@ -194,7 +213,7 @@ def _tokens(sample, surveyed, processor, counts):
     return "".join(spans)
 
 
-def _stretch(encoded, begin, end, processor):
+def _stretch(encoded: Any, begin: int, end: int, processor: "TokenFlexProcessor") -> str:
     if end <= begin:
         return ""
     is_target = encoded.is_target[begin]
@@ -203,7 +222,7 @@ def _stretch(encoded, begin, end, processor):
     return f'<span class="{"learned" if is_target else "context"}" title="{name}">{escape(text)}</span>'
 
 
-def _plain(sample):
+def _plain(sample: Sample) -> str:
     spans = []
     for message in sample.messages:
         spans.append(f'<span class="context">{escape(message["role"])}: </span>')
@@ -215,5 +234,5 @@ def _plain(sample):
     return "".join(spans)
 
 
-def _figure(value):
+def _figure(value: Any) -> str:
     return f"{value:,}" if isinstance(value, (int, np.integer)) else escape(str(value))

@@ -1,13 +1,16 @@
 """Small plots as SVG text: the page needs no library, no script and no network to show them."""
 
+from collections import Counter
+from collections.abc import Callable
 from html import escape
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 420, 200, 46, 34, 24
 
 
-def histogram(values, title, unit, num_bins=28, is_log=False):
+def histogram(values: ArrayLike, title: str, unit: str, num_bins: int = 28, is_log: bool = False) -> str:
     """Bars of how many samples have which value; whole numbers of a small range get a bar each."""
     values = np.asarray(values, dtype=np.float64)
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
@@ -42,7 +45,7 @@ def histogram(values, title, unit, num_bins=28, is_log=False):
     return _figure(title, f"{unit} ({middle})", top, "".join(bars + marks))
 
 
-def scatter(points, title):
+def scatter(points: ArrayLike, title: str) -> str:
     """Image sizes: a dot per size, width against height, both on the same logarithmic scale."""
     points = np.asarray(points, dtype=np.float64).reshape(-1, 2)
     if not len(points):
@@ -66,7 +69,7 @@ def scatter(points, title):
     return _figure(title, f"width in pixels ({len(points)} images)", 0, ticks + dots, "height")
 
 
-def bars(counter, title, unit, most=12):
+def bars(counter: Counter[str], title: str, unit: str, most: int = 12) -> str:
     """One bar per name, largest first."""
     rows = counter.most_common(most)
     rest = sum(counter.values()) - sum(number for _, number in rows)
@@ -82,17 +85,17 @@ def bars(counter, title, unit, most=12):
     return f'<figure><figcaption>{escape(title)}</figcaption>{"".join(lines)}<div class="axis">{escape(unit)}</div></figure>'
 
 
-def _scale(low, high, is_log):
+def _scale(low: float, high: float, is_log: bool) -> Callable[[float], float]:
     place = (lambda x: np.log(max(x, 1e-9))) if is_log else float
     begin, span = place(low), max(place(high) - place(low), 1e-9)
     return lambda x: LEFT + (WIDTH - LEFT - 12) * (place(x) - begin) / span
 
 
-def _y(share):
+def _y(share: float) -> float:
     return TOP + (HEIGHT - BOTTOM - TOP) * (1 - share)
 
 
-def _figure(title, axis, top, inner, unit="samples"):
+def _figure(title: str, axis: str, top: int, inner: str, unit: str = "samples") -> str:
     lines = (
         ""
         if not top
@@ -109,7 +112,7 @@ def _figure(title, axis, top, inner, unit="samples"):
     )
 
 
-def _number(value):
+def _number(value: float) -> str:
     value = float(value)
     if abs(value) >= 1e6:
         return f"{value / 1e6:.3g}M"

@@ -1,0 +1,67 @@
+"""The questions of an evaluation, read by training's rules: a bad sample is left out, counted and named."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ..data import BadSample, Limits, Sample, decode_image, scan_shard
+from ..data.shards import Shard
+from ..errors import UserError
+
+MAX_NAMED = 10
+"""Bad samples that are printed."""
+
+
+@dataclass
+class Questions:
+    """Samples that are asked, in the shards' order, and the bad ones that are not."""
+
+    samples: list[Sample] = field(default_factory=list)
+    problems: list[BadSample] = field(default_factory=list)
+
+    def tell(self, say: Callable[[str], None]) -> None:
+        """Name the bad samples."""
+        for problem in self.problems[:MAX_NAMED]:
+            say(f"left out  {problem} ({problem.reason})")
+        if len(self.problems) > MAX_NAMED:
+            say(f"left out  {len(self.problems) - MAX_NAMED} more; tokenflex data validate names all")
+
+
+def read_questions(shards: Sequence[Shard], max_per_task: int, limits: Limits) -> Questions:
+    """The questions of shards, at most `max_per_task` of each task.
+
+    Raises:
+        UserError: a shard that cannot be read, or no good question in any.
+    """
+    questions, per_task = Questions(), Counter[str]()
+    for shard in shards:
+        try:
+            for scanned in scan_shard(shard.local_file(), limits):
+                try:
+                    sample = scanned.whole
+                    _check_answer(sample)
+                    if per_task[sample.task] < max_per_task:
+                        _check_images(sample, limits)
+                        per_task[sample.task] += 1
+                        questions.samples.append(sample)
+                except BadSample as problem:
+                    questions.problems.append(problem.located(shard, scanned.key, scanned.offset))
+        except OSError as error:
+            raise UserError(f"{shard}: {error.strerror}; give the path of a tar file") from None
+    if not questions.samples:
+        raise UserError(
+            f"data.evaluation: of {len(questions.problems)} samples in {len(shards)} shards none is good; "
+            "see tokenflex data validate"
+        )
+    return questions
+
+
+def _check_answer(sample: Sample) -> None:
+    role = sample.messages[-1]["role"]
+    if role != "assistant":
+        raise BadSample("no-answer", f"ends with a {role} message; wanted the expected answer")
+
+
+def _check_images(sample: Sample, limits: Limits) -> None:
+    for number, image in enumerate(sample.images):
+        decode_image(image, f"image {number}", limits)

@@ -1,0 +1,277 @@
+"""Which fields of somebody's record are read, and as what; the rest is bookkeeping, or is counted, or leads to a skip.
+
+The law: a field that changes what a conversation says or shows is used, or its record is skipped with the field's name.
+"""
+
+import json
+import math
+import re
+from typing import Any
+
+from ...data.problems import BadSample
+
+Fields = dict[str, Any]
+
+IMAGE_KEYS = (
+    "images", "image", "image_path", "image_paths", "image_file", "image_files", "image_name", "image_filename",
+    "img", "imgs", "img_path", "img_paths", "image_url", "image_urls", "image_bytes", "image_base64", "picture", "pictures",
+    "photo", "photos", "jpg", "jpeg", "png", "webp",
+)  # fmt: skip
+"""Fields that hold images, first those that are asked first; `image_1`, `image_2`, ... too."""
+FILE_KEYS = ("file_name", "filename", "file", "path", "filepath", "file_path")
+"""Fields that name an image file where no other field does, if the name looks like one."""
+NUMBERED_IMAGE = re.compile(r"(?:image|img)_?(\d+)")
+IMAGE_NAME = re.compile(r"\.(jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|heic|heif|mpo)$", re.IGNORECASE)
+OTHER_MEDIA = re.compile(
+    r"(videos?|audios?|speech|sounds?|wavs?|mp3|mp4|point_?clouds?|pdfs?|documents?)(_(path|file|url|name|id)s?)?", re.I
+)
+"""Fields that show or play something that is no image."""
+CHANGES_THE_TEXT = (
+    "context", "passage", "hint", "lecture", "rationale", "explanation", "reasoning", "reasoning_content", "thinking",
+    "prefix", "suffix", "objects", "bbox", "bboxes", "boxes", "chosen", "rejected", "functions", "tools", "history", "options",
+    "choices", "candidates", "system", "system_prompt", "input", "instruction", "instructions", "question", "query",
+    "tool_calls", "function_call",
+)  # fmt: skip
+"""Fields that say something where they hold something; what is not used of them leads to a skip."""
+BOOKKEEPING = frozenset(
+    (
+        "id",
+        "ids",
+        "_id",
+        "uid",
+        "uuid",
+        "guid",
+        "idx",
+        "index",
+        "no",
+        "number",
+        "key",
+        "__key__",
+        "__url__",
+        "sha256",
+        "sample_id",
+        "question_id",
+        "questionid",
+        "image_id",
+        "imageid",
+        "qid",
+        "item_id",
+        "conversation_id",
+        "doc_id",
+        "row_id",
+        "source",
+        "sources",
+        "dataset",
+        "dataset_name",
+        "data_source",
+        "origin",
+        "split",
+        "subset",
+        "config",
+        "task",
+        "tasks",
+        "category",
+        "categories",
+        "type",
+        "question_type",
+        "answer_type",
+        "topic",
+        "domain",
+        "language",
+        "lang",
+        "license",
+        "url",
+        "width",
+        "height",
+        "size",
+        "sizes",
+        "image_size",
+        "image_sizes",
+        "image_width",
+        "image_height",
+        "resolution",
+        "md5",
+        "hash",
+        "score",
+        "scores",
+        "similarity",
+        "clip_score",
+        "aesthetic_score",
+        "quality",
+        "difficulty",
+        "confidence",
+        "relevance_ratings",
+        "image_correspondence_ratings",
+        "visual_dependency_ratings",
+        "formatting_ratings",
+        "timestamp",
+        "created_at",
+        "date",
+        "model",
+        "generator",
+        "annotator",
+        "version",
+        "metadata",
+        "meta",
+        "info",
+        "tags",
+        "num_tokens",
+        "length",
+        "num_turns",
+        "original_width",
+        "original_height",
+        "exif",
+        "format",
+        "mode",
+    )  # fmt: skip
+)
+"""Fields that say nothing in the conversation; they are left unread without a word."""
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def holds(value: Any) -> bool:
+    """Whether a field says anything: not null, not empty, not a NaN from a table."""
+    return not (value is None or (hasattr(value, "__len__") and len(value) == 0) or value != value)
+
+
+def first_of(record: Fields, keys: tuple[str, ...]) -> str | None:
+    """The first of these fields that holds something."""
+    return next((key for key in keys if holds(record.get(key))), None)
+
+
+def image_fields(record: Fields) -> tuple[list, set[str]]:
+    """(image references of a record, the fields that they are in or are named in).
+
+    Raises:
+        BadSample: two fields hold different images, so that it is not clear which is shown.
+    """
+    numbered = sorted((key for key in record if NUMBERED_IMAGE.fullmatch(str(key))), key=_number)
+    named = [key for key in IMAGE_KEYS if key in record]
+    lists = [_as_list(record[key]) for key in named if holds(record[key])]
+    shown = [record[key] for key in numbered if holds(record[key])]
+    lists += [shown] if shown else []
+    files = [key for key in FILE_KEYS if _names_image(record.get(key))]
+    if not lists and files:
+        lists = [_as_list(record[files[0]])]
+    kept = next((some for some in lists if not _are_names(some)), lists[0] if lists else [])
+    for other in lists:
+        is_name_of_it = _are_names(other) and (not _are_names(kept) or _base_names(other) == _base_names(kept))
+        if other != kept and not is_name_of_it:
+            raise BadSample(
+                "field",
+                f"the fields {[*named, *numbered][:4]} hold different images; wanted one field for what is shown",
+            )
+    return kept, {*named, *numbered, *files}
+
+
+def check_media(record: Fields) -> None:
+    """Whether all that a record shows are images.
+
+    Raises:
+        BadSample: it has a video, sound or other medium, which its conversation would ask about without showing it.
+    """
+    for key, value in record.items():
+        if OTHER_MEDIA.fullmatch(str(key)) and holds(value):
+            raise BadSample("media", f"the field {key!r} holds {value!r:.80}; only images are read")
+
+
+def check_unused(record: Fields, used: set[str], said: str, where: str = "") -> list[str]:
+    """The names of fields that are neither used nor known as bookkeeping, to be counted; what is `said` anyway is not.
+
+    Raises:
+        BadSample: one of them is known to change what is said.
+    """
+    unread = []
+    for key, value in record.items():
+        name = str(key)
+        if key in used or not holds(value) or name.casefold() in BOOKKEEPING:
+            continue
+        if isinstance(value, str) and value.strip() in said:
+            continue
+        if name.casefold() in CHANGES_THE_TEXT:
+            raise BadSample(
+                "field", f"{where}the field {name!r} holds {value!r:.80}, which would not be said; put it into the text"
+            )
+        unread.append(where + name)
+    return unread
+
+
+def weight_of(fields: Fields, role: str) -> int:
+    """1 for what is learned, 0 for a turn that `weight`, `loss` or `train` takes out.
+
+    Raises:
+        BadSample: another weight, or a turn that is not the assistant's and is to be learned.
+    """
+    weights = []
+    for key in ("weight", "loss", "loss_weight", "train"):
+        value = fields.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise BadSample("field", f"a turn has {key}={value!r:.40}; wanted 0 or 1, true or false")
+        if value and role != "assistant":
+            raise BadSample("field", f"a {role} turn has {key}={value!r}; only the assistant's turns are learned")
+        weights.append(int(value))
+    if len(set(weights)) > 1:
+        raise BadSample("field", "a turn has both a weight of 0 and one of 1")
+    return weights[0] if weights else 1
+
+
+def as_answer(value: Any) -> tuple[Any, tuple[str, ...]]:
+    """An answer as text and the repairs: a number is written out; of several answers the first counts.
+
+    Raises:
+        BadSample: true, false or no number, of which the text is not clear.
+    """
+    repairs: tuple[str, ...] = ()
+    if isinstance(value, (list, tuple)) and value and all(isinstance(entry, (str, int, float)) for entry in value):
+        repairs = ("first-answer",) if any(entry != value[0] for entry in value) else ()
+        value = value[0]
+    if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+        raise BadSample("message", f"an answer is {value!r}; wanted a text or a number")
+    if isinstance(value, (int, float)):
+        return json.dumps(value), (*repairs, "number-as-text")
+    return value, repairs
+
+
+def with_options(question: Any, options: Any, answer: Any) -> tuple[Any, Any]:
+    """A multiple choice as question and answer: the options are written under the question, lettered.
+
+    Raises:
+        BadSample: options that are no list of texts, or an answer that is none of them and no letter of them.
+    """
+    if not isinstance(options, (list, tuple)) or not all(isinstance(option, (str, int, float)) for option in options):
+        raise BadSample("field", f"the options are {options!r:.80}; wanted a list of texts")
+    texts = [str(option) for option in options]
+    letters = [f"{letter}. {text}" for letter, text in zip(LETTERS, texts)]
+    if not isinstance(question, str) or not isinstance(answer, str) or len(texts) > len(LETTERS):
+        raise BadSample("field", f"the answer is {answer!r:.40} of {len(texts)} options; wanted its text or letter")
+    plain = answer.strip().rstrip(".").strip("()")
+    if answer not in texts and answer not in letters and plain not in LETTERS[: len(texts)]:
+        raise BadSample("field", f"the answer {answer!r:.80} is none of the {len(texts)} options and no letter of them")
+    if all(text in question for text in texts):
+        return question, answer
+    return "\n".join([question, *letters]), answer
+
+
+def _names_image(value: Any) -> bool:
+    names = _as_list(value)
+    return bool(names) and all(isinstance(name, str) and IMAGE_NAME.search(name) for name in names)
+
+
+def _are_names(references: list) -> bool:
+    """Whether these are paths rather than images."""
+    return all(isinstance(entry, str) and not entry.startswith("data:") and len(entry) < 4096 for entry in references)
+
+
+def _base_names(references: list) -> list[str]:
+    return [str(entry).replace("\\", "/").rsplit("/", 1)[-1] for entry in references]
+
+
+def _number(key: str) -> int:
+    found = NUMBERED_IMAGE.fullmatch(key)
+    return int(found[1]) if found else 0
+
+
+def _as_list(value: Any) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
