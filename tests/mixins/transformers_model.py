@@ -76,6 +76,12 @@ class TokenFlexModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestC
         if self._testMethodName in SKIPPED:
             self.skipTest(SKIPPED[self._testMethodName])
         self.model_tester = Tester(self)
+        if "training" in self._testMethodName:  # the base model has no loss
+            self.all_model_classes = (TokenFlexForConditionalGeneration,)
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=return_labels)
+        return {**inputs, "labels": inputs["input_ids"]} if return_labels else inputs
 
 
 del ModelTesterMixin, GenerationTesterMixin

@@ -140,3 +140,6 @@ def test_the_base_model_has_the_same_weights_and_the_last_hidden_states():
     base.load_state_dict(model.state_dict())
     hidden = base(**inputs).last_hidden_state
     torch.testing.assert_close(model.get_output_embeddings()(hidden), model(**inputs).logits)
+    assert torch.equal(model.base_model(**inputs).last_hidden_state, hidden)
+    assert model.base_model.vision_tower is model.vision_tower
+    assert not any(name.startswith("model.") for name in model.state_dict())

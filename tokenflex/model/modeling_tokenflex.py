@@ -14,7 +14,7 @@ from transformers.utils import can_return_tuple, logging
 from .configuration_tokenflex import TokenFlexConfig
 from .pooling import sides_of
 from .projector import TokenAdaptiveProjector
-from .vision import patch_features, patch_grid, patch_width
+from .vision import patch_grid, patch_outputs, patch_width
 
 logger = logging.get_logger(__name__)
 
@@ -67,33 +67,40 @@ class _TokenFlexBase(PreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
-    def get_image_features(self, pixel_values, num_visual_tokens=None, num_tiles=None, **kwargs):
+    def get_image_features(
+        self, pixel_values, num_visual_tokens=None, num_tiles=None, output_hidden_states=None, output_attentions=None, **kwargs
+    ):  # fmt: skip
         """Visual tokens of images as `pooler_output`: a list with one tensor [n, D] per image, all its tiles together.
 
-        `last_hidden_state` has the encoder's features, [tiles, patches, C]. By default every image gets the largest count.
+        `last_hidden_state` has the encoder's features, [tiles, patches, C]; hidden states and attentions are the encoder's own.
+        By default every image gets the largest count.
         """
+        wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        options = {name: value for name, value in wanted.items() if value}
         tiles = _tiles(num_tiles, pixel_values)
         counts = self.config.default_num_visual_tokens if num_visual_tokens is None else num_visual_tokens
         sides = self._sides(counts, tiles, None)
-        features_PC, visual_VD = self._visual_tokens(pixel_values, sides)
+        features_PC, visual_VD, outputs = self._visual_tokens(pixel_values, sides, **options)
         per_tile = iter(rows * columns for rows, columns in sides)
         lengths = [sum(next(per_tile) for _ in range(number)) for number in tiles]
         return BaseModelOutputWithPooling(
             last_hidden_state=features_PC.unflatten(0, (len(pixel_values), -1)),
             pooler_output=list(visual_VD.split(lengths)),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
         )
 
-    def _visual_tokens(self, pixel_values, sides, pool_plan=None):
-        """Patch features [P, C] and visual tokens [V, D] of tiles [B, 3, H, W], tile b pooled to `sides[b]` = (rows, columns).
+    def _visual_tokens(self, pixel_values, sides, pool_plan=None, **options):
+        """Patch features [P, C], visual tokens [V, D] and the encoder's output of tiles [B, 3, H, W], tile b pooled to `sides[b]`
+        = (rows, columns).
 
         A `pool_plan` says the same to the fused kernels; `sides` may then be None.
         """
         config = self.config
-        features_PC = patch_features(
-            self.vision_tower, pixel_values, config.vision_feature_layer, config.vision_position_embedding
-        )
+        layer, position = config.vision_feature_layer, config.vision_position_embedding
+        features_PC, outputs = patch_outputs(self.vision_tower, pixel_values, layer, position, **options)
         grid = patch_grid(config.vision_config, *pixel_values.shape[-2:])
-        return features_PC, self.projector(features_PC, [grid] * len(pixel_values), sides, pool_plan)
+        return features_PC, self.projector(features_PC, [grid] * len(pixel_values), sides, pool_plan), outputs
 
     def _embedded(
         self, input_ids, inputs_embeds, pixel_values, num_visual_tokens, num_tiles, visual_positions, is_dummy_image, pool_plan
@@ -112,7 +119,7 @@ class _TokenFlexBase(PreTrainedModel):
             if pool_plan is not None
             else self._sides(num_visual_tokens, _tiles(num_tiles, pixel_values), input_ids)
         )
-        _, visual_VD = self._visual_tokens(pixel_values.to(inputs_embeds.dtype), sides, pool_plan)
+        _, visual_VD, _ = self._visual_tokens(pixel_values.to(inputs_embeds.dtype), sides, pool_plan)
         visual_VD = visual_VD.to(inputs_embeds.dtype)
         if is_dummy_image:
             return inputs_embeds + 0.0 * visual_VD.sum()
@@ -190,6 +197,18 @@ class TokenFlexModel(_TokenFlexBase):
 
 class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
     """Any Hugging Face vision encoder and causal language model, joined by the token-adaptive projector."""
+
+    base_model_prefix = "model"
+
+    @property
+    def model(self):
+        """The same modules as `TokenFlexModel`, for tools that want hidden states and the output layer apart.
+
+        It is a view, not a part: weights keep the one name that checkpoints and exports have for them.
+        """
+        view = TokenFlexModel.__new__(TokenFlexModel)
+        view.__dict__ = self.__dict__
+        return view
 
     def get_output_embeddings(self):
         return self.language_model.get_output_embeddings()
