@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: train test check docs test-slurm test-templates test-quickstart test-reliability bench-decode bench-packing gpu bench lint clean
+.PHONY: train test check docs test-slurm test-templates test-quickstart test-reliability bench-decode bench-packing gpu bench lint clean test-transformers models-table
 
 train: $(VENV)/installed
 	deepspeed launch/train.py --ds_config configs/zero3.json $(ARGS)
@@ -88,3 +88,12 @@ build/peers/installed: tests/benchmarks/packing/peers.txt
 	$(BIN)/python -m pip install --quiet --target build/peers cached-path==1.8.10
 	$(BIN)/python -m pip install --quiet --target build/peers --no-deps --upgrade --requirement $<
 	@touch $@
+
+# transformers' own model mixin, of the installed release, against the exported classes at tiny size
+test-transformers: $(VENV)/installed
+	$(BIN)/python tests/mixins/fetch.py
+	$(BIN)/python -m pytest -c tests/mixins/pytest.ini -q -rs --timeout 300 tests/mixins/transformers_model.py $(ARGS)
+
+# docs/models.md: every language model and vision encoder that transformers has, through the probe; some minutes
+models-table: $(VENV)/installed
+	$(BIN)/python tests/model/models_table.py $(ARGS)

@@ -6,10 +6,12 @@ from conftest import run_ranks
 PROBED = """
 import torch
 from tokenflex import parallel
+from tokenflex.config import OptimizerConfig
 from tokenflex.errors import UserError
 from tokenflex.model import TokenFlexConfig, TokenFlexForConditionalGeneration
 from tokenflex.model.attention import PACKED, packing, register_packed_attention
 from tokenflex.model.probe import probe
+from tokenflex.train.optimizer import make_adamw
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 300}
 VISION = {"model_type": "siglip_vision_model", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 48, "patch_size": 8}
@@ -28,12 +30,8 @@ def engine_of(stage, text):
     settings = parallel.resolve_ds_config({"zero_optimization": {"stage": stage}}, "fp32", 1, 1.0)
     if stage == 3:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    from tokenflex.train.optimizer import VetoableAdamW
-
-    def make_optimizer(should_skip):
-        return VetoableAdamW(model.parameters(), should_skip, lr=1e-2)
-
-    engine = parallel.Engine(model, make_optimizer, settings, ranks)
+    groups = [{"params": list(model.parameters()), "lr": 1e-2}]
+    engine = parallel.Engine(model, make_adamw(groups, OptimizerConfig()), settings, ranks)
     engine.train()
     return engine
 

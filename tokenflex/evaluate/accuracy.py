@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..export import is_exported, loading_code
 from ..layout import RunLayout
 from ..model import TokenFlexProcessor
+from ..model.generation import GREEDY
 from ..parallel import Ranks
 from .questions import read_questions
 from .report import EvaluationRecord, accuracy_table, plot_accuracy
@@ -119,7 +120,7 @@ def _hits(
         inputs = processor.apply_chat_template(
             prompts, tokenize=True, add_generation_prompt=True, num_visual_tokens=count
         ).to(model.device)
-        output = model.generate(**inputs, max_new_tokens=settings.max_new_tokens, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=settings.max_new_tokens, **GREEDY)
         answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         expected = ["".join(item["text"] for item in sample.messages[-1]["content"]) for sample in batch]
         hits += map(exact_match, answers, expected)

@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..layout import MANIFEST, RunLayout
 from ..model import TokenFlexForConditionalGeneration, build_processor
 from ..model.configuration_tokenflex import TokenFlexConfig
+from ..model.generation import generation_settings
 from .export import export_model
 
 
@@ -36,8 +37,7 @@ def export_checkpoint(folder, target):
     processor = build_processor(config.model, config.budget)
     with torch.device("meta"):
         model = TokenFlexForConditionalGeneration(TokenFlexConfig.from_dict(manifest.model))
-    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    model.generation_config = generation_settings(config.model, processor)
     export_model(model, state, processor, target)
     return manifest
 

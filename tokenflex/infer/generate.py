@@ -11,6 +11,7 @@ from ..config import DataConfig
 from ..data import Limits, decode_image
 from ..errors import UserError
 from ..export import is_exported
+from ..model.generation import GREEDY
 
 Count = int | tuple[int, int]
 """Visual tokens of an image: a number, or (rows, columns)."""
@@ -55,7 +56,7 @@ class Generator:
             ).to(self.model.device)
         except ValueError as error:
             raise UserError(f"--num-visual-tokens: {error}") from None
-        output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)
         return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 

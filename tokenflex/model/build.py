@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..errors import UserError
 from .attention import PACKED, register_packed_attention
 from .configuration_tokenflex import TokenFlexConfig
+from .generation import generation_settings
 from .grow import grow_vocabulary
 from .image_processing_tokenflex import TokenFlexImageProcessor
 from .liger import apply_liger
@@ -121,8 +122,7 @@ def build_model(model, budget, processor, dtype, loading=contextlib.nullcontext,
     built.projector.backend = model.projector_backend
     built.config.trained_num_visual_tokens = sorted(budget.num_visual_tokens)
     built.config.default_num_visual_tokens = max(budget.num_visual_tokens)
-    built.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    built.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    built.generation_config = generation_settings(model, processor)
     try:
         built.num_added_tokens = grow_vocabulary(built.language_model, len(processor.tokenizer), gathered)
     except ValueError as error:

@@ -4,21 +4,30 @@ Travels with every exported model, so it imports nothing but torch, transformers
 rows, T tokens, V visual tokens, P patches, C vision width, D text width.
 """
 
+from dataclasses import dataclass
+
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import logging
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple, logging
 
 from .configuration_tokenflex import TokenFlexConfig
 from .pooling import sides_of
 from .projector import TokenAdaptiveProjector
-from .vision import patch_features, patch_grid, patch_width
+from .vision import patch_grid, patch_outputs, patch_width
 
 logger = logging.get_logger(__name__)
 
 
-class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """Any Hugging Face vision encoder and causal language model, joined by the token-adaptive projector."""
+@dataclass
+class TokenFlexOutput(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast`, with the router loss of a mixture of experts where `output_router_logits` asks for it."""
+
+    aux_loss: torch.FloatTensor | None = None
+
+
+class _TokenFlexBase(PreTrainedModel):
+    """Vision encoder, projector and language model: what is the same up to the last hidden states and with logits."""
 
     config_class = TokenFlexConfig
     main_input_name = "input_ids"
@@ -32,8 +41,8 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(self, config, vision_tower=None, language_model=None):
         """`vision_tower` and `language_model` may be given ready made (pretrained); else they are built from `config`."""
         super().__init__(config)
-        self.vision_tower = vision_tower or AutoModel.from_config(config.vision_config)
-        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        self.vision_tower = vision_tower or _built(AutoModel, config.vision_config)
+        self.language_model = language_model or _built(AutoModelForCausalLM, config.text_config)
         self.projector = TokenAdaptiveProjector(
             patch_width(config.vision_config),
             config.text_config.hidden_size,
@@ -57,92 +66,72 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value):
         self.language_model.set_input_embeddings(value)
 
-    def get_output_embeddings(self):
-        return self.language_model.get_output_embeddings()
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values, num_visual_tokens=None, num_tiles=None, output_hidden_states=None, output_attentions=None, **kwargs
+    ):  # fmt: skip
+        """Visual tokens of images as `pooler_output`: a list with one tensor [n, D] per image, all its tiles together.
 
-    def set_output_embeddings(self, new_embeddings):
-        self.language_model.set_output_embeddings(new_embeddings)
+        `last_hidden_state` has the encoder's features, [tiles, patches, C]; hidden states and attentions are the encoder's own.
+        By default every image gets the largest count.
+        """
+        wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        options = {name: value for name, value in wanted.items() if value}
+        tiles = _tiles(num_tiles, pixel_values)
+        counts = self.config.default_num_visual_tokens if num_visual_tokens is None else num_visual_tokens
+        sides = self._sides(counts, tiles, None)
+        features_PC, visual_VD, outputs = self._visual_tokens(pixel_values, sides, **options)
+        per_tile = iter(rows * columns for rows, columns in sides)
+        lengths = [sum(next(per_tile) for _ in range(number)) for number in tiles]
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features_PC.unflatten(0, (len(pixel_values), -1)),
+            pooler_output=list(visual_VD.split(lengths)),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
 
-    def get_image_features(self, pixel_values, sides, pool_plan=None):
-        """Visual tokens [V, D] of images [B, 3, H, W], image b pooled to `sides[b]` = (rows, columns), one after another.
+    def _visual_tokens(self, pixel_values, sides, pool_plan=None, **options):
+        """Patch features [P, C], visual tokens [V, D] and the encoder's output of tiles [B, 3, H, W], tile b pooled to `sides[b]`
+        = (rows, columns).
 
         A `pool_plan` says the same to the fused kernels; `sides` may then be None.
         """
         config = self.config
-        features_PC = patch_features(
-            self.vision_tower, pixel_values, config.vision_feature_layer, config.vision_position_embedding
-        )
+        layer, position = config.vision_feature_layer, config.vision_position_embedding
+        features_PC, outputs = patch_outputs(self.vision_tower, pixel_values, layer, position, **options)
         grid = patch_grid(config.vision_config, *pixel_values.shape[-2:])
-        return self.projector(features_PC, [grid] * len(pixel_values), sides, pool_plan)
+        return features_PC, self.projector(features_PC, [grid] * len(pixel_values), sides, pool_plan), outputs
 
-    def forward(
-        self,
-        input_ids=None,
-        pixel_values=None,
-        num_visual_tokens=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        logits_to_keep=0,
-        visual_positions=None,
-        is_dummy_image=False,
-        num_tiles=None,
-        pool_plan=None,
-        **kwargs,
-    ):
-        """Logits of text with images spliced in where `input_ids` holds `image_token_id`.
-
-        Args:
-            input_ids: [B, T]; each image is one run of its visual tokens' placeholders, tile after tile.
-            pixel_values: [tiles, 3, H, W], in the order of the runs, row by row.
-            num_tiles: [images] tiles of each image; by default every image is one tile.
-            num_visual_tokens: an int, or one int or (rows, columns) per image (with `num_tiles`) or tile (without); by default
-                what the runs' lengths say.
-            visual_positions: [V] places of the placeholders in the flattened `input_ids`; found from it by default.
-            is_dummy_image: the images belong to no token; they only keep every rank of a ZeRO-3 job in step.
-            pool_plan: what `projector.plan_maker` made of the tiles' counts; stands for `num_visual_tokens` and `num_tiles`.
-            labels: [B, T] with -100 where nothing is learned; the mean loss of the rest is returned.
-
-        Raises:
-            ValueError: placeholders and visual tokens do not match; the message has both numbers.
-        """
+    def _embedded(
+        self, input_ids, inputs_embeds, pixel_values, num_visual_tokens, num_tiles, visual_positions, is_dummy_image, pool_plan
+    ):  # fmt: skip
+        """Embeddings [B, T, D] with images spliced in; see `TokenFlexForConditionalGeneration.forward`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if pixel_values is not None:
-            sides = None
-            if pool_plan is None:
-                sides = self._sides(num_visual_tokens, _tiles(num_tiles, pixel_values), input_ids)
-            visual_VD = self.get_image_features(pixel_values.to(inputs_embeds.dtype), sides, pool_plan)
-            visual_VD = visual_VD.to(inputs_embeds.dtype)
-            if is_dummy_image:
-                inputs_embeds = inputs_embeds + 0.0 * visual_VD.sum()
-            else:
-                if visual_positions is None:
-                    visual_positions = (input_ids.flatten() == self.config.image_token_id).nonzero().squeeze(1)
-                kernels = self.projector.kernels_for(visual_VD)
-                inputs_embeds = splice(inputs_embeds, visual_VD, visual_positions, kernels)
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
+        if pixel_values is None:
+            return inputs_embeds
+        if input_ids is None and visual_positions is None:
+            input_ids = self._ids_of(inputs_embeds)
+        sides = (
+            None
+            if pool_plan is not None
+            else self._sides(num_visual_tokens, _tiles(num_tiles, pixel_values), input_ids)
         )
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(outputs.logits, labels, vocab_size=outputs.logits.shape[-1])
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=outputs.logits,
-            past_key_values=outputs.get("past_key_values"),  # models whose state is no key-value cache have none
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
-        )
+        _, visual_VD, _ = self._visual_tokens(pixel_values.to(inputs_embeds.dtype), sides, pool_plan)
+        visual_VD = visual_VD.to(inputs_embeds.dtype)
+        if is_dummy_image:
+            return inputs_embeds + 0.0 * visual_VD.sum()
+        if visual_positions is None:
+            visual_positions = (input_ids.flatten() == self.config.image_token_id).nonzero().squeeze(1)
+        return splice(inputs_embeds, visual_VD, visual_positions, self.projector.kernels_for(visual_VD))
+
+    def _ids_of(self, inputs_embeds):
+        """Ids in which only the placeholders are right, found by their embedding; whatever else there is becomes -1."""
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        is_image = (inputs_embeds == self.get_input_embeddings()(token).to(inputs_embeds.dtype)).all(-1)
+        return torch.where(is_image, token, -1)
 
     def _sides(self, num_visual_tokens, tiles, input_ids):
         """(rows, columns) per tile from whatever the caller gave; `tiles` has the number of them for each image."""
@@ -167,34 +156,160 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 )
         return [side for side, number in zip(sides, tiles) for _ in range(number)]
 
-    @torch.no_grad()
-    def generate(
-        self, input_ids=None, pixel_values=None, num_visual_tokens=None, attention_mask=None, num_tiles=None, **kwargs
+
+class TokenFlexModel(_TokenFlexBase):
+    """The model up to its last hidden states: what AutoModel loads from an export, by the same names.
+
+    The output layer is held, since its weights are among an export's (and often the embedding's), and not run.
+    """
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        pixel_values=None,
+        num_visual_tokens=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        num_tiles=None,
+        **kwargs,
     ):
+        """Hidden states [B, T, D] of text with images spliced in; arguments as in `TokenFlexForConditionalGeneration`."""
+        embeds = self._embedded(input_ids, inputs_embeds, pixel_values, num_visual_tokens, num_tiles, None, False, None)
+        outputs = self.language_model.base_model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return BaseModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+
+class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
+    """Any Hugging Face vision encoder and causal language model, joined by the token-adaptive projector."""
+
+    base_model_prefix = "model"
+
+    @property
+    def model(self):
+        """The same modules as `TokenFlexModel`, for tools that want hidden states and the output layer apart.
+
+        It is a view, not a part: weights keep the one name that checkpoints and exports have for them.
+        """
+        view = TokenFlexModel.__new__(TokenFlexModel)
+        view.__dict__ = self.__dict__
+        return view
+
+    def get_output_embeddings(self):
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings):
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self):
+        """The language model without its output layer."""
+        return self.language_model.get_decoder()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        pixel_values=None,
+        num_visual_tokens=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        visual_positions=None,
+        is_dummy_image=False,
+        num_tiles=None,
+        pool_plan=None,
+        num_items_in_batch=None,
+        shift_labels=None,
+        **kwargs,
+    ):
+        """Logits of text with images spliced in where `input_ids` holds `image_token_id`.
+
+        Args:
+            input_ids: [B, T]; each image is one run of its visual tokens' placeholders, tile after tile.
+            inputs_embeds: [B, T, D] in place of it; placeholders are then found by their embedding.
+            pixel_values: [tiles, 3, H, W], in the order of the runs, row by row.
+            num_tiles: [images] tiles of each image; by default every image is one tile.
+            num_visual_tokens: an int, or one int or (rows, columns) per image (with `num_tiles`) or tile (without); by default
+                what the runs' lengths say.
+            visual_positions: [V] places of the placeholders in the flattened `input_ids`; found from it by default.
+            is_dummy_image: the images belong to no token; they only keep every rank of a ZeRO-3 job in step.
+            pool_plan: what `projector.plan_maker` made of the tiles' counts; stands for `num_visual_tokens` and `num_tiles`.
+            labels: [B, T] with -100 where nothing is learned; the mean loss of the rest is returned, or with
+                `num_items_in_batch` their sum over that number. `shift_labels` are labels that have been shifted already.
+
+        Raises:
+            ValueError: placeholders and visual tokens do not match; the message has both numbers.
+        """
+        embeds = self._embedded(
+            input_ids, inputs_embeds, pixel_values, num_visual_tokens, num_tiles, visual_positions, is_dummy_image, pool_plan
+        )  # fmt: skip
+        outputs = self.language_model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        loss, aux_loss = None, outputs.get("aux_loss")
+        if labels is not None or shift_labels is not None:
+            sums = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
+            loss = self.loss_function(outputs.logits, labels, vocab_size=outputs.logits.shape[-1], **sums)
+            if aux_loss is not None:
+                loss = loss + self.config.text_config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return TokenFlexOutput(
+            loss=loss,
+            logits=outputs.logits,
+            past_key_values=outputs.get("past_key_values"),  # models whose state is no key-value cache have none
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            aux_loss=aux_loss,
+        )
+
+    @torch.no_grad()
+    def generate(self, inputs=None, generation_config=None, num_visual_tokens=None, **kwargs):
         """`transformers` generation with any number of visual tokens.
 
         `num_visual_tokens` (an int, a pair (rows, columns), or a list of them, one per image) overrides the counts that
         the prompt was built with. The answer starts with `input_ids` as given, so `output[:, input_ids.shape[1]:]` is
         always the new text.
         """
-        if pixel_values is None or kwargs.get("inputs_embeds") is not None:
-            return super().generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        prompt_ids, tiles = input_ids, _tiles(num_tiles, pixel_values)
-        sides = self._sides(num_visual_tokens, tiles, input_ids)
-        if num_visual_tokens is not None:
-            per_tile = iter(rows * columns for rows, columns in sides)
-            counts = [sum(next(per_tile) for _ in range(number)) for number in tiles]
-            pad = self.generation_config.pad_token_id or 0
-            input_ids, attention_mask = resize_image_runs(
-                input_ids, attention_mask, counts, self.config.image_token_id, pad
-            )
-        embeds = self.get_input_embeddings()(input_ids)
-        visual_VD = self.get_image_features(pixel_values.to(embeds.dtype), sides).to(embeds.dtype)
-        positions = (input_ids.flatten() == self.config.image_token_id).nonzero().squeeze(1)
-        embeds = splice(embeds, visual_VD, positions, self.projector.kernels_for(visual_VD))
-        output = super().generate(input_ids=input_ids, inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+        prompt_ids = kwargs.pop("input_ids", inputs)
+        pixel_values = kwargs.get("pixel_values")
+        if pixel_values is None or num_visual_tokens is None or prompt_ids is None:
+            return super().generate(prompt_ids, generation_config, **kwargs)
+        mask = kwargs.pop("attention_mask", None)
+        mask = torch.ones_like(prompt_ids) if mask is None else mask
+        tiles = _tiles(kwargs.get("num_tiles"), pixel_values)
+        sides = self._sides(num_visual_tokens, tiles, prompt_ids)
+        per_tile = iter(rows * columns for rows, columns in sides)
+        counts = [sum(next(per_tile) for _ in range(number)) for number in tiles]
+        pad = self.generation_config.pad_token_id or 0
+        input_ids, mask = resize_image_runs(prompt_ids, mask, counts, self.config.image_token_id, pad)
+        first = iter(range(len(sides)))
+        per_image = [[sides[next(first)] for _ in range(number)][0] for number in tiles]
+        options = {"attention_mask": mask, "num_visual_tokens": per_image, **kwargs}
+        output = super().generate(input_ids, generation_config, **options)
         sequences = output if torch.is_tensor(output) else output.sequences
         copies = sequences.shape[0] // prompt_ids.shape[0]  # beams or samples returned per prompt
         sequences = torch.cat([prompt_ids.repeat_interleave(copies, 0), sequences[:, input_ids.shape[1] :]], dim=1)
@@ -202,6 +317,53 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return sequences
         output.sequences = sequences
         return output
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+        """Images are spliced in with the prompt; what follows finds them in the cache."""
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in ("pixel_values", "num_tiles", "num_visual_tokens"):
+                inputs.pop(name, None)
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        """Each row `expand_size` times, and with it its own images, of which a row can have any number."""
+        images = {
+            name: kwargs.pop(name) for name in ("pixel_values", "num_tiles", "num_visual_tokens") if name in kwargs
+        }
+        runs = None if input_ids is None else image_runs(input_ids, self.config.image_token_id)
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        if expand_size > 1 and images.get("pixel_values") is not None and runs is not None:
+            images = _repeated(images, [row for row, _, _ in runs], expand_size)
+        return input_ids, {**kwargs, **images}
+
+
+def _repeated(images, rows, times):
+    """Pixel values, tiles and counts of images, image i of row `rows[i]`, with each row `times` times."""
+    tiles = _tiles(images.get("num_tiles"), images["pixel_values"])
+    starts = [sum(tiles[:place]) for place in range(len(tiles))]
+    order = [place for row in sorted(set(rows)) for _ in range(times) for place, its in enumerate(rows) if its == row]
+    pixels = torch.cat([images["pixel_values"][starts[place] : starts[place] + tiles[place]] for place in order])
+    repeated = {**images, "pixel_values": pixels}
+    if images.get("num_tiles") is not None:
+        repeated["num_tiles"] = torch.tensor([tiles[place] for place in order], device=pixels.device)
+    if isinstance(images.get("num_visual_tokens"), list):
+        repeated["num_visual_tokens"] = [images["num_visual_tokens"][place] for place in order]
+    return repeated
+
+
+def _built(auto_class, config):
+    """A part from its configuration; an attention that was asked for goes to the parts that have it."""
+    wanted = config._attn_implementation
+    part_class = auto_class._model_mapping[type(config)]
+    part_class = part_class[0] if isinstance(part_class, (tuple, list)) else part_class
+    needs = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
+    name = needs.get(wanted, "_supports_flash_attn" if wanted and wanted.startswith("flash") else None)
+    if name and not getattr(part_class, name):
+        config._attn_implementation = "eager"
+    return auto_class.from_config(config)
 
 
 def _tiles(num_tiles, pixel_values):
@@ -288,4 +450,4 @@ def resize_image_runs(input_ids, attention_mask, counts, image_token_id, pad_tok
     return resized, mask
 
 
-__all__ = ["TokenFlexForConditionalGeneration"]
+__all__ = ["TokenFlexForConditionalGeneration", "TokenFlexModel"]

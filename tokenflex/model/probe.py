@@ -267,7 +267,7 @@ class _Probe:
     def _failure(self, error):
         """One line from what a part raised; which part it was is told by where it was raised."""
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if _was_raised_within(error, self.model.get_image_features.__code__, self.model.projector.forward.__code__):
+        if _was_raised_within(error, self.model._visual_tokens.__code__, self.model.projector.forward.__code__):
             return self._vision_error(f"it cannot be run ({reason})")
         return _text_error(self.model.language_model, f"it cannot be run on packed samples ({reason})")
 

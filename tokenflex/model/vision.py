@@ -85,11 +85,17 @@ def patch_features(vision_tower, pixel_values, layer=-1, position_embedding="non
 
     With `position_embedding="sine2d"` each patch is told where it lies (see `sine2d`).
     """
-    features = _patch_features(vision_tower, pixel_values, layer)
+    return patch_outputs(vision_tower, pixel_values, layer, position_embedding)[0]
+
+
+def patch_outputs(vision_tower, pixel_values, layer=-1, position_embedding="none", **options):
+    """As `patch_features`, and the encoder's whole output beside it; `options` (`output_attentions`, ...) are its own."""
+    features, outputs = _patch_features(vision_tower, pixel_values, layer, options)
     if position_embedding == "none":
-        return features
+        return features, outputs
     rows, columns = patch_grid(vision_tower.config, *pixel_values.shape[-2:])
-    return features + sine2d(rows, columns, features.shape[-1]).to(features).repeat(len(pixel_values), 1)
+    places = sine2d(rows, columns, features.shape[-1]).to(features).repeat(len(pixel_values), 1)
+    return features + places, outputs
 
 
 def sine2d(rows, columns, width):
@@ -110,7 +116,7 @@ def _sine_axes(rows, columns, width):
         yield axis.expand(rows, columns, size) if across else axis[:, None].expand(rows, columns, size)
 
 
-def _patch_features(vision_tower, pixel_values, layer):
+def _patch_features(vision_tower, pixel_values, layer, options):
     config = vision_tower.config
     rows, columns = patch_grid(config, *pixel_values.shape[-2:])
     if merges_patches(config):
@@ -118,15 +124,15 @@ def _patch_features(vision_tower, pixel_values, layer):
             raise ValueError(
                 f"vision_feature_layer is {layer}; a tower of type {config.model_type} has its last layer only"
             )
-        return vision_tower(**_merged_inputs(vision_tower, pixel_values), return_dict=True).pooler_output
-    outputs = vision_tower(
-        **_inputs(vision_tower, pixel_values, rows, columns), output_hidden_states=layer != -1, return_dict=True
-    )
+        outputs = vision_tower(**_merged_inputs(vision_tower, pixel_values), return_dict=True, **options)
+        return outputs.pooler_output, outputs
+    options = {**options, "output_hidden_states": layer != -1 or options.get("output_hidden_states", False)}
+    outputs = vision_tower(**_inputs(vision_tower, pixel_values, rows, columns), return_dict=True, **options)
     hidden = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
     if hidden.dim() == 4:
-        return hidden.flatten(2).transpose(1, 2).flatten(0, 1)
+        return hidden.flatten(2).transpose(1, 2).flatten(0, 1), outputs
     first = max(0, hidden.shape[1] - rows * columns)
-    return hidden[:, first:].flatten(0, 1)  # class and register tokens come first
+    return hidden[:, first:].flatten(0, 1), outputs  # class and register tokens come first
 
 
 def _inputs(vision_tower, pixel_values, rows, columns):

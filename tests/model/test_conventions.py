@@ -1,0 +1,145 @@
+"""Hugging Face's conventions, as its own tools meet them: one loss however a step is cut up, generation in every mode, any form of input."""
+
+import copy
+
+import pytest
+import torch
+import zoo
+from transformers import Trainer, TrainingArguments
+
+from tokenflex.model import TokenFlexConfig, TokenFlexForConditionalGeneration, TokenFlexModel
+
+IMAGE, START, END = 4, 3, 5
+
+
+def tiny(**text):
+    config = TokenFlexConfig(
+        zoo.PLAIN_VISION,
+        {**zoo.PLAIN_TEXT, "max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": 2, **text},
+        image_height=48,
+        image_width=64,
+        image_start_token_id=START,
+        image_token_id=IMAGE,
+        image_end_token_id=END,
+        trained_num_visual_tokens=(4, 6),
+    )
+    torch.manual_seed(0)
+    return zoo.sharpened(TokenFlexForConditionalGeneration(config)).eval()
+
+
+def prompts(counts, generator=None):
+    """Rows of one length, row r with an image for each of `counts[r]`: input_ids, attention_mask, pixel_values."""
+    generator = generator or torch.Generator().manual_seed(1)
+    rows = []
+    for some in counts:
+        row = [torch.randint(10, 300, (3,), generator=generator)]
+        for count in some:
+            row += [torch.tensor([START, *[IMAGE] * count, END]), torch.randint(10, 300, (2,), generator=generator)]
+        rows.append(torch.cat(row))
+    length = max(map(len, rows))
+    ids = torch.stack([torch.cat([torch.zeros(length - len(row), dtype=torch.long), row]) for row in rows])
+    pixels = torch.rand(sum(map(len, counts)), 3, 48, 64, generator=generator) * 2 - 1
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": pixels}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_the_trainers_loss_is_one_however_a_step_is_cut_up(accumulation, tmp_path):
+    """Rows of very different numbers of labels: the mean over all tokens, not over micro-steps, and not their sum."""
+    rows = []
+    for number, start in enumerate([1, 6, 9, 10]):
+        row = {name: value[0] for name, value in prompts([[4]], torch.Generator().manual_seed(number)).items()}
+        row["pixel_values"] = row["pixel_values"][None]
+        row["labels"] = torch.cat([torch.full((start,), -100), row["input_ids"][start:]])
+        rows.append(row)
+    collate = lambda some: {
+        name: torch.cat([x[name] if name == "pixel_values" else x[name][None] for x in some]) for name in some[0]
+    }
+    model = tiny().train()
+    with torch.no_grad():
+        wanted = model(**collate(rows)).loss.item()
+    settings = TrainingArguments(
+        output_dir=tmp_path, per_device_train_batch_size=4 // accumulation, gradient_accumulation_steps=accumulation,
+        max_steps=1, learning_rate=0.0, report_to=[], use_cpu=True, logging_steps=1, save_strategy="no",
+        remove_unused_columns=False, disable_tqdm=True, max_grad_norm=1.0,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=settings, train_dataset=rows, data_collator=collate)
+    trainer.train()
+    assert abs(trainer.state.log_history[0]["loss"] - wanted) < 1e-4
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"prompt_lookup_num_tokens": 2}])  # fmt: skip
+def test_every_way_of_generating_takes_images(options):
+    model = tiny()
+    inputs = prompts([[4, 6]] if "prompt_lookup_num_tokens" in options else [[4], [], [6, 4]])
+    new = model.generate(**inputs, max_new_tokens=4, eos_token_id=None, **options)
+    assert new.shape[1] == inputs["input_ids"].shape[1] + 4
+    if "num_beams" in options:  # each row alone, with its own images
+        place = 0
+        for row, number in enumerate([1, 0, 2]):
+            alone = {name: inputs[name][row : row + 1] for name in ("input_ids", "attention_mask")}
+            if number:
+                alone["pixel_values"] = inputs["pixel_values"][place : place + number]
+            place += number
+            one = model.generate(**alone, max_new_tokens=4, eos_token_id=None, **options)
+            assert torch.equal(one[0], new[row]), row
+
+
+@pytest.mark.parametrize("count", [None, 9])
+def test_an_assistant_changes_nothing_but_the_speed(count):
+    model, inputs = tiny(), prompts([[4]])
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "num_visual_tokens": count}
+    plain = model.generate(**inputs, **options)
+    assert torch.equal(model.generate(**inputs, **options, assistant_model=copy.deepcopy(model)), plain)
+    other = zoo.sharpened(copy.deepcopy(model), seed=9)
+    assert torch.equal(model.generate(**inputs, **options, assistant_model=other), plain)
+
+
+def test_without_a_cache_the_text_is_the_same():
+    model, inputs = tiny(), prompts([[4], [6]])
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(**inputs, **options), model.generate(**inputs, **options, use_cache=False))
+    assert model(**inputs, use_cache=False).past_key_values is None
+
+
+def test_embeddings_in_place_of_ids_take_images_too():
+    model, inputs = tiny(), prompts([[4, 6], [6]])
+    wanted = model(**inputs).logits
+    ids = inputs.pop("input_ids")
+    ours = model(**inputs, inputs_embeds=model.get_input_embeddings()(ids)).logits
+    torch.testing.assert_close(ours, wanted)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model(**inputs)
+
+
+def test_outputs_come_as_tuples_where_that_is_asked_for():
+    model, inputs = tiny(), prompts([[4]])
+    assert torch.equal(model(**inputs, return_dict=False)[0], model(**inputs).logits)
+    labels = inputs["input_ids"]
+    assert model(**inputs, labels=labels, return_dict=False)[0].dim() == 0
+
+
+def test_labels_that_are_shifted_already():
+    model, inputs = tiny(), prompts([[4]])
+    labels = inputs["input_ids"]
+    shifted = torch.cat([labels[:, 1:], torch.full((1, 1), -100)], dim=1)
+    torch.testing.assert_close(model(**inputs, shift_labels=shifted).loss, model(**inputs, labels=labels).loss)
+
+
+def test_the_router_loss_comes_when_the_configuration_asks_for_it():
+    experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5}
+    inputs = prompts([[4]])
+    plain = tiny(**experts)(**inputs, labels=inputs["input_ids"])
+    asked = tiny(**experts, output_router_logits=True)(**inputs, labels=inputs["input_ids"])
+    assert plain.aux_loss is None and asked.aux_loss > 0
+    torch.testing.assert_close(asked.loss, plain.loss + 0.5 * asked.aux_loss)
+
+
+def test_the_base_model_has_the_same_weights_and_the_last_hidden_states():
+    model, inputs = tiny(), prompts([[4, 6]])
+    base = TokenFlexModel(model.config).eval()
+    base.load_state_dict(model.state_dict())
+    hidden = base(**inputs).last_hidden_state
+    torch.testing.assert_close(model.get_output_embeddings()(hidden), model(**inputs).logits)
+    assert torch.equal(model.base_model(**inputs).last_hidden_state, hidden)
+    assert model.base_model.vision_tower is model.vision_tower
+    assert not any(name.startswith("model.") for name in model.state_dict())

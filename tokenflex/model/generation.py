@@ -1,0 +1,45 @@
+"""What an exported model generates by: the language model's own settings, and every token that ends a turn."""
+
+from transformers import AutoConfig, GenerationConfig
+
+GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
+"""Arguments of `generate` for the likeliest answer, whatever the model's own settings are; none that has no effect."""
+
+
+def generation_settings(model, processor):
+    """The `GenerationConfig` of a run's model.
+
+    Sampling settings and end tokens are the language model's own (of `model.init_from` or `model.text`, where these are
+    pretrained); what ends a turn in training, and the tokenizer's end token, end generation too.
+
+    Args:
+        model: the configuration's section.
+        processor: of the run; its chat template says what ends a turn.
+    """
+    source = model.init_from or (model.text if isinstance(model.text, str) else "")
+    settings = _of_pretrained(source, model.trust_remote_code) if source else GenerationConfig()
+    own = settings.eos_token_id
+    ends = [*(own if isinstance(own, list) else [own]), processor.turn_end_id(), processor.tokenizer.eos_token_id]
+    ends = list(dict.fromkeys(int(token) for token in ends if token is not None))
+    pad = processor.tokenizer.pad_token_id
+    settings.update(
+        eos_token_id=ends[0] if len(ends) == 1 else ends or None,
+        pad_token_id=pad if pad is not None else next(iter(ends), None),
+        bos_token_id=processor.tokenizer.bos_token_id,
+    )
+    return settings
+
+
+def _of_pretrained(source, trust_remote_code):
+    """A folder's or hub id's own settings; those of its configuration where it has no generation_config.json.
+
+    Sampling settings of a model that does not sample have no effect, and transformers refuses to write them: they go.
+    """
+    try:
+        settings = GenerationConfig.from_pretrained(source)
+    except OSError:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        settings = GenerationConfig(eos_token_id=config.get_text_config().eos_token_id)
+    if not settings.do_sample:
+        settings.update(temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)
+    return settings
