@@ -124,6 +124,7 @@ MANY_ARGUMENTS = {
     "tokenflex/model/attention.py:forward": "an autograd function's, of the same arguments",
     "tokenflex/model/configuration_tokenflex.py:__init__": "every field of the exported configuration",
     "tokenflex/model/modeling_tokenflex.py:forward": "transformers' signature of a model",
+    "tokenflex/model/modeling_tokenflex.py:_embedded": "those of forward's arguments that say where images go",
     "tokenflex/model/processing_tokenflex.py:__init__": "every field of the exported processor",
 }
 """Functions of more than 6 arguments (self and keyword-only ones apart), and why."""
