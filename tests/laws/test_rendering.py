@@ -15,6 +15,8 @@ import jinja2
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tokenflex.corpus.tokenizer import build_tokenizer
 from tokenflex.errors import UserError
@@ -354,3 +356,40 @@ def test_an_image_token_that_is_not_special_is_not_spelled_by_texts():
     encoded = processor.encode([{"role": "user", "content": [IMAGE, {"type": "text", "text": "a <image> of"}]}], [3])
     assert encoded.input_ids.count(processor.image_token_id) == 3
     assert "a <image> of" in tokenizer.decode(encoded.input_ids)
+
+
+@pytest.mark.parametrize("scheme", ["first", "never"])
+@pytest.mark.parametrize("name", ["blanks around an answer", "plain", "trimmed", "prompt without the blank"])
+def test_a_sentencepiece_tokenizer_writes_no_blank_of_its_own(scheme, name):
+    """Such a tokenizer writes a blank before what it is given; the text of a conversation has the template's blanks only."""
+    letters = [
+        "\u2581",
+        "<unk>",
+        *(f"<0x{code:02X}>" for code in range(256)),
+        *map(chr, range(33, 127)),
+        "\u2581w",
+        "\u2581x",
+    ]
+    vocabulary = {token: index for index, token in enumerate(letters)}
+    backend = Tokenizer(
+        models.BPE(vocabulary, [("\u2581", "w"), ("\u2581", "x")], byte_fallback=True, unk_token="<unk>")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = TOKENIZER.all_special_tokens
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|endoftext|>", additional_special_tokens=special
+    )
+    processor = TokenFlexProcessor(
+        TokenFlexImageProcessor(8, 8), tokenizer, chat_template=GOOD[name], patch_grid=(2, 2)
+    )
+    for messages in CONVERSATIONS.values():
+        encoded = processor.encode(messages, [1] * num_images(messages))
+        came = tokenizer.decode(encoded.input_ids).removeprefix(" ")
+        assert came in [text for text in written(GOOD[name], messages) if text is not None]
+    if name == "blanks around an answer":  # and the answer begins as the model would write it
+        ((begin, _),) = spans(processor.encode(CONVERSATIONS["one turn"], []))
+        assert (
+            tokenizer.convert_ids_to_tokens(processor.encode(CONVERSATIONS["one turn"], []).input_ids)[begin]
+            == "\u2581w"
+        )

@@ -30,6 +30,7 @@ TEXT_KWARGS = (
 """Keywords of a tokenizer that a call honours; another one is refused."""
 FLAT = ("return_mm_token_type_ids", "return_text_replacement_offsets")
 RENDERING_KWARGS = ("tools", "documents", "continue_final_message")
+ANCHOR = "\n"
 LINE_BREAK = ("line break",)  # behind an image
 
 
@@ -102,6 +103,7 @@ class TokenFlexProcessor(ProcessorMixin):
         self.chat_template_options = dict(chat_template_options or {})
         self.render_date = ""
         self._template_cache, self._turn_ends, self._ids = {}, {}, None
+        self._blank = None
         self._renderer = ChatRenderer(tokenizer)
         self.image_start_token, self.image_token, self.image_end_token = tokens
         self.image_start_token_id, self.image_token_id, self.image_end_token_id = tokenizer.convert_tokens_to_ids(
@@ -150,7 +152,7 @@ class TokenFlexProcessor(ProcessorMixin):
         for prompt in texts:
             pieces, found = tags.split(prompt), tags.findall(prompt)
             runs = [next(lengths) for _ in found]
-            ids = self._prompt_ids(pieces[0])
+            ids = self._prompt_ids(pieces[0], is_begin=True)
             for run, piece in zip(runs, pieces[1:]):
                 ids = ids + self._image_ids(run) + self._prompt_ids(piece)
             rows.append(self._beginning(settings) + ids)
@@ -176,8 +178,8 @@ class TokenFlexProcessor(ProcessorMixin):
             )
         return tags
 
-    def _prompt_ids(self, piece):
-        return self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
+    def _prompt_ids(self, piece, is_begin=False):
+        return self._rows([piece], is_begin)[0] if piece else []
 
     def _beginning(self, settings):
         """What `add_special_tokens=True` puts first; a rendered prompt has it already, so that nothing is the default."""
@@ -372,7 +374,7 @@ class TokenFlexProcessor(ProcessorMixin):
             and all(piece.is_kept for piece in pieces)
             and not any(piece.is_learned for piece in pieces if piece.message < 0)
         )
-        return key if is_plain else key + "\0fitted"
+        return key if is_plain and not self._adds_blank() else key + "\0fitted"
 
     def _encoded(self, pieces, contents, marks, lengths, template):
         num_images = sum(item["type"] == "image" for items in contents for item in items or ())
@@ -428,7 +430,7 @@ class TokenFlexProcessor(ProcessorMixin):
         return [part for part in parts if part != ""]
 
     def _extend_by_template(self, encoded, piece, some, template, is_last):
-        ids = self._template_ids(some[0]) if some else []
+        ids = self._template_ids(some[0], is_begin=not encoded.input_ids) if some else []
         if not piece.ends_turn:
             encoded.extend(ids, is_target=piece.is_learned)
             return
@@ -459,20 +461,42 @@ class TokenFlexProcessor(ProcessorMixin):
             self._ids = (frozenset(special), frozenset(added))
         return self._ids
 
-    def _template_ids(self, piece):
+    def _template_ids(self, piece, is_begin=False):
         """Tokens of a piece of the chat template; there are few of them, so they are kept."""
-        if piece not in self._template_cache:
+        key = (piece, is_begin)
+        if key not in self._template_cache:
             if len(self._template_cache) > MAX_KEPT:
                 self._template_cache.clear()
-            self._template_cache[piece] = self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
-        return self._template_cache[piece]
+            self._template_cache[key] = self._rows([piece], is_begin)[0] if piece else []
+        return self._template_cache[key]
+
+    def _rows(self, texts, is_begin=False, **options):
+        """Tokens of texts that stand within a conversation, or at its begin.
+
+        Some tokenizers (sentencepiece's) write a blank before whatever they are given; within a conversation that blank would
+        be the tokenizer's, not the template's, so such a text is given behind a line break, whose tokens are taken off.
+        """
+        rows = self.tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
+        if is_begin or not self._adds_blank():
+            return rows
+        anchor = self.tokenizer(ANCHOR, add_special_tokens=False)["input_ids"]
+        behind = self.tokenizer([ANCHOR + text for text in texts], add_special_tokens=False, **options)["input_ids"]
+        return [row[len(anchor) :] if row[: len(anchor)] == anchor else alone for row, alone in zip(behind, rows)]
+
+    def _adds_blank(self):
+        if self._blank is None:
+            alone, behind = self.tokenizer(["x", ANCHOR + "x"], add_special_tokens=False)["input_ids"]
+            anchor = self.tokenizer(ANCHOR, add_special_tokens=False)["input_ids"]
+            is_blank = str(self.tokenizer.convert_ids_to_tokens(alone[:1])[0]).startswith("\u2581")
+            self._blank = is_blank and behind[: len(anchor)] == anchor and behind[len(anchor) :] != alone
+        return self._blank
 
     def _text_ids(self, texts):
         """Tokens of messages' texts, in which nothing is a special token, whatever it spells."""
         if not texts:
             return []
         own = {self.image_start_token_id, self.image_token_id, self.image_end_token_id}
-        encode = lambda some: self.tokenizer(some, add_special_tokens=False, split_special_tokens=True)["input_ids"]  # noqa: E731
+        encode = lambda some: self._rows(some, split_special_tokens=True)  # noqa: E731
         rows = encode(texts)
         for number, ids in enumerate(rows):
             if not own.isdisjoint(ids):  # an image token that the tokenizer does not know as special
