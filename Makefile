@@ -57,7 +57,7 @@ check: lint
 
 # a warning (a broken link, a docstring that does not parse) is an error
 docs: $(VENV)/docs-installed
-	$(BIN)/python -m sphinx -q -a -W --keep-going -b html docs build/docs $(ARGS)
+	$(BIN)/python -m sphinx -q -a -E -W --keep-going -b html docs build/docs $(ARGS)
 	@echo "build/docs/index.html"
 
 $(VENV)/docs-installed: $(VENV)/installed
