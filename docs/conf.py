@@ -15,19 +15,23 @@ release = version = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["results"]
+highlight_language = "text"  # blocks that name no language are shells and drawings
 myst_enable_extensions = ["deflist", "colon_fence"]
 myst_heading_anchors = 3
 
 html_theme = "furo"
 html_title = "TokenFLEX"
 html_copy_source = False
+html_show_copyright = False
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_theme_options = {"navigation_with_keys": True}
 
+add_module_names = False  # the headings say where
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False
 autodoc_mock_imports = ["deepspeed", "mpi4py"]  # slow to import, and nothing of theirs is documented
 python_use_unqualified_type_names = True
 
@@ -60,7 +64,7 @@ def reference_page(title: str, rooms: tuple[str, ...]) -> str:
     lines = [f"# {title}", ""]
     for name in (name for room in rooms for name in modules_of(room)):
         is_package = (ROOT / Path(*name.split("."))).is_dir()  # what a package offers is shown where it is defined
-        options = "" if is_package else "\n   :members:\n   :show-inheritance:"
+        options = "" if is_package else "\n   :members:"
         lines += [f"## `{name}`", "", "```{eval-rst}", f".. automodule:: {name}{options}", "```", ""]
     return "\n".join(lines)
 
@@ -83,7 +87,8 @@ def configuration_page() -> str:
         if head != section:
             section = head
             lines += [f"## {section}", ""]
-        lines += [f"`{key}` = `{default}`", f": {' '.join(text.split())}", ""]
+        default = "(must be given)" if default == "PydanticUndefined" else f"`{default}`"
+        lines += [f"`{key}` = {default}", f": {' '.join(text.split())}", ""]
     return "\n".join(lines)
 
 
@@ -128,6 +133,12 @@ def as_restructured_text(app, what, name, obj, options, lines) -> None:
     lines[:] = re.sub("\x00(\\d+)\x00", lambda match: kept[int(match[1])], text).split("\n")
 
 
+def is_skipped(app, what, name, obj, skip, options) -> bool | None:
+    """Fields of named tuples that say no more than that they are fields."""
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
 def setup(app) -> None:
     app.connect("builder-inited", write_reference)
+    app.connect("autodoc-skip-member", is_skipped)
     app.connect("autodoc-process-docstring", as_restructured_text, priority=400)  # before napoleon

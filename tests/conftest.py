@@ -37,6 +37,8 @@ processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 """
 """Start of a program that has an exported model (its first argument) but cannot import this project's packages."""
 
+sys.path.insert(0, str(ROOT / "tests" / "data"))  # its shards and bad samples serve other rooms' tests too
+
 pytest_plugins = ["slurm.jobs"]  # fixtures of tests/slurm; a second file named conftest would hide this one
 
 torch.set_num_threads(1)  # the suite shares two cores with the ranks that it starts

@@ -107,6 +107,11 @@ class RunLayout:
         return self.root / "metrics.jsonl"
 
     @property
+    def wandb_id(self) -> Path:
+        """The id of the run's record in wandb."""
+        return self.root / "wandb-id"
+
+    @property
     def events(self) -> Path:
         """Saves, skipped steps, ways back."""
         return self.root / "events.jsonl"

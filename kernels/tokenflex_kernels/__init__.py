@@ -7,6 +7,7 @@ plain torch on the CPU. See ../README.md for the derivation, shapes, errors and 
 from . import reference
 from .choose import export_choices, import_choices, set_tuning
 from .geometry import PoolPlan, pool_plan
+from .module import PooledSwiGLU
 from .ops import adaptive_pool, pooled_swiglu, splice_rows, swiglu
 from .reference import Linear, Norm
 from .target import is_available
@@ -16,6 +17,7 @@ __all__ = [
     "Linear",
     "Norm",
     "PoolPlan",
+    "PooledSwiGLU",
     "adaptive_pool",
     "export_choices",
     "import_choices",

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import choose
+from . import choose, target
 from .rounding import OPTIONS, round_to
 
 ROWS, COLUMNS, NUM_WARPS, ROWS_PER_PROGRAM = 8, 128, 4, 64
@@ -51,7 +51,7 @@ def grads(
     """(dW [2H, C], written over ``product``; float32 [2, C] gradients of scale and shift); see ``mlp.backward``."""
     weight = weight.contiguous()
     num_rows, channels = weight.shape
-    grid = (triton.cdiv(num_rows, ROWS_PER_PROGRAM), triton.cdiv(channels, COLUMNS))
+    grid = (target.cdiv(num_rows, ROWS_PER_PROGRAM), target.cdiv(channels, COLUMNS))
     sums = torch.empty(grid[0], 2, channels, dtype=torch.float32, device=weight.device)
     with choose.on_device(weight):
         weight_grads[grid](

@@ -34,6 +34,7 @@ class TileConfig(NamedTuple):
     num_stages: int
     per_sm: int = 1  # persistent programs on one streaming multiprocessor
     pieces: int = 1
+    major: int = 0  # the only major compute capability that it is for; 0: every
 
 
 class ElementwiseConfig(NamedTuple):
@@ -64,7 +65,7 @@ GATED_CONFIGS: dict[str, tuple[TileConfig, ...]] = {
 DGATED_CONFIGS: dict[str, tuple[TileConfig, ...]] = {
     "tma": (
         TileConfig("tma", 128, 128, 64, 8, 4, pieces=2),
-        TileConfig("tma", 256, 128, 64, 8, 3, pieces=4),
+        TileConfig("tma", 256, 128, 64, 8, 3, pieces=4, major=9),  # spills on 10.0
         TileConfig("tma", 64, 128, 64, 4, 4, pieces=4),
     ),
     "pointer": (
@@ -130,7 +131,7 @@ def gated_tma(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, NUM_PROGRAMS: tl.constexpr,
     HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr, STORE_GATE_UP: tl.constexpr,
 ):  # fmt: skip
-    """tokens [M, K], weight [2, N, K] -> inner [M, N] and gate_up [M, 2, N]; all but ``bias`` [2N] are descriptors.
+    """tokens [M, K], weight [2, N, K] -> inner [M, 1, N] and gate_up [M, 2, N]; all but ``bias`` [2N] are descriptors.
 
     One box [2, BN, BK] of the weight is one operand of 2 BN columns: a single wgmma m64n256k16 does both halves.
     """
@@ -152,9 +153,11 @@ def gated_tma(
             gate += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
             up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
         if STORE_GATE_UP:
-            gate_up.store([row, 0, column], _box(gate, up, BM, BN, gate_up.dtype))
+            # One after the other, all of one shape: they share the little memory that the pipeline leaves.
+            gate_up.store([row, 0, column], tl.reshape(round_to(gate, gate_up.dtype), (BM, 1, BN)))
+            gate_up.store([row, 1, column], tl.reshape(round_to(up, gate_up.dtype), (BM, 1, BN)))
         if STORE_INNER:
-            inner.store([row, column], round_to(_swiglu(gate, up), inner.dtype))
+            inner.store([row, 0, column], tl.reshape(round_to(_swiglu(gate, up), inner.dtype), (BM, 1, BN)))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -376,6 +379,11 @@ def _is_aligned(width: int, depth: int, *operands: Tensor) -> bool:
     return width % 8 == 0 and depth % 8 == 0 and not any(t.data_ptr() % 16 for t in operands)
 
 
+def configs_for(shipped: dict[str, tuple[TileConfig, ...]], path: str, capability: int) -> list[TileConfig]:
+    """Those of ``shipped`` that go by ``path`` and are for ``capability`` (90 for 9.0)."""
+    return [config for config in shipped[path] if config.major in (0, capability // 10)]
+
+
 def _candidates(
     shipped: dict[str, tuple[TileConfig, ...]], first: Tensor, rows: int, width: int, is_aligned: bool
 ) -> list[choose.Candidate]:
@@ -383,12 +391,13 @@ def _candidates(
     unfused = choose.Candidate(UNFUSED, UNFUSED)
     if first.element_size() != 2:
         return [unfused]
-    has_tma = is_aligned and target.capability(first.device) // 10 in target.TMA_CAPABILITIES
+    capability = target.capability(first.device)
+    has_tma = is_aligned and capability // 10 in target.TMA_CAPABILITIES
     # The first configuration with a tile for every multiprocessor; short of that, the one with the most tiles.
     wanted, rows = target.num_processors(first.device), choose.bucket(rows)
     configs = sorted(
-        shipped["tma" if has_tma else "pointer"],
-        key=lambda c: max(wanted - triton.cdiv(rows, c.m) * triton.cdiv(width, c.n), 0),
+        configs_for(shipped, "tma" if has_tma else "pointer", capability),
+        key=lambda c: max(wanted - target.cdiv(rows, c.m) * target.cdiv(width, c.n), 0),
     )
     fused = [choose.Candidate(name_of(config), config) for config in configs]
     # Rows that are no multiple of 16 bytes are read 2 bytes at a time: there cuBLAS comes first.
@@ -415,13 +424,13 @@ def launch_gated(
         gate_up = torch.mm(tokens, weight.T) if bias is None else torch.addmm(bias, tokens, weight.T)
         if inner is not None:
             rows, columns, num_warps = ELEMENTWISE
-            grid = (triton.cdiv(num_rows, rows) * triton.cdiv(width, columns),)
+            grid = (target.cdiv(num_rows, rows) * target.cdiv(width, columns),)
             swiglu_rows[grid](
                 gate_up, inner, num_rows, width, ROWS=rows, COLUMNS=columns, num_warps=num_warps, **OPTIONS
             )
         return inner, gate_up if store_gate_up else None
     gate_up = tokens.new_empty(num_rows, 2 * width) if store_gate_up else None
-    tiles = triton.cdiv(num_rows, config.m) * triton.cdiv(width, config.n)
+    tiles = target.cdiv(num_rows, config.m) * target.cdiv(width, config.n)
     options = dict(
         BM=config.m, BN=config.n, BK=config.k, GROUP=GROUP_M, HAS_BIAS=bias is not None,
         STORE_INNER=store_inner, STORE_GATE_UP=store_gate_up, num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
@@ -433,7 +442,7 @@ def launch_gated(
     gated_tma[(min(tiles, programs),)](
         TensorDescriptor.from_tensor(tokens, [config.m, config.k]),
         TensorDescriptor.from_tensor(weight.view(2, width, depth), [2, config.n, config.k]),
-        bias, _descriptor(inner, [config.m, config.n]), _halves_of(gate_up, config.m, config.n),
+        bias, _parts_of(inner, 1, config.m, 1, config.n), _parts_of(gate_up, 2, config.m, 1, config.n),
         num_rows, width, depth, NUM_PROGRAMS=programs, **options,
     )  # fmt: skip
     return inner, gate_up
@@ -449,17 +458,17 @@ def launch_dgated(
     tile_rows = ELEMENTWISE.rows if config == UNFUSED else config.m
     sums = None
     if sum_bias:
-        sums = torch.empty(triton.cdiv(num_rows, tile_rows), 2 * width, dtype=torch.float32, device=d_out.device)
+        sums = torch.empty(target.cdiv(num_rows, tile_rows), 2 * width, dtype=torch.float32, device=d_out.device)
     options = dict(HAS_BIAS=sum_bias, STORE_INNER=store_inner, **OPTIONS)
     if config == UNFUSED:
         rows, columns, num_warps = ELEMENTWISE
-        grid = (triton.cdiv(num_rows, rows) * triton.cdiv(width, columns),)
+        grid = (target.cdiv(num_rows, rows) * target.cdiv(width, columns),)
         swiglu_grad_rows[grid](
             torch.mm(d_out, weight), gate_up, d_gate_up, inner, sums, num_rows, width,
             ROWS=rows, COLUMNS=columns, num_warps=num_warps, **options,
         )  # fmt: skip
         return d_gate_up, inner, None if sums is None else sums.sum(0)
-    tiles = triton.cdiv(num_rows, config.m) * triton.cdiv(width, config.n)
+    tiles = target.cdiv(num_rows, config.m) * target.cdiv(width, config.n)
     options |= {"BM": config.m, "BN": config.n, "BK": config.k, "GROUP": GROUP_M}
     options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
     if config.path == "pointer":
@@ -470,7 +479,7 @@ def launch_dgated(
         dgated_tma[(min(tiles, programs),)](
             TensorDescriptor.from_tensor(d_out, [config.m, config.k]),
             TensorDescriptor.from_tensor(weight, [config.k, config.n]),
-            _halves_of(gate_up, config.m, strip), _halves_of(d_gate_up, config.m, strip),
+            _parts_of(gate_up, 2, config.m, 2, strip), _parts_of(d_gate_up, 2, config.m, 2, strip),
             _descriptor(inner, [config.m, strip]),
             sums, num_rows, width, depth, NUM_PROGRAMS=programs, PIECES=config.pieces, **options,
         )  # fmt: skip
@@ -481,8 +490,8 @@ def _descriptor(tensor: Tensor | None, block: list[int]) -> TensorDescriptor | N
     return None if tensor is None else TensorDescriptor.from_tensor(tensor, block)
 
 
-def _halves_of(gate_up: Tensor | None, rows: int, columns: int) -> TensorDescriptor | None:
-    """Boxes [rows, 2, columns] of gate and up side by side."""
-    if gate_up is None:
+def _parts_of(tensor: Tensor | None, parts: int, rows: int, at_once: int, columns: int) -> TensorDescriptor | None:
+    """Boxes [rows, at_once, columns] of a [tokens, parts, H] view."""
+    if tensor is None:
         return None
-    return TensorDescriptor.from_tensor(gate_up.view(gate_up.shape[0], 2, -1), [rows, 2, columns])
+    return TensorDescriptor.from_tensor(tensor.view(tensor.shape[0], parts, -1), [rows, at_once, columns])

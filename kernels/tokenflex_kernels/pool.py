@@ -7,6 +7,7 @@ each (1152 = 1024 + 128), as Triton's tensors must be, so that few lanes idle.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -312,6 +313,7 @@ class NormOf(NamedTuple):
     keep: bool
 
 
+@functools.cache
 def pieces_of(width: int) -> tuple[int, int, int]:
     """Up to three powers of two, 0 where there is none, that hold ``width`` channels with few to spare."""
     pieces, rest = [], width
@@ -353,7 +355,7 @@ def launch(
     if plan is not None:
         table, num_images, is_resize = plan.table, plan.table.shape[0] - 1, plan.is_resize
         cells = min(plan.patch_cells if transposed else plan.cells, CELLS_UNROLLED)
-    pool_rows[triton.cdiv(num_rows, config.rows), triton.cdiv(channels, span)](
+    pool_rows[target.cdiv(num_rows, config.rows), target.cdiv(channels, span)](
         source, source.stride(0), table, out, hat, rstd, scale, shift, num_rows, num_images, num_images.bit_length(),
         channels, eps, ROWS=config.rows, SPAN=span, P0=p0, P1=p1, P2=p2, CELLS=8 if cells == 7 else cells,
         POOL=plan is not None, RESIZE=is_resize, TRANSPOSED=transposed, NORM=norm is not None,
@@ -427,8 +429,8 @@ def norm_grad(
     """(gradient of the rows, written over ``d_tokens``; float32 [2, C] gradients of scale and shift), as asked for."""
     num_rows, channels = hat.shape
     programs = min(num_rows, 4 * target.num_processors(hat.device))
-    rows = triton.cdiv(num_rows, programs)
-    programs = triton.cdiv(num_rows, rows)
+    rows = target.cdiv(num_rows, programs)
+    programs = target.cdiv(num_rows, rows)
     sums = None
     if need_sums:
         sums = torch.empty(programs, 2, channels, dtype=torch.float32, device=hat.device)
@@ -447,7 +449,7 @@ def affine_of(hat: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor
         return hat
     out = torch.empty_like(hat)
     with choose.on_device(hat):
-        affine_rows[triton.cdiv(hat.shape[0], 8), triton.cdiv(hat.shape[1], 128)](
+        affine_rows[target.cdiv(hat.shape[0], 8), target.cdiv(hat.shape[1], 128)](
             hat, scale, shift, out, *hat.shape, ROWS=8, COLUMNS=128,
             HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, num_warps=4, **OPTIONS,
         )  # fmt: skip

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import choose
+from . import choose, target
 from .rounding import OPTIONS
 
 ROWS, COLUMN_BYTES, NUM_WARPS = 4, 512, 4  # 16 bytes per thread
@@ -40,7 +40,7 @@ def _route(text: Tensor | None, visual: Tensor | None, source: Tensor, num_rows:
     if out.numel() == 0:
         return out
     columns = COLUMN_BYTES // like.element_size()
-    grid = (triton.cdiv(num_rows, ROWS) * triton.cdiv(like.shape[1], columns),)
+    grid = (target.cdiv(num_rows, ROWS) * target.cdiv(like.shape[1], columns),)
     with choose.on_device(like):
         route_rows[grid](
             text, visual, source, out, num_rows, like.shape[1], ROWS=ROWS, COLUMNS=columns,

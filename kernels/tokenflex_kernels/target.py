@@ -74,3 +74,8 @@ def runs_kernels(tensor: Tensor) -> bool:
             has_triton() and torch.version.cuda is not None and capability(tensor.device) >= 10 * OLDEST_CAPABILITY[0]
         )
     return tensor.device.type == "cpu" and is_interpreted()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own is wrapped for its compiler, and costs a launch several microseconds."""
+    return -(-a // b)

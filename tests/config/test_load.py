@@ -18,6 +18,7 @@ WRONG = {
     "budget.num_visual_tokens=[64,64,256]": ["distinct counts"],
     "budget.probabilities=[0.5,0.5]": ["2 probabilities", "3 counts"],
     "budget.probabilities=[0.5,0.5,0.5]": ["sum to 1.5"],
+    "budget.probabilities=[0,0,0]": ["sum to 0"],
     "budget.schedule=[[5,[1,0,0]],[5,[0,0,1]]]": ["must rise"],
     "data.lockstep_packs=7": ["lockstep_packs=7", "packs_per_step=64"],
     "name=../../etc": ["name", "../../etc"],
@@ -74,6 +75,21 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_saved_configuration_loads_to_an_equal_one(tmp_path):
     config = load_config(None, ["train.num_steps=3", "budget.schedule=[[0,[1,0,0]],[10,[0,0,1]]]", "data.train=x.tar"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("given, wanted", [
+    ("[0.333333,0.333333,0.333333]", [1 / 3] * 3),
+    ("[0.33,0.33,0.33]", [1 / 3] * 3),
+    ("[2,3,5]", [0.2, 0.3, 0.5]),
+    ("[0,0,7]", [0, 0, 1]),
+    ("[0.2,0.3,0.5000001]", [0.2, 0.3, 0.5000001]),  # as it was, to the bit
+])  # fmt: skip
+def test_shares_are_weights_and_come_out_as_probabilities(given, wanted, tmp_path):
+    config = load_config(None, [f"budget.probabilities={given}", f"budget.schedule=[[9,{given}]]"])
+    assert config.budget.probabilities == pytest.approx(wanted, abs=1e-15 if "7" not in given else 0)
+    assert config.budget.schedule == ((9, config.budget.probabilities),)
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
 

@@ -62,10 +62,11 @@ def error_of(case):
 def all_cases(size, device):
     """Every case that this device's path has; bfloat16, since float32 runs no tiles of its own."""
     yield from pool_cases(size, device)
-    path = "tma" if target.capability(torch.device(device, 0)) // 10 in target.TMA_CAPABILITIES else "pointer"
+    capability = target.capability(torch.device(device, 0))
+    path = "tma" if capability // 10 in target.TMA_CAPABILITIES else "pointer"
     for way in dict.fromkeys((path, "pointer")):
-        yield from gated_cases(size, device, gated.GATED_CONFIGS[way])
-        yield from dgated_cases(size, device, gated.DGATED_CONFIGS[way])
+        yield from gated_cases(size, device, gated.configs_for(gated.GATED_CONFIGS, way, capability))
+        yield from dgated_cases(size, device, gated.configs_for(gated.DGATED_CONFIGS, way, capability))
     yield from other_cases(size, device)
 
 

@@ -99,7 +99,7 @@ def pool_cases():
     for way, constants in ways.items():
         for name, config in pool.candidates(1152, constants["NORM"])[:-1]:
             for dtype, is_resize in (("bf16", False), ("fp32", False), ("bf16", True)):
-                if (dtype, is_resize) != ("bf16", False) and config != pool.CONFIGS[0]:
+                if (dtype, is_resize) != ("bf16", False) and (config != pool.CONFIGS[0] or constants["NORM"]):
                     continue
                 span = min(config.span or 1152, 1152)
                 values = {"ROWS": config.rows, "SPAN": span, "RESIZE": is_resize and constants["POOL"]}
@@ -125,11 +125,11 @@ def pool_cases():
                 )  # fmt: skip
 
 
-def gated_cases(path, dtype):
+def gated_cases(path, dtype, capability):
     """Every shipped configuration of ``gated``, with and without what training stores; for float16 only the first."""
     from tokenflex_kernels import gated
 
-    for config in gated.GATED_CONFIGS[path][: None if dtype == "bf16" else 1]:
+    for config in gated.configs_for(gated.GATED_CONFIGS, path, capability)[: None if dtype == "bf16" else 1]:
         for training in (True, False):
             sizes = {"bias": f"*{dtype}", "M": "i32", "N": "i32:16", "K": "i32:16"}
             constants = {"BM": config.m, "BN": config.n, "BK": config.k, "GROUP": gated.GROUP_M, "HAS_BIAS": True, "STORE_INNER": True,
@@ -139,9 +139,9 @@ def gated_cases(path, dtype):
                 constants["NUM_PROGRAMS"] = 132 * config.per_sm
                 signature = dict(sizes, tokens=_descriptor(dtype, config.m, config.k),
                                  weight=_descriptor(dtype, 2, config.n, config.k),
-                                 inner=_descriptor(dtype, config.m, config.n))  # fmt: skip
+                                 inner=_descriptor(dtype, config.m, 1, config.n))  # fmt: skip
                 if training:
-                    signature["gate_up"] = _descriptor(dtype, config.m, 2, config.n)
+                    signature["gate_up"] = _descriptor(dtype, config.m, 1, config.n)
             else:
                 kernel = gated.gated_pointer
                 signature = dict(sizes, tokens=f"*{dtype}", weight=f"*{dtype}", inner=f"*{dtype}")
@@ -151,11 +151,11 @@ def gated_cases(path, dtype):
             yield f"gated {gated.name_of(config)} {dtype} training={training}", kernel, signature, constants, options
 
 
-def dgated_cases(path, dtype):
+def dgated_cases(path, dtype, capability):
     """Every shipped configuration of ``dgated``, with and without what a trained down projection needs; likewise."""
     from tokenflex_kernels import gated
 
-    for config in gated.DGATED_CONFIGS[path][: None if dtype == "bf16" else 1]:
+    for config in gated.configs_for(gated.DGATED_CONFIGS, path, capability)[: None if dtype == "bf16" else 1]:
         for inner in (True, False):
             halves = _descriptor(dtype, config.m, 2, config.n // config.pieces)
             sizes = {"bias_sums": "*fp32", "M": "i32", "N": "i32:16", "K": "i32:16"}
@@ -232,8 +232,8 @@ def cases(capability):
     yield from pool_cases()
     yield from elementwise_cases()
     for dtype in ("bf16", "fp16"):
-        yield from gated_cases(path, dtype)
-        yield from dgated_cases(path, dtype)
+        yield from gated_cases(path, dtype, capability)
+        yield from dgated_cases(path, dtype, capability)
 
 
 def main(capability, wanted=""):

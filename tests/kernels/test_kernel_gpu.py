@@ -56,9 +56,13 @@ def configurations():
     """Every pair of gated and dgated configurations by name, for the device at hand."""
     from tokenflex_kernels import gated, target
 
-    path = "tma" if target.capability(torch.device("cuda", 0)) // 10 in target.TMA_CAPABILITIES else "pointer"
+    capability = target.capability(torch.device("cuda", 0))
+    path = "tma" if capability // 10 in target.TMA_CAPABILITIES else "pointer"
     tiles = gated.GATED_CONFIGS[path]
-    pairs = [(tiles[i % len(tiles)], config) for i, config in enumerate(gated.DGATED_CONFIGS[path])]
+    pairs = [
+        (tiles[i % len(tiles)], config)
+        for i, config in enumerate(gated.configs_for(gated.DGATED_CONFIGS, path, capability))
+    ]
     return [*((gated.name_of(g), gated.name_of(d)) for g, d in pairs), (gated.UNFUSED, gated.UNFUSED)]
 
 

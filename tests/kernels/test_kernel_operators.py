@@ -334,6 +334,17 @@ def test_wrong_splices_are_named(visual, positions, error, message):
 # ---------------------------------------------------------------------------------------------------------- the package
 
 
+def test_the_module_is_the_function():
+    features, *weights = leaves(torch.float32)
+    for recompute in (False, True):
+        module = tokenflex_kernels.PooledSwiGLU(6, 5, 7, recompute=recompute)
+        module.load_state_dict(dict(zip(module.state_dict(), (w.detach() for w in weights), strict=True)))
+        out, wanted = module(features, PLAN), project(features, *weights, recompute=recompute)
+        assert same_bits(out, wanted)
+        grads = torch.autograd.grad(out.sum(), list(module.parameters()))
+        assert all(same_bits(a, b) for a, b in zip(grads, torch.autograd.grad(wanted.sum(), weights), strict=True))
+
+
 def test_it_stands_alone_and_without_triton():
     """No import of the trainer; and on a machine without Triton the reference serves."""
     code = (

@@ -95,6 +95,12 @@ WRONG_RUNS = {
     "too few packs for the ranks": (["data.packs_per_step=4", "data.lockstep_packs=4"], "does not divide over 3 ranks"),
     "sample longer than a pack": (["data.pack_length=24"], "set data.over_long=drop"),
     "tokenizer without image tokens": (['model.image_tokens=["<a>","<b>","<c>"]'], "lacks the image tokens"),
+    "a typo inside a part": (["model.text.hiden_size=64"], "did you mean model.text.hidden_size?"),
+    "an option that the template lacks": (
+        ["model.chat_template_options.enable_thinking=false"],
+        "does not know 'enable_thinking'",
+    ),
+    "a template that is not there": (["model.chat_template=short"], "neither a file nor a template of the tokenizer"),
     "all frozen": (
         ["optimizer.vision.train=false", "optimizer.text.train=false", "optimizer.projector.train=false"],
         "vision, projector and text are all frozen",

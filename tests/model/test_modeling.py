@@ -17,12 +17,13 @@ from tokenflex.model.modeling_tokenflex import image_runs, resize_image_runs, sp
 from tokenflex.model.vision import patch_features, patch_grid
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+OWN_WIDTH = {name: value for name, value in SMALL.items() if name != "intermediate_size"}  # dinov2 has a ratio
 ENCODERS = {
     "siglip": {"model_type": "siglip_vision_model", **SMALL, "image_size": 64, "patch_size": 8},
     "siglip2": {"model_type": "siglip2_vision_model", **SMALL, "patch_size": 8, "num_patches": 64},
     "clip": {"model_type": "clip_vision_model", **SMALL, "image_size": 64, "patch_size": 8},
-    "dinov2": {"model_type": "dinov2", **SMALL, "image_size": 64, "patch_size": 8},
-    "dinov2 with registers": {"model_type": "dinov2_with_registers", **SMALL, "image_size": 64, "patch_size": 8},
+    "dinov2": {"model_type": "dinov2", **OWN_WIDTH, "image_size": 64, "patch_size": 8},
+    "dinov2 with registers": {"model_type": "dinov2_with_registers", **OWN_WIDTH, "image_size": 64, "patch_size": 8},
     "internvit": {"model_type": "internvl_vision", **SMALL, "image_size": [64, 64], "patch_size": [8, 8]},
     "bit": {"model_type": "bit", "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "num_groups": 4},
     "convnext": {
@@ -232,6 +233,18 @@ def test_going_on_from_a_folder_runs_no_code_of_that_folder(exported, tmp_path, 
     processor = build_processor(section, tiny_config.budget)
     build_model(section, tiny_config.budget, processor, torch.float32)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("key, value", [
+    ("pooling_mode", "resize"), ("vision_position_embedding", "sine2d"), ("image_size", (48, 48)), ("projector_multiplier", 2),
+    ("vision_feature_layer", -2),
+])  # fmt: skip
+def test_a_recipe_that_says_otherwise_of_the_model_it_goes_on_from_is_refused(
+    key, value, exported, tiny_config, processor
+):
+    section = tiny_config.model.model_copy(update={"init_from": str(exported[0]), key: value})
+    with pytest.raises(UserError, match=f"model.{key}=.*the model of model.init_from=.* has "):
+        build_model(section, tiny_config.budget, processor, torch.float32)
 
 
 @pytest.mark.parametrize("section, part", [

@@ -1,5 +1,8 @@
 """The processor: one rendering for training and inference, special tokens by id only, any count per image."""
 
+import base64
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +62,105 @@ def test_a_batch_is_padded_on_the_left(processor):
     assert inputs["attention_mask"][0, 0] == 0 and (inputs["attention_mask"][:, -1] == 1).all()
     alone = processor.apply_chat_template(batch[0], tokenize=True, num_visual_tokens=4)["input_ids"][0]
     assert torch.equal(inputs["input_ids"][0][inputs["attention_mask"][0].bool()], alone)
+
+
+def test_a_bare_image_token_is_a_placeholder_too(processor):
+    """As transformers' own processors and servers write it; the marks around an image come along."""
+    tag, bare = "<img><IMG_CONTEXT></img>", "<IMG_CONTEXT>"
+    texts = [f"a {tag} b {bare} c", f"{bare}{tag}"]
+    inputs = processor([[IMAGE, IMAGE], [IMAGE, IMAGE]], texts, num_visual_tokens=3)
+    full = processor([IMAGE] * 4, [text.replace(tag, bare).replace(bare, tag) for text in texts], num_visual_tokens=3)
+    assert torch.equal(inputs["input_ids"], full["input_ids"])
+    assert (inputs["input_ids"] == processor.image_start_token_id).sum() == 4
+
+
+@pytest.mark.parametrize("keywords, shape, first", [
+    ({}, (2, 14), 0),
+    ({"padding": "max_length", "max_length": 20}, (2, 20), 0),
+    ({"text_kwargs": {"padding": "max_length", "max_length": 20, "padding_side": "right"}}, (2, 20), 1),
+    ({"padding_side": "right"}, (2, 14), 1),
+    ({"truncation": True, "max_length": 2}, (2, 2), 1),
+    ({"pad_to_multiple_of": 16}, (2, 16), 0),
+])  # fmt: skip
+def test_keywords_of_the_tokenizer_are_honoured(processor, keywords, shape, first):
+    inputs = processor(text=["no!!", "which color at B3 x y z, no"], **keywords)
+    assert inputs["input_ids"].shape == shape and inputs["attention_mask"][0, 0] == first
+    ids = processor(text="no!!", padding=False, return_tensors=None)["input_ids"][0]
+    assert inputs["input_ids"][0][inputs["attention_mask"][0].bool()].tolist() == ids[: shape[1]]
+
+
+def test_keywords_of_the_image_processor_are_honoured(processor):
+    text = "<IMG_CONTEXT>"
+    plain = processor(IMAGE, text)["pixel_values"]
+    raw = processor(IMAGE, text, images_kwargs={"do_normalize": False, "do_rescale": False})["pixel_values"]
+    mean, std = (
+        torch.tensor(x).view(3, 1, 1)
+        for x in (processor.image_processor.image_mean, processor.image_processor.image_std)
+    )
+    torch.testing.assert_close((raw / 255 - mean) / std, plain)
+    assert processor(IMAGE, text, size={"height": 24, "width": 32})["pixel_values"].shape == (1, 3, 24, 32)
+    assert processor(IMAGE, text, return_tensors="np")["pixel_values"].__class__ is np.ndarray
+    assert processor(IMAGE, text)["pixel_values"].equal(plain)  # a call's settings are the call's alone
+
+
+@pytest.mark.parametrize("call, error, part", [
+    (lambda p: p(text="x", paddin=True), TypeError, "unknown keyword argument paddin"),
+    (lambda p: p(text="x", text_kwargs={"max_lenght": 3}), TypeError, "text_kwargs.max_lenght"),
+    (lambda p: p(IMAGE, "<IMG_CONTEXT>", images_kwargs={"sise": 3}), TypeError, "images_kwargs.sise"),
+    (lambda p: p(IMAGE, "<IMG_CONTEXT>", do_center_crop=True), ValueError, "do_center_crop=True is not done here"),
+    (lambda p: p(text="x", return_overflowing_tokens=True), ValueError, "return_overflowing_tokens=True is not done here"),
+    (lambda p: p(text="x", padding=True, text_kwargs={"padding": False}), ValueError, "two times"),
+    (lambda p: p(IMAGE, "<IMG_CONTEXT>", truncation=True, max_length=3), ValueError, "would cut into an image"),
+    (lambda p: p(text=["x", "which color"], padding=False), ValueError, "set padding=True"),
+    (lambda p: p.apply_chat_template(conversation(), tokenize=True, enable_thinkin=False), TypeError, "enable_thinkin"),
+    (lambda p: p(), ValueError, "neither text nor images"),
+])  # fmt: skip
+def test_keywords_that_nobody_knows_are_refused(processor, call, error, part):
+    with pytest.raises(error, match=part):
+        call(processor)
+
+
+def test_images_come_in_every_form(processor, tmp_path):
+    """A file, its bytes, and its data: URL are decoded as in training; an array and a tensor hold the same pixels."""
+    file = io.BytesIO()
+    Image.effect_noise((80, 60), 90).convert("RGB").save(file, "PNG")
+    (tmp_path / "a.png").write_bytes(file.getvalue())
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    array = np.asarray(Image.open(file))
+    forms = [
+        file.getvalue(), url, str(tmp_path / "a.png"), tmp_path / "a.png", Image.open(file), array,
+        array.transpose(2, 0, 1), array / 255, torch.from_numpy(array.copy()).permute(2, 0, 1), torch.from_numpy(array / 255.0),
+        torch.from_numpy(array / 255.0).permute(2, 0, 1).float(),
+    ]  # fmt: skip
+    pixels = [processor(form, "<IMG_CONTEXT>")["pixel_values"] for form in forms]
+    for form, some in zip(forms, pixels):
+        assert torch.equal(some, pixels[0]), type(form)
+    for item in (
+        {"url": url},
+        {"image_url": {"url": url}, "type": "image_url"},
+        {"path": str(tmp_path / "a.png")},
+        {"image": array},
+    ):
+        messages = [{"role": "user", "content": [{"type": "image", **item}, {"type": "text", "text": "x"}]}]
+        assert torch.equal(processor.apply_chat_template(messages, tokenize=True)["pixel_values"], pixels[0])
+
+
+def test_the_assistant_mask_is_what_training_learns(processor):
+    batch = [conversation(answer="a cat"), conversation("a much longer question", 2, "no")]
+    inputs = processor.apply_chat_template(batch, tokenize=True, return_assistant_tokens_mask=True, num_visual_tokens=4)
+    for messages, ids, mask in zip(batch, inputs["input_ids"], inputs["assistant_masks"]):
+        encoded = processor.encode(messages, [4] * (len(messages[0]["content"]) - 1))
+        assert ids[mask.bool()].tolist() == [i for i, t in zip(encoded.input_ids, encoded.is_target) if t]
+
+
+def test_the_processor_goes_round_through_its_files(processor, tmp_path):
+    processor.save_pretrained(tmp_path / "a")
+    again = TokenFlexProcessor.from_pretrained(tmp_path / "a")
+    assert again.to_dict() == processor.to_dict() and again.tokenizer.padding_side == "left"
+    again.save_pretrained(tmp_path / "b")
+    for name in ("processor_config.json", "chat_template.jinja", "tokenizer.json", "rendering.py"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert set(processor(IMAGE, "<IMG_CONTEXT>")) == set(processor.model_input_names)
 
 
 @pytest.mark.parametrize("call, part", [

@@ -50,6 +50,15 @@ def reference(out, lengths, capacity, ranks):
     return tokens, tiles, {"utilisation": sum(tokens) / capacity / len(numbers), "z3_waste": 1 - mean / slowest}
 
 
+@pytest.mark.parametrize("shares", ["0.333333,0.333333,0.333333", "1,1,1"])
+def test_shares_are_weights(shares, lengths, tmp_path):
+    draws = []
+    for name, given in (("given", shares), ("exact", f"{1 / 3!r},{1 / 3!r},{1 / 3!r}")):
+        assert plan("--lengths", lengths, "--probabilities", given, "--out", tmp_path / f"{name}.npz") == 0
+        draws.append(np.load(tmp_path / f"{name}.npz")["count"])
+    np.testing.assert_array_equal(*draws)
+
+
 @pytest.mark.parametrize("mixing", [[], ["--mixed-counts"]])
 def test_the_figures_are_those_of_the_arrays_and_the_goals_are_met(mixing, lengths, tmp_path, capsys):
     out, figures = tmp_path / "packs.npz", tmp_path / "figures.json"
@@ -107,6 +116,7 @@ def test_what_is_too_long_is_left_out_counted_and_listed(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, part", [
     (["--counts", "64,64", "--probabilities", "0.5,0.5"], "distinct counts"),
+    (["--counts", "64,144", "--probabilities", "0.5,0.6"], "they must sum to 1, or be weights"),
     (["--counts", "64", "--probabilities", "0.5"], "wanted distinct counts and one probability per count"),
     (["--capacity", "200"], "a pack holds no image of 256"),
     (["--ranks", "20000"], "12000 samples per epoch cannot fill the 20000 packs"),

@@ -14,7 +14,7 @@ from tokenflex.errors import UserError
 from tokenflex.prepare.inspect import render_page, survey_shards
 from tokenflex.prepare.inspect.plots import histogram
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
 from bad_samples import JPEG, Case, cases, good_bytes, record, tar_bytes, write_bad_shard
 
 HOSTILE = '</span><script>alert(1)</script><img src=x onerror=alert(1)> "&amp;'
@@ -112,3 +112,13 @@ def test_the_command_writes_the_page(shard, tmp_path, capsys):
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
     assert main(["data", "inspect", str(shard), "--out", str(tmp_path / "no" / "page.html")]) == 2
     assert "--out" in capsys.readouterr().err
+
+
+def test_the_page_says_how_many_of_how_many_were_counted(tmp_path):
+    shards = [tmp_path / f"{number}.tar" for number in range(2)]
+    for shard in shards:
+        shard.write_bytes(b"".join(good_bytes(f"{shard.stem}-{i}") for i in range(9)) + bytes(1024))
+    survey = survey_shards(shards, None, Limits(), max_samples=6)
+    assert "<h1>2 shards, 6 of 18 samples counted</h1>" in render_page(survey, shards)
+    survey = survey_shards(shards, None, Limits())
+    assert "<h1>2 shards, 18 samples</h1>" in render_page(survey, shards)

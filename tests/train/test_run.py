@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pytest
 from conftest import ROOT, TINY, run_ranks, train_ranks
 
 BRANCHING = ["train.save_every=2", "train.keep_checkpoints=9", "optimizer.schedule=constant"]
@@ -89,3 +90,39 @@ def test_shards_that_have_changed_are_refused_until_they_are_accepted(tmp_path, 
     assert [step["position"] for step in trace] == [[0, 0], [1, 0]]
     (end,) = run_ranks(1, [*common, "train.num_steps=3"])
     assert end.status == 0, "what was accepted once is the run's own from then on"
+
+
+def test_a_run_that_is_done_is_not_passed_off_as_another(tmp_path, cache_dir, corpus):
+    """Another model, other rates or fewer steps under the name of a complete run: refused, not evaluated as if trained so."""
+    train_ranks(1, tmp_path, cache_dir, "train.num_steps=2")
+    common = ["launch/train.py", "--config", TINY, f"output_dir={tmp_path}", f"data.cache_dir={cache_dir}"]
+    for overrides, part in (
+        (["train.num_steps=2", "optimizer.schedule=linear"], "its 2 steps are done, with optimizer.schedule=cosine"),
+        (["train.num_steps=2", "model.pooling_mode=resize"], "model.pooling_mode=adaptive, the recipe says resize"),
+        (["train.num_steps=1"], "train.num_steps=1, but 2 steps are done"),
+    ):
+        (end,) = run_ranks(1, [*common, *overrides])
+        (line,) = [line for line in end.output.splitlines() if line.startswith("error: ")]
+        assert end.status == 2 and part in line, end.output[-2000:]
+    (end,) = train_ranks(1, tmp_path, cache_dir, "train.num_steps=3", "optimizer.schedule=linear")
+    assert "changed   optimizer.schedule was cosine, is linear from here on" in end.output
+
+
+def test_one_run_has_one_record_in_wandb(tmp_path, cache_dir, corpus):
+    pytest.importorskip("wandb")
+    environment = {"WANDB_API_KEY": "", "WANDB_MODE": "offline"}
+    for num_steps in (2, 3):
+        overrides = ["train.wandb=auto", f"train.num_steps={num_steps}"]
+        train_ranks(1, tmp_path, cache_dir, *overrides, environment=environment)
+    records = [path.name.rpartition("-")[2] for path in (tmp_path / "tiny" / "wandb").glob("offline-run-*")]
+    assert len(records) == 2 and set(records) == {(tmp_path / "tiny" / "wandb-id").read_text()}
+
+
+def test_an_offloaded_optimizer_trains_and_can_be_vetoed(tmp_path, cache_dir, corpus):
+    config = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    (tmp_path / "offload.json").write_text(json.dumps(config))
+    train_ranks(2, tmp_path, cache_dir, ds_config=tmp_path / "offload.json")
+    train_ranks(2, tmp_path / "plain", cache_dir)
+    offloaded, plain = losses(tmp_path), losses(tmp_path / "plain")
+    assert sorted(offloaded) == sorted(plain)
+    assert all(abs(offloaded[step] - plain[step]) < 1e-4 for step in plain)

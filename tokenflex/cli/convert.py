@@ -27,6 +27,12 @@ def add_to(commands: Commands) -> None:
     add("source", metavar="SOURCE", help="the JSON file, the folder, or the shards (a glob pattern)")
     add("--out", required=True, metavar="DIR", help="folder of the new shards")
     add("--images", metavar="DIR", help="folder that image paths are relative to")
+    add(
+        "--split",
+        default="",
+        metavar="NAME",
+        help="which of a Hugging Face folder's splits: train, validation, ... or all",
+    )
     add("--samples-per-shard", type=positive, default=1000, metavar="N", help="records per shard (default 1000)")
     add(
         "--caption-prompt",
@@ -64,6 +70,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
         caption_prompt=arguments.caption_prompt,
         source_name=arguments.source_name,
         tool_turns=arguments.tool_turns,
+        split=arguments.split,
     )
     with tqdm(unit=" records", disable=not sys.stderr.isatty()) as bar:
         tally = convert(

@@ -1,11 +1,16 @@
 """`tokenflex data index`: list the indexes of shards, one per tokenizer, chat template and tiling, and remove some."""
 
 import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from .options import add_debug
+from .options import Commands, add_debug
+
+if TYPE_CHECKING:
+    from ..data.index.places import Found
 
 
-def add_to(commands) -> None:
+def add_to(commands: Commands) -> None:
     """Add the command to a parser's sub-commands."""
     command = commands.add_parser(
         "index",
@@ -29,13 +34,15 @@ def add_to(commands) -> None:
     removing.set_defaults(run=remove)
 
 
-def list_all(arguments: argparse.Namespace, say) -> int:
+def list_all(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
+    """`tokenflex data index ls`."""
     found = _found(arguments)
     say("\n".join(index.describe() for index in found) or "there is none")
     return 0
 
 
-def remove(arguments: argparse.Namespace, say) -> int:
+def remove(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
+    """`tokenflex data index rm`."""
     from ..data.index import choose_indexes, remove_index
 
     found = _found(arguments)
@@ -45,7 +52,7 @@ def remove(arguments: argparse.Namespace, say) -> int:
     return 0
 
 
-def _found(arguments: argparse.Namespace) -> list:
+def _found(arguments: argparse.Namespace) -> "list[Found]":
     from ..config import DataConfig
     from ..data.index import find_indexes
     from ..data.remote import locate_shards

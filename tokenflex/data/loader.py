@@ -16,6 +16,7 @@ from ..plan import Lengths, Mixture, Position, Source, StepPlan
 from .collate import PackedBatch, PreparedSample, collate, prepare, substitute
 from .index import Index
 from .problems import BadSample, Limits
+from .processor import Processor
 from .sample import Sample, first_messages, parse_sample
 from .shards import Shard, read_sample
 
@@ -94,7 +95,9 @@ class PackDataset(Dataset):
 
     MAX_OPEN_SHARDS = 96  # a block of data.shuffle_shards and the next
 
-    def __init__(self, index: Lengths | Mixture, processor: Any, loss_weighting: str, blank_count: int, limits: Limits):
+    def __init__(
+        self, index: Lengths | Mixture, processor: Processor, loss_weighting: str, blank_count: int, limits: Limits
+    ):
         self.mixture = index if isinstance(index, Mixture) else Mixture([Source(index=index)])
         self.processor = processor
         self.loss_weighting = loss_weighting

@@ -7,7 +7,7 @@ oddity that reading puts right by a fixed rule; it is counted too, so that injec
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import UserError
 
@@ -90,6 +90,18 @@ class BadSample(UserError):
         return {name: getattr(self, name) for name in names}
 
 
+class HasLimits(Protocol):
+    """A configuration's data section, or a command's arguments."""
+
+    @property
+    def max_member_bytes(self) -> int:
+        """See `Limits`."""
+
+    @property
+    def max_image_pixels(self) -> int:
+        """See `Limits`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """What of a shard may be read, and what a sample may cost before it is read or decoded."""
@@ -105,7 +117,7 @@ class Limits:
     """Leave other members unread; else a sample that has one is bad."""
 
     @classmethod
-    def of(cls, settings: Any) -> "Limits":
+    def of(cls, settings: HasLimits) -> "Limits":
         """The limits of whatever has them: a configuration's data section, or a command's arguments."""
         return cls(max_member_bytes=settings.max_member_bytes, max_image_pixels=settings.max_image_pixels)
 

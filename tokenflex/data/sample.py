@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 
 from .problems import BadSample
+from .processor import Encoded, Processor
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 ROLES = ("system", "user", "assistant")
@@ -130,7 +131,7 @@ def parse_message(message: Any) -> Message:
     return {"role": message["role"], "content": content, **_weight(message)}
 
 
-def encoded(processor: Any, messages: list[Message], lengths: list[int]) -> Any:
+def encoded(processor: Processor, messages: list[Message], lengths: list[int]) -> Encoded:
     """The processor's tokens of a conversation, image i as a run of `lengths[i]`.
 
     Raises:

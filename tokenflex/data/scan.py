@@ -56,6 +56,16 @@ def scan_shard(path: str | os.PathLike, limits: Limits, parse: Callable = parse_
         yield from _scan(file, os.fstat(file.fileno()).st_size, str(path), limits, parse)
 
 
+def count_samples(path: str | os.PathLike) -> int:
+    """How many samples a shard holds, good or bad, by its headers alone.
+
+    Raises:
+        OSError: the file cannot be opened or read.
+    """
+    with open(path, "rb") as file:
+        return sum(bool(group.infos) for group in _groups(file, os.fstat(file.fileno()).st_size))
+
+
 def read_lone_sample(file: BinaryIO, size: int, limits: Limits) -> dict[str, Any]:
     """The members of the only sample in a file, a stretch of `size` bytes of a shard; see `read_members`.
 

@@ -31,6 +31,7 @@ from .index import (
 from .index.together import on_main
 from .loader import PackDataset
 from .problems import Limits
+from .processor import Processor
 from .remote import locate_shards
 from .shards import Shard
 
@@ -65,7 +66,7 @@ class DataRun:
 
     planner: Planner
     dataset: PackDataset
-    processor: Any
+    processor: Processor
     identity: dict[str, Any]
 
     def describe_dropped(self) -> list[str]:
@@ -77,7 +78,7 @@ class DataRun:
 
 def open_data(
     config: RunConfig,
-    processor: Any,
+    processor: Processor,
     ranks: HasMain,
     say: Callable[[str], None] = print,
     render_date: str = "",
@@ -141,7 +142,7 @@ def locate_sources(data: DataConfig) -> list[Located]:
     ]
 
 
-def settle_date(processor: Any, located: Sequence[Located], data: DataConfig, render_date: str = "") -> None:
+def settle_date(processor: Processor, located: Sequence[Located], data: DataConfig, render_date: str = "") -> None:
     """Give the processor the date that its chat template takes for today's; none where the template writes no date.
 
     Without `render_date` it is that of the newest index of the first source that fits otherwise, so that the next run on the
@@ -158,7 +159,9 @@ def settle_date(processor: Any, located: Sequence[Located], data: DataConfig, re
             return
 
 
-def build_indexes(located: Sequence[Located], processor: Any, data: DataConfig, num_workers: int = 1) -> list[Path]:
+def build_indexes(
+    located: Sequence[Located], processor: Processor, data: DataConfig, num_workers: int = 1
+) -> list[Path]:
     """Check the indexes of located sources against their shards, and build what is missing; one process does it.
 
     Returns the index's folder of each.
@@ -175,7 +178,7 @@ def build_indexes(located: Sequence[Located], processor: Any, data: DataConfig, 
 
 
 def index_sources(
-    data: DataConfig, processor: Any, mpi: Communicator, rebuild: bool = False, say: Callable[[str], None] = print
+    data: DataConfig, processor: Processor, mpi: Communicator, rebuild: bool = False, say: Callable[[str], None] = print
 ) -> None:
     """Bring the index of every source up to date, all processes together; with `rebuild` each shard is read again.
 
@@ -197,7 +200,7 @@ def index_sources(
             index_together(shards, processor, mpi.bcast(folder), Limits.of(data), mpi, say)
 
 
-def open_indexes(located: Sequence[Located], folders: Sequence[str | Path], processor: Any) -> list[Index]:
+def open_indexes(located: Sequence[Located], folders: Sequence[str | Path], processor: Processor) -> list[Index]:
     """The indexes of located sources, which `build_indexes` has checked and named.
 
     Raises:

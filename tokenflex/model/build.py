@@ -1,11 +1,13 @@
 """From the configuration's model section to a model and its processor: pretrained parts, parts from scratch, or both."""
 
 import contextlib
+import difflib
 import functools
+import inspect
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import UserError
@@ -20,6 +22,8 @@ from .processing_tokenflex import TokenFlexProcessor, default_template, missing_
 from .template import check_template
 from .vision import patch_grid
 
+HOUSEKEEPING = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
+"""What a configuration file holds beside the model's own settings."""
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 
 
@@ -169,9 +173,9 @@ def _composed(model, budget, processor, dtype, loading):
     )
     tower = language = None
     if isinstance(model.vision, str):
-        tower = _pretrained("model.vision", AutoModel, model.vision, vision, dtype, model, loading)
+        tower = _pretrained("model.vision", AutoModel, vision, dtype, model, loading)
     if isinstance(model.text, str):
-        language = _pretrained("model.text", AutoModelForCausalLM, model.text, text, dtype, model, loading)
+        language = _pretrained("model.text", AutoModelForCausalLM, text, dtype, model, loading)
     return TokenFlexForConditionalGeneration(config, vision_tower=tower, language_model=language).to(dtype)
 
 
@@ -181,10 +185,34 @@ def _initialised_from(model, dtype, loading):
             model.init_from, dtype=dtype, output_loading_info=True
         )
     _check_complete("model.init_from", model.init_from, info)
+    _check_same_model(model, built.config)
     return built
 
 
-def _pretrained(key, auto_class, source, config, dtype, model, loading):
+def _check_same_model(model, config):
+    """That a recipe says of a model that it goes on from what the model is; the processor is made of the recipe.
+
+    Raises:
+        UserError: it says something else; the key and both values are named.
+    """
+    has = {
+        "image_size": (config.image_height, config.image_width),
+        "pooling_mode": config.pooling_mode,
+        "projector_multiplier": config.projector_multiplier,
+        "vision_position_embedding": config.vision_position_embedding,
+        "vision_feature_layer": config.vision_feature_layer,
+    }
+    for key, value in has.items():
+        if getattr(model, key) != value:
+            shown = list(value) if isinstance(value, tuple) else value
+            raise UserError(
+                f"model.{key}={getattr(model, key)}: the model of model.init_from={model.init_from} has {shown}; set model.{key}={shown}, "
+                "or build the model of its parts (model.vision, model.text)"
+            )
+
+
+def _pretrained(key, auto_class, config, dtype, model, loading):
+    source = getattr(model, key.removeprefix("model."))
     options = {"config": config, "dtype": dtype, "trust_remote_code": model.trust_remote_code}
     load = functools.partial(auto_class.from_pretrained, source, output_loading_info=True, **options)
     try:
@@ -222,7 +250,42 @@ def _part_config(key, part, trust_remote_code):
         raise UserError(
             f"{key}: model_type is {model_type!r}; wanted a model type of transformers, for example siglip_vision_model or qwen3"
         )
-    return _load(key, model_type, lambda: CONFIG_MAPPING[model_type](**values))
+    make = CONFIG_MAPPING[model_type]
+    config = _load(key, model_type, lambda: make(**values))
+    default = make()
+    known = {*default.to_dict(), *_signature(config), *getattr(config, "attribute_map", {}), *HOUSEKEEPING}
+    for name in values:
+        if isinstance(vars(config).get(name), PretrainedConfig):
+            _check_inner(f"{key}.{name}", vars(config)[name], vars(default).get(name))
+        elif name not in known:
+            # older names of a setting change another one; a name that is not known is kept, and nobody would read it
+            others = {other: value for other, value in values.items() if other != name}
+            without = _load(key, model_type, lambda: make(**others))  # noqa: B023
+            if {**without.to_dict(), name: config.to_dict().get(name)} == config.to_dict():
+                raise _unknown_name(key, name, config)
+    return config
+
+
+def _check_inner(key, config, default):
+    """Whether a configuration within a part's knows every name that it is given.
+
+    Raises:
+        UserError: it does not; the nearest is named.
+    """
+    known = {*type(config)().to_dict(), *_signature(config), *HOUSEKEEPING, *(default.to_dict() if default else ())}
+    unknown = next((name for name in config.to_diff_dict() if name not in known), None)
+    if unknown is not None:
+        raise _unknown_name(key, unknown, config)
+
+
+def _signature(config):
+    return inspect.signature(type(config).__init__).parameters.keys() - {"self", "kwargs"}
+
+
+def _unknown_name(key, name, config):
+    near = difflib.get_close_matches(name, [*type(config)().to_dict(), *_signature(config)], n=1, cutoff=0.4)
+    hint = f"did you mean {key}.{near[0]}?" if near else "see transformers' documentation of that class"
+    return UserError(f"unknown key {key}.{name}: {type(config).__name__} does not know it; {hint}")
 
 
 def _load(key, source, load):

@@ -5,6 +5,7 @@ smallest of its sizes (1, 1/2, 1/4, 1/8) that is not below what the tiles need. 
 imports nothing but PIL, numpy, torch, transformers and its sibling; simplejpeg is used where it is installed.
 """
 
+import base64
 import io
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import load_image
+from transformers.processing_utils import ImagesKwargs
 
 from .tiling import grids_for, tiles_for
 
@@ -25,6 +28,27 @@ except ImportError:  # Pillow decodes to the same pixels
 ORIENTATION = 0x0112  # EXIF
 
 
+CALL_KWARGS = (
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "size",
+    "max_tiles",
+    "thumbnail",
+)
+"""What a call may set for itself; `size` is height and width of a tile."""
+CHANNELS = (1, 3, 4)
+
+
+class TokenFlexImageProcessorKwargs(ImagesKwargs, total=False):
+    """What may be given to a call: see `TokenFlexImageProcessor`."""
+
+    max_tiles: int
+    thumbnail: bool
+
+
 class TokenFlexImageProcessor(BaseImageProcessor):
     """Images as tiles of `height` x `width` pixels, then (x / 255 - mean) / std per channel.
 
@@ -34,7 +58,9 @@ class TokenFlexImageProcessor(BaseImageProcessor):
         thumbnail: whether a grid of several tiles is followed by the whole image as one more.
     """
 
-    model_input_names = ["pixel_values"]
+    model_input_names = ["pixel_values", "num_tiles"]
+    valid_kwargs = TokenFlexImageProcessorKwargs
+    do_rescale, rescale_factor, do_normalize = True, 1 / 255, True
 
     def __init__(
         self,
@@ -46,6 +72,7 @@ class TokenFlexImageProcessor(BaseImageProcessor):
         thumbnail=True,
         **kwargs,
     ):
+        kwargs.pop("auto_map", None)  # of the file that it came from; written anew with every save
         super().__init__(**kwargs)
         self.height = height
         self.width = width
@@ -55,16 +82,47 @@ class TokenFlexImageProcessor(BaseImageProcessor):
         self.thumbnail = thumbnail
 
     def preprocess(self, images, return_tensors="pt", **kwargs):
-        """Images (bytes, path, PIL, or array [H, W, 3] of bytes; one or a list) -> model inputs.
+        """Images (bytes, path, URL, PIL, tensor, or array of bytes or of 0 to 1; one or a list) -> model inputs.
+
+        Arrays have their channels last, tensors first, unless their shape says otherwise. `CALL_KWARGS` may be set for one call.
 
         Returns:
             `pixel_values` [tiles, 3, height, width], image after image, and `num_tiles` [images].
+
+        Raises:
+            ValueError: a keyword that asks for something else than is done here.
         """
-        images = images if isinstance(images, (list, tuple)) else [images]
-        tiled = [self.tiled(image) for image in images]
-        pixels = self.normalised(torch.from_numpy(np.concatenate(tiled)))
+        call = self._for_call(kwargs)
+        tiled = [call.tiled(image) for image in flattened(images)]
+        pixels = call.normalised(torch.from_numpy(np.concatenate(tiled)))
         num_tiles = torch.tensor([len(tiles) for tiles in tiled])
+        if return_tensors == "np":
+            pixels, num_tiles = pixels.numpy(), num_tiles.numpy()
         return BatchFeature({"pixel_values": pixels, "num_tiles": num_tiles}, tensor_type=return_tensors)
+
+    def save_pretrained(self, *args, **kwargs):
+        """Write the configuration and its code; the addresses of the code are of the files alone, not of this object."""
+        saved = super().save_pretrained(*args, **kwargs)
+        vars(self).pop("auto_map", None)
+        return saved
+
+    def _for_call(self, kwargs):
+        """The processor with what a call sets, which is this one where it sets nothing."""
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        known = {name: given.pop(name) for name in CALL_KWARGS if name in given}
+        harmless = {"do_resize": True, "do_convert_rgb": True, "data_format": "channels_first", "device": "cpu"}
+        for name, value in given.items():
+            if harmless.get(name) not in (value, str(value)) and name not in ("input_data_format", "disable_grouping"):
+                raise ValueError(f"{name}={value!r} is not done here; known are {', '.join(CALL_KWARGS)}")
+        size = known.pop("size", None)
+        if not known and size is None:
+            return self
+        if size is not None:
+            known["height"], known["width"] = (size, size) if isinstance(size, int) else (size["height"], size["width"])
+        call = type(self)(**{name: getattr(self, name) for name in ("height", "width", *CALL_KWARGS) if name != "size"})
+        for name, value in known.items():
+            setattr(call, name, value)
+        return call
 
     def num_tiles(self, widths, heights):
         """Tiles of images by their upright sizes: [S], [S] -> [S] int64. What `tiled` returns as many of."""
@@ -86,13 +144,18 @@ class TokenFlexImageProcessor(BaseImageProcessor):
 
     def normalised(self, tiles_BHW3):
         """Bytes [B, height, width, 3] -> float32 `pixel_values` [B, 3, height, width], on the device they are on."""
+        if not (self.do_rescale and self.do_normalize and self.rescale_factor == 1 / 255):
+            pixels_B3HW = tiles_BHW3.permute(0, 3, 1, 2).float() * (self.rescale_factor if self.do_rescale else 1)
+            if not self.do_normalize:
+                return pixels_B3HW
+            mean, std = (torch.tensor(x).view(3, 1, 1).to(pixels_B3HW) for x in (self.image_mean, self.image_std))
+            return (pixels_B3HW - mean) / std
         mean, std = (torch.tensor(x, device=tiles_BHW3.device).view(3, 1, 1) for x in (self.image_mean, self.image_std))
         return (tiles_BHW3.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
     def _decoded(self, image):
         """Upright RGB bytes [H, W, 3], perhaps at a smaller scale, and the rows and columns of tiles that it is cut into."""
-        if isinstance(image, (str, Path)):
-            image = Path(image).read_bytes()
+        image = fetched(image)
         orientation = 0
         if isinstance(image, (bytes, bytearray, memoryview)):
             data = bytes(image)
@@ -111,6 +174,45 @@ class TokenFlexImageProcessor(BaseImageProcessor):
     def _grid(self, width, height):
         rows, columns = grids_for(width, height, self.max_tiles, (self.height, self.width))
         return int(rows), int(columns)
+
+
+def flattened(images):
+    """One image, or lists of images and of lists of them, as one list."""
+    if images is None:
+        return []
+    if not isinstance(images, (list, tuple)):
+        return [images]
+    return [image for entry in images for image in flattened(entry)]
+
+
+def fetched(image):
+    """An image as its encoded bytes where it is a path or a `data:` URL, so that it is decoded as in training; other URLs and
+    base64 text through transformers; anything else as it is."""
+    if isinstance(image, Path):
+        return image.read_bytes()
+    if not isinstance(image, str):
+        return image
+    if image.startswith("data:"):
+        return base64.b64decode(image.partition(",")[2])
+    if image.startswith(("http://", "https://")) or (len(image) > 4096 and "." not in image):
+        return load_image(image)
+    return Path(image).read_bytes()
+
+
+def array_image(image):
+    """An array or tensor of bytes, or of numbers from 0 to 1, as a PIL image."""
+    is_tensor = torch.is_tensor(image)
+    pixels = image.detach().cpu().numpy() if is_tensor else image
+    if pixels.ndim == 3:
+        is_first, is_last = pixels.shape[0] in CHANNELS, pixels.shape[-1] in CHANNELS
+        if is_first and (is_tensor or not is_last):
+            pixels = pixels.transpose(1, 2, 0)
+        if pixels.shape[-1] == 1:
+            pixels = pixels[..., 0]
+    if pixels.dtype.kind == "f" and pixels.ndim == 3:
+        highest = pixels.max(initial=0)
+        pixels = (pixels * (255 if highest <= 1 else 1)).round().clip(0, 255).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def decode_jpeg(data, image, scale, orientation=1):
@@ -166,9 +268,9 @@ def resized(pixels_HW3, height, width):
 
 
 def upright_rgb(image):
-    """Any image (PIL, path, array) as upright 8-bit RGB: EXIF rotation applied, alpha laid on white, 16 bit scaled."""
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
+    """Any image (PIL, path, array, tensor) as upright 8-bit RGB: EXIF rotation applied, alpha laid on white, 16 bit scaled."""
+    if isinstance(image, np.ndarray) or torch.is_tensor(image):
+        image = array_image(image)
     elif not isinstance(image, Image.Image):
         with Image.open(image) as file:
             file.load()

@@ -9,18 +9,27 @@ Travels with every exported model, so it imports nothing but torch, transformers
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import jinja2
 import torch
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_utils import load_image
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
+from transformers.tokenization_utils_base import TextInput
 
+from .image_processing_tokenflex import TokenFlexImageProcessorKwargs, flattened
 from .pooling import sides_of
-from .rendering import CALLS, ChatRenderer, RenderingRefused, dated_template, marked_contents
+from .rendering import CALLS, ChatRenderer, RenderingRefused, dated_template, knows_variable, marked_contents
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_KEPT = 4096  # pieces of templates whose tokens are kept
+TEXT_KWARGS = (
+    "padding", "padding_side", "max_length", "truncation", "pad_to_multiple_of", "add_special_tokens", "return_attention_mask",
+    "return_mm_token_type_ids", "return_text_replacement_offsets", "return_tensors", "verbose", "return_token_type_ids",
+)  # fmt: skip
+"""Keywords of a tokenizer that a call honours; another one is refused."""
+FLAT = ("return_mm_token_type_ids", "return_text_replacement_offsets")
+RENDERING_KWARGS = ("tools", "documents", "continue_final_message")
 LINE_BREAK = ("line break",)  # behind an image
 
 
@@ -42,6 +51,12 @@ class EncodedConversation:
         self.is_target += [is_target] * len(ids)
 
 
+class TokenFlexProcessorKwargs(ProcessingKwargs, total=False):
+    """What may be given to a call of the processor."""
+
+    images_kwargs: TokenFlexImageProcessorKwargs
+
+
 class TokenFlexProcessor(ProcessorMixin):
     """Image processor and tokenizer of a TokenFLEX model.
 
@@ -59,6 +74,8 @@ class TokenFlexProcessor(ProcessorMixin):
     Raises:
         ValueError: the tokenizer lacks one of the three tokens, or has several chat templates and none of them is `default`.
     """
+
+    valid_processor_kwargs = TokenFlexProcessorKwargs
 
     def __init__(
         self,
@@ -81,7 +98,7 @@ class TokenFlexProcessor(ProcessorMixin):
                 "it has (model.image_tokens) or let set-up add them (model.add_image_tokens=true)"
             )
         self.num_visual_tokens = num_visual_tokens
-        self.patch_grid = tuple(patch_grid)
+        self.patch_grid = list(patch_grid)
         self.chat_template_options = dict(chat_template_options or {})
         self.render_date = ""
         self._template_cache, self._turn_ends, self._ids = {}, {}, None
@@ -90,15 +107,26 @@ class TokenFlexProcessor(ProcessorMixin):
         self.image_start_token_id, self.image_token_id, self.image_end_token_id = tokenizer.convert_tokens_to_ids(
             list(tokens)
         )
-        super().__init__(
-            image_processor, tokenizer, chat_template=default_template(chat_template or tokenizer.chat_template)
-        )
+        tokenizer.padding_side = "left"  # generation goes on at the right
+        chat_template = chat_template or tokenizer.chat_template
+        default_template(chat_template)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    def __call__(self, images=None, text=None, num_visual_tokens=None, return_tensors="pt", **kwargs):
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | list[TextInput] | None = None,
+        num_visual_tokens: int | tuple | list | None = None,
+        **kwargs: Unpack[TokenFlexProcessorKwargs],
+    ):
         """Prompts rendered by `apply_chat_template(..., tokenize=False)` and their images -> model inputs.
 
-        Each `<img><IMG_CONTEXT></img>` of the text is widened to its image's count. Prefer `apply_chat_template(...,
-        tokenize=True)`, which cannot mistake a user's text for a special token.
+        Each `<img><IMG_CONTEXT></img>` of the text, or `<IMG_CONTEXT>` alone, is widened to its image's count. Prefer
+        `apply_chat_template(..., tokenize=True)`, which cannot mistake a user's text for a special token.
+
+        Args:
+            kwargs: of the tokenizer (`padding`, `padding_side`, `max_length`, `truncation`, ...), of the image processor
+                (`CALL_KWARGS` there), or of both (`return_tensors`), flat or in `text_kwargs` and `images_kwargs`.
 
         Returns:
             `input_ids` and `attention_mask` [B, T], padded on the left; where there are images also `pixel_values` [tiles, 3,
@@ -106,26 +134,116 @@ class TokenFlexProcessor(ProcessorMixin):
 
         Raises:
             ValueError: the text has not one image tag per image; the message has both numbers.
+            TypeError: a keyword that neither of them knows.
         """
+        if images is None and text is None:
+            raise ValueError("neither text nor images came; give at least one of them")
+        settings = self._settings(kwargs)
+        images = flattened(images)
+        pixels = self._pixels(images, settings)
+        if text is None:
+            return pixels
         texts = [text] if isinstance(text, str) else list(text)
-        images = _flatten(images)
-        tag = self.image_start_token + self.image_token + self.image_end_token
-        num_tags = sum(prompt.count(tag) for prompt in texts)
-        if num_tags != len(images):
-            raise ValueError(
-                f"the text has {num_tags} image tags {tag} but {len(images)} images came; each image needs one tag"
-            )
-        pixels = self._pixels(images)
+        tags = self._tags(texts, len(images))
         lengths = iter(self._run_lengths(self.counts(num_visual_tokens, len(images)), pixels))
-        encode = lambda piece: self.tokenizer(piece, add_special_tokens=False)["input_ids"]  # noqa: E731
-        rows = []
+        rows, spans = [], []
         for prompt in texts:
-            ids = []
-            for index, piece in enumerate(prompt.split(tag)):
-                ids += self._image_ids(next(lengths)) if index else []
-                ids += encode(piece)
-            rows.append(ids)
-        return self._batch(rows, pixels, return_tensors)
+            pieces, found = tags.split(prompt), tags.findall(prompt)
+            runs = [next(lengths) for _ in found]
+            ids = self._prompt_ids(pieces[0])
+            for run, piece in zip(runs, pieces[1:]):
+                ids = ids + self._image_ids(run) + self._prompt_ids(piece)
+            rows.append(self._beginning(settings) + ids)
+            spans.append(self._replacements(pieces, found, runs))
+        batch = self._batch(rows, pixels, settings)
+        if settings["return_text_replacement_offsets"]:
+            batch["text_replacement_offsets"] = spans
+        return batch
+
+    def _tags(self, texts, num_images):
+        """A pattern of the image tags in prompts.
+
+        Raises:
+            ValueError: not one per image.
+        """
+        tag = "".join(self._image_tokens())
+        tags = re.compile(f"{re.escape(tag)}|{re.escape(self.image_token)}")
+        num_tags = sum(len(tags.findall(prompt)) for prompt in texts)
+        if num_tags != num_images:
+            raise ValueError(
+                f"the text has {num_tags} image tags {tag} but {num_images} images came; the number of {self.image_token} "
+                "tokens in the prompts should be the same as the number of images: each image needs one tag"
+            )
+        return tags
+
+    def _prompt_ids(self, piece):
+        return self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
+
+    def _beginning(self, settings):
+        """What `add_special_tokens=True` puts first; a rendered prompt has it already, so that nothing is the default."""
+        if not settings["text"].get("add_special_tokens"):
+            return []
+        return self.tokenizer("", add_special_tokens=True)["input_ids"][:1]
+
+    def _replacements(self, pieces, found, runs):
+        """Where the image tags of a prompt were, and what stands there now, as transformers' processors say it."""
+        spans, old, new = [], len(pieces[0]), len(pieces[0])
+        for text, run, piece in zip(found, runs, pieces[1:]):
+            replacement = self._run_text(run)
+            span, new_span = (old, old + len(text)), (new, new + len(replacement))
+            spans.append(
+                {"type": "image", "span": span, "new_span": new_span, "text": text, "replacement": replacement}
+            )
+            old, new = span[1] + len(piece), new_span[1] + len(piece)
+        return spans
+
+    def _run_text(self, run):
+        return self.image_start_token + self.image_token * run + self.image_end_token
+
+    def replace_image_token(self, image_inputs, image_idx, **kwargs):
+        """The text that stands for one image of `image_inputs` at the processor's own count."""
+        (count,) = self.counts(kwargs.get("num_visual_tokens"), 1)
+        return self._run_text(count * int(image_inputs["num_tiles"][image_idx]))
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
+        """Visual tokens and tiles of images by their (height, width), at the processor's own count; servers ask for it."""
+        if image_sizes is None:
+            return MultiModalData()
+        heights, widths = (torch.tensor([size[axis] for size in image_sizes]).numpy() for axis in (0, 1))
+        tiles = self.image_processor.num_tiles(widths, heights).tolist()
+        (count,) = self.counts(kwargs.get("num_visual_tokens"), 1)
+        return MultiModalData(num_image_tokens=[count * number for number in tiles], num_image_patches=tiles)
+
+    def _settings(self, kwargs):
+        """Keywords of a call, parted: `text` and `images` by name, and the flat ones of a processor.
+
+        Raises:
+            TypeError: a keyword that is not known. ValueError: one that is given twice, or is not done here.
+        """
+        kinds = TokenFlexProcessorKwargs.__annotations__
+        known = {"common_kwargs", *kinds, *self.image_processor.valid_kwargs.__annotations__}
+        known |= {name for kind in kinds.values() for name in getattr(kind, "__annotations__", {})}
+        own = {*self.image_processor.valid_kwargs.__annotations__}
+        for place, names, allowed in (
+            ("", kwargs, known),
+            ("text_kwargs.", kwargs.get("text_kwargs") or {}, {*kinds["text_kwargs"].__annotations__, *FLAT}),
+            ("images_kwargs.", kwargs.get("images_kwargs") or {}, own),
+        ):
+            unknown = [name for name in names if name not in allowed]
+            if unknown:
+                raise TypeError(f"unknown keyword argument {place}{unknown[0]}; see the processor's __call__")
+        merged = self._merge_kwargs(
+            TokenFlexProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        given = {**kwargs.get("common_kwargs", {}), **kwargs, **kwargs.get("text_kwargs", {})}
+        for name in kinds["text_kwargs"].__annotations__:
+            if given.get(name) and name not in TEXT_KWARGS:
+                raise ValueError(f"{name}={given[name]!r} is not done here; known are {', '.join(TEXT_KWARGS)}")
+        text = {"padding": True, "return_tensors": "pt", **merged["text_kwargs"]}
+        text["padding_side"] = given.get("padding_side") or "left"  # generation goes on at the right
+        images = {name: value for name, value in merged["images_kwargs"].items() if name in own}
+        flat = {name: bool(given.get(name)) for name in FLAT}
+        return {"text": text, "images": {"return_tensors": "pt", **images}, **flat}
 
     def counts(self, num_visual_tokens, num_images):
         """One count per image from an int, a pair (rows, columns), or a list of them; default: the processor's own."""
@@ -144,41 +262,66 @@ class TokenFlexProcessor(ProcessorMixin):
         self,
         conversation,
         chat_template=None,
+        *,
         add_generation_prompt=False,
         tokenize=False,
         return_dict=True,
         return_tensors="pt",
+        return_assistant_tokens_mask=False,
         num_visual_tokens=None,
+        processor_kwargs=None,
         **kwargs,
     ):
         """Render conversations (role/content messages; content a string or a list of text and image items).
 
         With `tokenize=False` the prompt as text. With `tokenize=True` the model inputs as `__call__` returns them, or with
-        `return_dict=False` the `input_ids` alone. Images are taken from the items' `image`, `path` or `url` entry.
+        `return_dict=False` the `input_ids` alone. Images are taken from the items' `image`, `path`, `url` or `base64` entry.
+
+        Args:
+            chat_template: a template, or the name of one of the tokenizer's; by default the processor's own.
+            return_assistant_tokens_mask: whether `assistant_masks` come along: 1 for what training would learn.
+            processor_kwargs: keywords of `__call__`, which may also stand among the others.
+            kwargs: variables of the chat template (`enable_thinking`, `tools`, ...).
+
+        Raises:
+            TypeError: a keyword that neither the template nor the processor knows.
         """
-        is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        conversations = conversation if is_batch else [conversation]
+        conversations, is_batch = _as_batch(conversation)
+        template = self._template(chat_template)
+        options, calls = self._template_options(template, kwargs)
+        rendered = [self._pieces(messages, add_generation_prompt, template, options) for messages in conversations]
         if not tokenize:
-            tag = "".join(self._image_tokens())
-            texts = []
-            for messages in conversations:
-                pieces, _, marks = self._pieces(messages, add_generation_prompt, chat_template, kwargs)
-                texts.append("".join(marks.sub(tag, p.text) if p.message >= 0 else p.text for p in pieces))
+            texts = [self._as_text(pieces, marks) for pieces, _, marks in rendered]
             return texts if is_batch else texts[0]
+        settings = self._settings({"return_tensors": return_tensors, **(processor_kwargs or {}), **calls})
         images = [
-            [_image_of(item) for message in messages for item in _items(message) or () if item["type"] == "image"]
-            for messages in conversations
+            [_image_of(item) for items in contents for item in items or () if item["type"] == "image"]
+            for _, contents, _ in rendered
         ]
-        pixels = self._pixels([image for some in images for image in some])
+        pixels = self._pixels([image for some in images for image in some], settings)
         lengths = self._run_lengths(self.counts(num_visual_tokens, sum(map(len, images))), pixels)
-        rows = []
-        for messages, some in zip(conversations, images):
-            pieces, contents, marks = self._pieces(messages, add_generation_prompt, chat_template, kwargs)
-            encoded = self._encoded(pieces, contents, marks, lengths[: len(some)], self._template(chat_template))
+        rows, masks = [], []
+        for (pieces, contents, marks), some in zip(rendered, images):
+            encoded = self._encoded(pieces, contents, marks, lengths[: len(some)], template)
             lengths = lengths[len(some) :]
             rows.append(encoded.input_ids)
-        batch = self._batch(rows, pixels, return_tensors)
+            masks.append([int(is_target) for is_target in encoded.is_target])
+        batch = self._batch(rows, pixels, settings, masks if return_assistant_tokens_mask else None)
         return batch if return_dict else batch["input_ids"]
+
+    def _as_text(self, pieces, marks):
+        tag = "".join(self._image_tokens())
+        return "".join(marks.sub(tag, piece.text) if piece.message >= 0 else piece.text for piece in pieces)
+
+    def _template_options(self, template, kwargs):
+        """Keywords parted into variables of the template and keywords of `__call__`."""
+        options, calls = {}, {}
+        for name, value in kwargs.items():
+            if name in RENDERING_KWARGS or knows_variable(template, name):
+                options[name] = value
+            else:
+                calls[name] = value
+        return {name: value for name, value in options.items() if value is not None}, calls
 
     def encode(self, messages, lengths, add_generation_prompt=False, chat_template=None, **kwargs):
         """One conversation -> `EncodedConversation`, image i as a run of `lengths[i]` placeholders (0 is allowed: no run).
@@ -212,7 +355,7 @@ class TokenFlexProcessor(ProcessorMixin):
         The template itself where it writes texts as they are, right behind the generation prompt and right before the token
         that ends the turn: so indexes of earlier releases stay valid where their lengths are right.
         """
-        key = str(self.chat_template)
+        key = str(default_template(self.chat_template))
         if self.chat_template_options:
             key += "\0" + repr(sorted(self.chat_template_options.items()))
         messages = [{"role": role, "content": f" {role} "} for role in ("user", "assistant") * 2]
@@ -369,10 +512,10 @@ class TokenFlexProcessor(ProcessorMixin):
 
     def _template(self, chat_template):
         """The template of this call: its text, the name of one of the tokenizer's, or the processor's own; with the date."""
-        named = self.tokenizer.chat_template
-        if chat_template is not None and isinstance(named, dict) and chat_template in named:
-            chat_template = named[chat_template]
-        return dated_template(chat_template or self.chat_template, self.render_date)
+        for named in (self.chat_template, self.tokenizer.chat_template):
+            if chat_template is not None and isinstance(named, dict) and chat_template in named:
+                chat_template = named[chat_template]
+        return dated_template(chat_template or default_template(self.chat_template), self.render_date)
 
     def _options(self, options):
         return {**self.chat_template_options, **options}
@@ -380,22 +523,79 @@ class TokenFlexProcessor(ProcessorMixin):
     def _image_ids(self, length):
         return [self.image_start_token_id, *[self.image_token_id] * length, self.image_end_token_id]
 
-    def _pixels(self, images):
+    def _pixels(self, images, settings):
         """`pixel_values` and `num_tiles` of images (PIL, bytes, array, path or URL), or nothing where there are none."""
-        return self.image_processor([_loaded(image) for image in images]) if images else {}
+        return self.image_processor(images, **settings["images"]) if images else {}
 
     def _run_lengths(self, counts, pixels):
         """Visual tokens of each image: the count once per tile."""
         return [count * number for count, number in zip(counts, pixels["num_tiles"].tolist())] if pixels else []
 
-    def _batch(self, rows, pixels, return_tensors):
+    def _batch(self, rows, pixels, settings, masks=None):
+        """Rows of tokens as padded model inputs, with what else was asked for.
+
+        Raises:
+            ValueError: truncation would cut into an image; rows of several lengths and no padding.
+        """
+        text = settings["text"]
+        if text.get("truncation") and text.get("max_length"):
+            side = (
+                slice(-text["max_length"], None)
+                if self.tokenizer.truncation_side == "left"
+                else slice(text["max_length"])
+            )
+            cut = [row[side] for row in rows]
+            if any(a.count(self.image_token_id) != b.count(self.image_token_id) for a, b in zip(rows, cut)):
+                raise ValueError(
+                    f"max_length={text['max_length']} would cut into an image; give more, or fewer visual tokens"
+                )
+            rows, masks = cut, masks and [mask[side] for mask in masks]
+        length = self._padded_length(rows, text)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        length = max(map(len, rows))
-        data = {
-            "input_ids": torch.tensor([[pad] * (length - len(row)) + row for row in rows]),
-            "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
-        }
-        return BatchFeature({**data, **pixels}, tensor_type=return_tensors)
+        is_right = text["padding_side"] == "right"
+
+        def padded(some, value):
+            blanks = [[value] * (length - len(row)) for row in some]
+            return [row + blank if is_right else blank + row for row, blank in zip(some, blanks)]
+
+        data = {"input_ids": padded(rows, pad)}
+        if text.get("return_attention_mask") is not False:
+            data["attention_mask"] = padded([[1] * len(row) for row in rows], 0)
+        if settings["return_mm_token_type_ids"]:
+            types = [[int(token == self.image_token_id) for token in row] for row in rows]
+            data["mm_token_type_ids"] = padded(types, 0)
+        if masks is not None:
+            data["assistant_masks"] = padded(masks, 0)
+        if text["return_tensors"] and len({len(row) for row in data["input_ids"]}) > 1:
+            raise ValueError("the prompts are of several lengths, which no tensor holds; set padding=True")
+        return BatchFeature({**data, **pixels}, tensor_type=text["return_tensors"])
+
+    def _padded_length(self, rows, text):
+        """The length that rows are padded to; 0 for each its own."""
+        padding, longest = text["padding"], max(map(len, rows))
+        if padding in (False, "do_not_pad"):
+            return 0
+        length = text.get("max_length") or self.tokenizer.model_max_length if padding == "max_length" else longest
+        multiple = text.get("pad_to_multiple_of") or 1
+        return -(-max(length, longest) // multiple) * multiple
+
+    @property
+    def unused_input_names(self):
+        """None of the parts' outputs is dropped."""
+        return []
+
+    def save_pretrained(self, *args, **kwargs):
+        """Write the processor and its code; the addresses of the code are of the files alone, not of this object."""
+        saved = super().save_pretrained(*args, **kwargs)
+        for part in (self, self.image_processor):
+            vars(part).pop("auto_map", None)
+        return saved
+
+
+def _as_batch(conversation):
+    """(list of conversations, whether it came as one)."""
+    is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
+    return (conversation if is_batch else [conversation]), is_batch
 
 
 def missing_tokens(tokenizer, tokens):
@@ -427,13 +627,6 @@ def _image_of(item):
     return named.get("url") if isinstance(named, dict) and "url" in named else named
 
 
-def _loaded(image):
-    """A file as its bytes, which are decoded as in training; a URL through transformers."""
-    if isinstance(image, (str, Path)):
-        return Path(image).read_bytes() if Path(image).is_file() else load_image(str(image))
-    return image
-
-
 def _items(message):
     """A message's content as a list of text and image items; None for one that has tool calls only."""
     content = message.get("content")
@@ -447,11 +640,3 @@ def _items(message):
         if kind not in ("text", "image", "image_url") or (kind == "text" and not isinstance(item.get("text"), str)):
             raise ValueError(f"a message holds an item of type {kind!r}; known are 'text' with its text, and 'image'")
     return [{**item, "type": "image"} if item["type"] == "image_url" else item for item in items]
-
-
-def _flatten(images):
-    if images is None:
-        return []
-    if not isinstance(images, (list, tuple)):
-        return [images]
-    return [image for entry in images for image in (entry if isinstance(entry, (list, tuple)) else [entry])]

@@ -7,6 +7,7 @@ several turns, and texts with blanks around them.
 import jinja2
 
 from ..errors import UserError
+from .processing_tokenflex import default_template
 from .rendering import knows_variable
 
 IMAGE = {"type": "image"}
@@ -34,7 +35,7 @@ def check_template(processor):
     """
     where = f"model.tokenizer {processor.tokenizer.name_or_path}"
     for name in processor.chat_template_options:
-        if not knows_variable(str(processor.chat_template), name):
+        if not knows_variable(str(default_template(processor.chat_template)), name):
             raise UserError(
                 f"model.chat_template_options: the chat template of {where} does not know {name!r}; "
                 "name a variable that it reads, such as enable_thinking, or remove it"

@@ -63,6 +63,8 @@ def resolve_ds_config(
         zero_allow_untested_optimizer=True,  # torch's AdamW is handed in
     )
     resolved.setdefault("steps_per_print", 2**31)
+    # With an offloaded optimizer DeepSpeed asks for its own Adam; ours runs on the CPU as well, and can be vetoed.
+    resolved.setdefault("zero_force_ds_cpu_optimizer", False)
     return resolved
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..budget import VisualTokenBudget
-from ..config import DataConfig
+from ..config import DataConfig, as_probabilities
 from ..errors import UserError
 from .figures import Figures, totals
 from .mixture import Lengths, Mixture, Source, draw_key
@@ -34,14 +34,20 @@ def make_planner(lengths: Lengths, arguments: Namespace) -> Planner:
         UserError: counts and probabilities that do not belong together, or a plan that cannot be.
     """
     counts, probabilities = arguments.counts, arguments.probabilities
-    if len(counts) != len(probabilities) or abs(sum(probabilities) - 1) > 1e-6 or len(set(counts)) < len(counts):
+    if len(counts) != len(probabilities) or len(set(counts)) < len(counts):
         raise UserError(
-            f"--counts {counts} --probabilities {probabilities}: wanted distinct counts and one probability per count, 1 together"
+            f"--counts {counts} --probabilities {probabilities}: wanted distinct counts and one probability per count"
         )
     if min(counts) < 1 or min(probabilities) < 0:
         raise UserError(
             f"--counts {counts} --probabilities {probabilities}: wanted counts above 0 and no negative share"
         )
+    try:
+        probabilities = as_probabilities(probabilities)
+    except ValueError as error:
+        raise UserError(
+            f"--probabilities: {error}; wanted distinct counts and one probability per count, 1 together"
+        ) from None
     data = DataConfig(
         pack_length=arguments.capacity,
         max_images_per_pack=arguments.max_tiles,

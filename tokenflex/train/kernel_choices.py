@@ -4,12 +4,19 @@ Two processes may time the same kernels differently, and another configuration s
 equal to the bit therefore stores what was chosen and takes it up again, whatever the device's clocks say that day.
 """
 
+from collections.abc import Sequence
+
 import torch
 
+from ..model import TokenFlexForConditionalGeneration
 from ..model.pooling import sides_of
+from ..parallel import Ranks
+
+Choices = dict[str, dict]
+"""As plain JSON values."""
 
 
-def shapes_of(counts, max_tiles):
+def shapes_of(counts: Sequence[int], max_tiles: int) -> list[list[int]]:
     """Batches that stand for all of a run: tiles of one count, 1, 2, 4, ... up to `max_tiles` of them.
 
     Returns a list of lists of visual-token counts, one per tile.
@@ -18,7 +25,9 @@ def shapes_of(counts, max_tiles):
     return [[count] * min(number, max_tiles) for count in sorted(set(counts)) for number in numbers]
 
 
-def settle(model, shapes, ranks, saved):
+def settle(
+    model: TokenFlexForConditionalGeneration, shapes: Sequence[Sequence[int]], ranks: Ranks, saved: Choices | None
+) -> Choices | None:
     """Make or take up the choices of the projector's kernels, before the first step; collective.
 
     Args:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import sys
 import time
 
@@ -72,7 +73,7 @@ class MetricLog(Observer):
         self.begin = now
         _append(self.path, record)
         if self.wandb:
-            self.wandb.log({k: v for k, v in record.items() if isinstance(v, (int, float))}, step=record["step"])
+            self.wandb.log({key: value for key, value in record.items() if isinstance(value, (int, float))})
         self._show(record, now)
 
     def _show(self, record, now):
@@ -111,19 +112,25 @@ def _forget_steps_from(path, first_step):
 
 
 def _start_wandb(layout, config):
+    """The run's record in wandb, one for all its starts: its id lies in the run's folder. None where it is not wanted."""
     if config.train.wandb == "off":
         return None
     try:
         import wandb
     except ImportError:
         return None
-    mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-    settings = wandb.Settings(silent=True, console="off")
-    return wandb.init(
+    if not layout.wandb_id.exists():
+        write_whole(layout.wandb_id, secrets.token_hex(4))
+    run = wandb.init(
         project="tokenflex",
         name=config.name,
+        id=layout.wandb_id.read_text(),
+        resume="allow",
         dir=str(layout.root),
-        mode=mode,
+        mode="online" if os.environ.get("WANDB_API_KEY") else "offline",
         config=config.model_dump(mode="json"),
-        settings=settings,
+        settings=wandb.Settings(silent=True, console="off"),
     )
+    # Drawn over the run's own step: what is logged anew after a way back or a resume lies over what was there.
+    run.define_metric("*", step_metric="step")
+    return run

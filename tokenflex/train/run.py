@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 
 import torch
+import yaml
 
 from .. import failpoints, parallel
 from ..checkpoint import EarlyCheck, tags
@@ -18,12 +19,13 @@ from ..data.sources import DataRun, open_data, source_configs
 from ..errors import UserError
 from ..export import export_model
 from ..files import write_whole
-from ..layout import RunLayout
+from ..layout import RunLayout, step_of
 from ..model import build_model, build_processor, check_template
 from ..model.probe import probe
 from ..parallel import Heartbeat, Ranks
 from ..plan.planner import PLANNER_VERSION
 from .bad_samples import BadSampleLog
+from .changes import check_changes
 from .guarding import SoleWriter, watched
 from .kernel_choices import settle, shapes_of
 from .loss import fused_loss_head
@@ -132,7 +134,8 @@ class Run:
             UserError: the folder's checkpoints were made with other data, or the data cannot be read or planned.
         """
         source_configs(self.config.data)  # a run without data is refused before anything else
-        self.ranks.on_main(lambda: prepare_folder(self.layout, self.recipe, fresh))
+        for line in self.ranks.on_main(lambda: prepare_folder(self.layout, self.recipe, fresh)):
+            self.say(line)
         # reads the newest checkpoint's bytes while the model is being built
         self._check = EarlyCheck(self.layout.checkpoints, self.ranks.rank, self.ranks.num_ranks)
         processor = build_processor(self.config.model, self.config.budget)
@@ -274,25 +277,29 @@ def _precision(wanted: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" else "fp32"
 
 
-def prepare_folder(layout: RunLayout, recipe: RunConfig, fresh: bool) -> None:
-    """Make the run's folder ready, on one rank.
+def prepare_folder(layout: RunLayout, recipe: RunConfig, fresh: bool) -> list[str]:
+    """Make the run's folder ready, on one rank; returns a line for each setting that a run goes on with otherwise.
 
     Raises:
-        UserError: its checkpoints (or those of `train.resume_from`) were made under settings that plan other data.
+        UserError: its checkpoints (or those of `train.resume_from`) were made under settings that plan other data, or
+            another model.
     """
     if fresh:
         for path in (layout.checkpoints, layout.model):
             if path.exists():
                 shutil.rmtree(path)
-        for path in [*layout.root.glob("*.jsonl")]:
-            path.unlink()
-    plan = plan_settings(recipe)
-    if tags(layout.checkpoints):
+        for path in [*layout.root.glob("*.jsonl"), layout.wandb_id]:
+            path.unlink(missing_ok=True)
+    plan, lines = plan_settings(recipe), []
+    if saved := tags(layout.checkpoints):
         _check_plan(layout, plan, "set it back, choose another name=..., or begin anew with --fresh")
+        before = yaml.safe_load(layout.config.read_text()) if layout.config.exists() else {}
+        lines = check_changes(before, recipe, f"run {layout.root}", step_of(saved[-1]) or 0)
     elif other := _layout_branched_from(recipe):
         _check_plan(other, plan, "a position in its data means nothing here: set it as there")
     write_whole(layout.plan, json.dumps(plan, indent=1))
     save_config(recipe, layout.config)
+    return lines
 
 
 def _layout_branched_from(recipe):

@@ -53,7 +53,7 @@ class RunState:
     say: Callable[[str], None]
     progress: Progress = field(default_factory=Progress)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.num_failed = 0
         begin_folder(self.folder, self.ranks.rank)
         settings = self.recipe.train

@@ -6,7 +6,7 @@ Both sides run forward and backward on tiny CPU tensors, so that what is timed i
 autograd, our Python, and Triton's whole launch path (binding, specialisation, cache) for compute capability 9.0. Only what
 a driver would do is left out. ``launches_us`` is the part of Triton's launch path in our time. Eager is the best-written
 statement of the same projector (kernel_bench.eager: one pooling call per token budget). CPU kernels do real, small work in
-both. Runs take turns in a shuffled order; the figure is the median of the rounds' medians.
+both. Times are of the thread's CPU clock. Runs take turns in a shuffled order; the figure is the median of the rounds' medians.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import platform
 import random
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(1)
     report = {
-        "command": "PYTHONPATH=kernels:tests/kernels python3 tests/benchmarks/kernels/host_time.py",
+        "command": " ".join(["PYTHONPATH=kernels:tests/kernels python3 tests/benchmarks/kernels/host_time.py", *sys.argv[1:]]),
         "cpu": platform.processor() or platform.machine(), "torch": torch.__version__, "triton": triton.__version__,
         "recompilations": recompilations(), "batches": NUM_BATCHES, "plan_us_64_images": plan_time(), "steps": [],
     }  # fmt: skip

@@ -20,6 +20,7 @@ from ...files import over_processes, staged_folder, write_whole
 from ...layout import MANIFEST
 from ..images import read_header
 from ..problems import BadSample, Limits
+from ..processor import Processor
 from ..sample import Sample, encoded
 from ..scan import scan_shard
 from ..shards import Shard, ShardLike, as_shards
@@ -29,7 +30,7 @@ from .reader import COLUMNS, INDEX_COMMAND, RAGGED, Index, check_fingerprint, lo
 
 
 def load_or_build_index(
-    shards: Sequence[ShardLike], processor: Any, folder: str | PathLike, limits: Limits, num_workers: int = 1
+    shards: Sequence[ShardLike], processor: Processor, folder: str | PathLike, limits: Limits, num_workers: int = 1
 ) -> Index:
     """The index at `folder`, built first where it is missing, and with shards added that are new.
 
@@ -42,7 +43,7 @@ def load_or_build_index(
 
 
 def complete_index(
-    shards: Sequence[ShardLike], processor: Any, folder: str | PathLike, limits: Limits, num_workers: int = 1
+    shards: Sequence[ShardLike], processor: Processor, folder: str | PathLike, limits: Limits, num_workers: int = 1
 ) -> None:
     """Build the index at `folder` where it is missing, add shards that are new; for who holds the builder's lock.
 
@@ -76,7 +77,7 @@ def _stamp_again(folder: Path, manifest: dict[str, Any], stamps: list) -> None:
 
 
 def build_index(
-    shards: Sequence[ShardLike], processor: Any, folder: str | PathLike, limits: Limits, num_workers: int = 1
+    shards: Sequence[ShardLike], processor: Processor, folder: str | PathLike, limits: Limits, num_workers: int = 1
 ) -> None:
     """Scan the shards that the index at `folder` does not know and write the whole index in one rename.
 
@@ -91,12 +92,12 @@ def build_index(
     assemble_index(shards, processor, folder, parts)
 
 
-def shards_to_scan(shards: Sequence[ShardLike], processor: Any, folder: str | PathLike) -> list[Shard]:
+def shards_to_scan(shards: Sequence[ShardLike], processor: Processor, folder: str | PathLike) -> list[Shard]:
     """The shards whose records the index at `folder` does not have: new ones and changed ones, each once."""
     return _known(as_shards(shards), processor, folder).to_scan()
 
 
-def _known(shards: Sequence[Shard], processor: Any, folder: str | PathLike) -> Freshness:
+def _known(shards: Sequence[Shard], processor: Processor, folder: str | PathLike) -> Freshness:
     """What of the index at `folder` can be taken over; nothing of one with another fingerprint."""
     manifest = read_manifest(folder)
     if manifest is None or manifest["fingerprint"] != fingerprint(processor):
@@ -112,7 +113,7 @@ class _Table(NamedTuple):
 
 
 def assemble_index(
-    shards: Sequence[ShardLike], processor: Any, folder: str | PathLike, parts: Mapping[Shard, Path]
+    shards: Sequence[ShardLike], processor: Processor, folder: str | PathLike, parts: Mapping[Shard, Path]
 ) -> None:
     """Write the index at `folder` of part files {shard: path} and, for the other shards, of the records that it has."""
     shards, folder = as_shards(shards), Path(folder)
@@ -180,7 +181,7 @@ class ShardScanner:
     whose data is broken is found when it is decoded.
     """
 
-    def __init__(self, processor: Any, folder: str | PathLike, limits: Limits):
+    def __init__(self, processor: Processor, folder: str | PathLike, limits: Limits):
         self.processor = processor
         self.folder = Path(folder)
         self.limits = limits

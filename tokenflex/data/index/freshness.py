@@ -6,24 +6,25 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
+from ..processor import Processor
 from ..shards import Shard, Stamp
 
 VERSION = 2
 """Of the index's format."""
 
 
-def tiling_of(processor: Any) -> str:
+def tiling_of(processor: Processor) -> str:
     """What the number of tiles of an image depends on, as text."""
     names = ("max_tiles", "thumbnail", "height", "width")
     return " ".join(f"{name}={getattr(processor.image_processor, name)}" for name in names)
 
 
-def tells_date(processor: Any) -> bool:
+def tells_date(processor: Processor) -> bool:
     """Whether the chat template writes the day on which it runs."""
     return "strftime_now" in str(processor.chat_template)
 
 
-def fingerprint(processor: Any) -> str:
+def fingerprint(processor: Processor) -> str:
     """What the lengths in an index depend on: `tokenizer-template-tiling`, eight hex digits each.
 
     Where the template writes a date, the one that the processor takes for today's (`render_date`) belongs to it.

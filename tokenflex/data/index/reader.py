@@ -12,6 +12,7 @@ import numpy as np
 
 from ...errors import UserError
 from ...layout import MANIFEST
+from ..processor import Processor
 from ..shards import Shard, ShardLike, as_shards
 from .freshness import fingerprint, stamp_of
 
@@ -115,7 +116,7 @@ class Index:
         return self.cuts[:, 0]
 
 
-def load_index(folder: str | PathLike, shards: Sequence[ShardLike], processor: Any) -> Index:
+def load_index(folder: str | PathLike, shards: Sequence[ShardLike], processor: Processor) -> Index:
     """Open an index, memory-mapped.
 
     Raises:
@@ -155,7 +156,7 @@ def read_manifest(folder: str | PathLike) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def check_fingerprint(folder: str | PathLike, manifest: dict[str, Any] | None, processor: Any) -> None:
+def check_fingerprint(folder: str | PathLike, manifest: dict[str, Any] | None, processor: Processor) -> None:
     """That the lengths of an index were counted as this processor counts.
 
     Raises:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from ...errors import UserError
 from ..problems import Limits
+from ..processor import Processor
 from ..shards import Shard, as_shards
 from .builder import ShardScanner, assemble_index, shards_to_scan
 from .places import parts_folder
@@ -71,7 +72,7 @@ def communicator() -> Communicator:
 
 def index_together(
     shards: Sequence[Shard],
-    processor: Any,
+    processor: Processor,
     folder: str | PathLike,
     limits: Limits,
     mpi: Communicator,

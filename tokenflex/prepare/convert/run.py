@@ -34,6 +34,8 @@ class Options:
     """Written into every sample as `source`."""
     tool_turns: str = "skip"
     """Records in which functions are called: `skip` them, or take calls and results as `text` with their role."""
+    split: str = ""
+    """Which split of a Hugging Face folder that holds several, or `all`."""
 
 
 def convert(format, source, out, *, images=None, samples_per_shard=1000, num_workers=1, options=None, progress=None):
@@ -46,7 +48,8 @@ def convert(format, source, out, *, images=None, samples_per_shard=1000, num_wor
         UserError: no such source, an output folder of something else, a full disk, or a worker that died.
     """
     options = options or Options()
-    parts = list(FORMATS[format](source, images and str(images), samples_per_shard))
+    of_split = {"split": options.split} if format == "huggingface" else {}
+    parts = list(FORMATS[format](source, images and str(images), samples_per_shard, **of_split))
     out = Path(out).expanduser()
     _prepare(out, [str(source), format, samples_per_shard, repr(options)])
     jobs = [(number, part) for number, part in enumerate(parts)]

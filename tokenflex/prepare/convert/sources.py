@@ -19,6 +19,7 @@ CHUNK = 2**22
 IMAGES = ("jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif")
 OTHER_MEDIA = ("mp4", "webm", "mkv", "avi", "mov", "mp3", "wav", "flac", "ogg", "m4a", "pdf")
 """Members of a plain shard that show something: the first are read, the others lead to a skip."""
+_SPLIT = re.compile(r"(?:^|[/_.-])(train|validation|valid|val|dev|test)(?=[-_./])", re.IGNORECASE)
 _BLANK = re.compile(rb"[\s,]*")
 
 
@@ -141,18 +142,18 @@ def json_parts(path, images, per_shard):
         )
 
 
-def parquet_parts(folder, images, per_shard):
-    """Parts of the parquet files of a Hugging Face dataset folder (or of one file).
+def parquet_parts(folder, images, per_shard, split=""):
+    """Parts of the parquet files of a Hugging Face dataset folder (or of one file), of one split of it or of `all`.
 
     Raises:
-        UserError: no parquet there, or pyarrow is not installed.
+        UserError: no parquet there, several splits and none named, or pyarrow is not installed.
     """
     pyarrow, parquet = _pyarrow()
     folder = Path(folder).expanduser()
     files = [folder] if folder.is_file() else sorted(folder.rglob("*.parquet"))
     if not files:
         raise UserError(f"{folder}: holds no .parquet file; wanted the folder of a Hugging Face dataset as downloaded")
-    for path in files:
+    for path in _of_split(folder, files, split):
         try:
             metadata = parquet.read_metadata(path)
         except (pyarrow.ArrowException, OSError) as error:
@@ -166,6 +167,28 @@ def parquet_parts(folder, images, per_shard):
             root = images or str(folder if folder.is_dir() else folder.parent)
             place = {"start": start, "stop": stop, "base": begins[groups[0]], "groups": groups}
             yield ParquetPart(path=str(path), images=root, **place, **_stamp(path))
+
+
+def _of_split(folder, files, split):
+    """The files of a split: told by `train`, `validation`, `test` and the like in their names or folders.
+
+    Raises:
+        UserError: there are several and none is named, or none of this name.
+    """
+    by_split = {}
+    for path in files:
+        found = _SPLIT.findall(str(path.relative_to(folder)) if folder.is_dir() else path.name)
+        by_split.setdefault(found[-1].lower() if found else "", []).append(path)
+    if split == "all" or (not split and len(by_split) == 1):
+        return files
+    held = ", ".join(f"{name or 'of no split'} ({len(some)} files)" for name, some in sorted(by_split.items()))
+    if not split:
+        raise UserError(
+            f"{folder}: holds several splits: {held}; name the one to convert, --split train, or --split all"
+        )
+    if split not in by_split:
+        raise UserError(f"--split {split}: {folder} holds {held}")
+    return by_split[split]
 
 
 def shard_parts(sources, images, per_shard):

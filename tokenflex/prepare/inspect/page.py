@@ -74,7 +74,9 @@ def render_page(
     counts: Sequence[int] = (),
 ) -> str:
     """The HTML of a `Survey`. With a processor, texts are shown as tokens with their mask, and costs at each of `counts`."""
-    title = f"{len(shards)} shard{'s' * (len(shards) > 1)}, {survey.tally.num_samples} samples"
+    counted = survey.tally.num_samples
+    some = f"{counted:,} of {survey.num_held:,} samples counted" if survey.num_held > counted else f"{counted} samples"
+    title = f"{len(shards)} shard{'s' * (len(shards) > 1)}, {some}"
     parts = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">',
         f'<meta name="viewport" content="width=device-width"><title>{escape(title)}</title><style>{STYLE}</style></head><body><main>',

@@ -12,7 +12,7 @@ from ...budget import keyed_uniform
 from ...data.images import read_header
 from ...data.problems import BadSample, Limits, Tally
 from ...data.sample import Sample, encoded
-from ...data.scan import Scanned, scan_shard
+from ...data.scan import Scanned, count_samples, scan_shard
 from ...errors import UserError
 from ..validate import check_sample
 
@@ -51,6 +51,8 @@ class Survey:
     tiles: list[int] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
+    num_held: int = 0
+    """Samples that the shards hold, counted or not."""
 
 
 def survey_shards(
@@ -78,6 +80,7 @@ def survey_shards(
                     drawn.offer(survey.tally.num_samples - 1, surveyed)
                 if progress:
                     progress(1)
+            survey.num_held += count_samples(shard)
         except OSError as error:
             raise UserError(f"{shard}: {error.strerror}; give the path of a tar file") from None
     if not survey.tally.num_good:
