@@ -33,7 +33,7 @@ SIZES = {
     **dict.fromkeys(("n_group", "topk_group"), 1),
     "first_k_dense_replace": 1, "num_dense_layers": 1, "vocab_size": 300, "vocab_size_per_layer_input": 300, "max_position_embeddings": 256,
     "max_seq_len": 256, "n_positions": 256, "max_target_positions": 256,
-    "sliding_window": WINDOW, "use_sliding_window": True, "attention_chunk_size": WINDOW, "max_window_layers": 0,
+    "depth": 2, "out_hidden_size": 64, "sliding_window": WINDOW, "use_sliding_window": True, "attention_chunk_size": WINDOW, "max_window_layers": 0,
     "attn_logit_softcapping": 2.0, "attention_window_size": WINDOW, "index_topk": 4,
     "mamba_d_state": 16, "state_size": 16, "ssm_state_size": 16, "mamba_expand": 2, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_num_heads": 8,
     "mamba_head_dim": 16, "n_mamba_heads": 2, "mamba_n_groups": 1, "n_groups": 1, "mamba_dt_rank": 8, "mamba_chunk_size": 8, "chunk_size": 8,

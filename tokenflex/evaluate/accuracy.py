@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..export import is_exported, loading_code
 from ..layout import RunLayout
 from ..model import TokenFlexProcessor
-from ..model.generation import GREEDY
+from ..model.generation import greedy
 from ..parallel import Ranks
 from .questions import read_questions
 from .report import EvaluationRecord, accuracy_table, plot_accuracy
@@ -61,6 +61,7 @@ def evaluate_run(
     samples = questions.samples
     say(f"evaluate  {len(samples)} questions at {list(config.evaluate.num_visual_tokens)} visual tokens")
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(ranks.device).eval()
+    model.generation_config = greedy(model.generation_config)
     processor = AutoProcessor.from_pretrained(folder)
     right, asked = evaluate_model(model, processor, samples[ranks.rank :: ranks.num_ranks], config.evaluate, say)
     accuracy, totals = _over_ranks(right, asked, config.evaluate.num_visual_tokens, ranks)
@@ -120,7 +121,7 @@ def _hits(
         inputs = processor.apply_chat_template(
             prompts, tokenize=True, add_generation_prompt=True, num_visual_tokens=count
         ).to(model.device)
-        output = model.generate(**inputs, max_new_tokens=settings.max_new_tokens, **GREEDY)
+        output = model.generate(**inputs, max_new_tokens=settings.max_new_tokens, do_sample=False)
         answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         expected = ["".join(item["text"] for item in sample.messages[-1]["content"]) for sample in batch]
         hits += map(exact_match, answers, expected)

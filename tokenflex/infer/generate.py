@@ -11,7 +11,7 @@ from ..config import DataConfig
 from ..data import Limits, decode_image
 from ..errors import UserError
 from ..export import is_exported
-from ..model.generation import GREEDY
+from ..model.generation import greedy
 
 Count = int | tuple[int, int]
 """Visual tokens of an image: a number, or (rows, columns)."""
@@ -31,6 +31,7 @@ class Generator:
             )
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(device).eval()
+        self.model.generation_config = greedy(self.model.generation_config)
         self.processor = AutoProcessor.from_pretrained(folder)
 
     def __call__(
@@ -56,7 +57,7 @@ class Generator:
             ).to(self.model.device)
         except ValueError as error:
             raise UserError(f"--num-visual-tokens: {error}") from None
-        output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)
+        output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 

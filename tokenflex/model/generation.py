@@ -1,9 +1,16 @@
 """What an exported model generates by: the language model's own settings, and every token that ends a turn."""
 
+import copy
+
 from transformers import AutoConfig, GenerationConfig
 
-GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
-"""Arguments of `generate` for the likeliest answer, whatever the model's own settings are; none that has no effect."""
+
+def greedy(settings):
+    """`settings` for the likeliest answer: its end tokens, and nothing that samples or punishes repetition."""
+    plain = copy.deepcopy(settings)
+    plain.update(do_sample=False, temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)
+    plain.update(repetition_penalty=None)
+    return plain
 
 
 def generation_settings(model, processor):

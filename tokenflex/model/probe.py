@@ -134,7 +134,7 @@ class _Probe:
             hypotheses["column by column"] = lambda r, c: c * rows + r
             hypotheses["upside down"] = lambda r, c: (rows - 1 - r) * columns + c
             hypotheses["mirrored"] = lambda r, c: r * columns + columns - 1 - c
-            for shift in (1, -1):
+            for shift in () if is_hierarchical(self.config.vision_config) else (1, -1):
                 hypotheses[f"shifted by {shift}"] = lambda r, c, shift=shift: (
                     (r * columns + c + shift) % (rows * columns)
                 )

@@ -126,7 +126,7 @@ def _patch_features(vision_tower, pixel_values, layer, options):
             )
         outputs = vision_tower(**_merged_inputs(vision_tower, pixel_values), return_dict=True, **options)
         return outputs.pooler_output, outputs
-    options = {**options, "output_hidden_states": layer != -1 or options.get("output_hidden_states", False)}
+    options = {**options, "output_hidden_states": True} if layer != -1 else options
     outputs = vision_tower(**_inputs(vision_tower, pixel_values, rows, columns), return_dict=True, **options)
     hidden = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
     if hidden.dim() == 4:
