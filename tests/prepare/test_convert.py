@@ -1,6 +1,7 @@
 """Bringing data in: every format, every way it comes broken, taken up again after a stop, the same for any process count."""
 
 import base64
+import csv
 import io
 import json
 import os
@@ -333,6 +334,44 @@ def test_hugging_face_parquet(tmp_path):
         convert("huggingface", tmp_path / "dataset", tmp_path / "x")
     with pytest.raises(UserError, match="holds no .parquet file"):
         convert("huggingface", tmp_path / "1", tmp_path / "x")
+
+
+def test_csv_rows(tmp_path, images):
+    """Texts with commas, quotes and line breaks; empty cells say nothing; the same shards for any number of processes."""
+    path = tmp_path / "rows.csv"
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "question", "answer", "caption"])
+        rows.writerows([["a.jpg", 'What, "then"?', "a\nbox", ""], ["a.jpg", "", "", "A dog."], ["", "1 + 1", "2", ""]])
+    for name, workers in (("one", 1), ("two", 2)):
+        tally = convert("csv", path, tmp_path / name, images=images, samples_per_shard=2, num_workers=workers)
+        assert (tally.num_good, tally.num_skipped) == (3, 0)
+    assert [p.read_bytes() for p in sorted((tmp_path / "one").glob("*.tar"))] == [
+        p.read_bytes() for p in sorted((tmp_path / "two").glob("*.tar"))
+    ]
+    texts = [[text_of(message) for message in sample.messages] for sample in samples_of(tmp_path / "one")]
+    assert texts[2] == ["1 + 1", "2"] and [answer for _, answer in texts[:2]] == ["a\nbox", "A dog."]
+    assert texts[0][0] == '[image]What, "then"?' and texts[1][0] == "[image]Describe the image."
+    stamp = (tmp_path / "one" / "shard-00000.tar").stat().st_mtime_ns
+    convert("csv", path, tmp_path / "one", images=images, samples_per_shard=2)
+    assert (tmp_path / "one" / "shard-00000.tar").stat().st_mtime_ns == stamp, "a done shard was written again"
+
+
+@pytest.mark.parametrize(
+    "data, part", [(b"\xff\xfea\x00", "not a CSV file in UTF-8"), (b"question,answer\n", "holds no record")]
+)
+def test_a_file_that_is_no_csv_is_refused(data, part, tmp_path):
+    (tmp_path / "rows.csv").write_bytes(data)
+    with pytest.raises(UserError, match=part):
+        convert("csv", tmp_path / "rows.csv", tmp_path / "out")
+
+
+def test_the_command_offers_every_format():
+    from tokenflex.cli.main import parser
+    from tokenflex.prepare.convert import FORMATS
+
+    for name in FORMATS:
+        assert parser().parse_args(["data", "convert", name, "x", "--out", "y"]).format == name
 
 
 def test_plain_webdataset_shards(tmp_path):

@@ -20,9 +20,9 @@ def add_to(commands: Commands) -> None:
     add = command.add_argument
     add(
         "format",
-        choices=("llava", "openai", "huggingface", "webdataset"),
+        choices=("llava", "openai", "huggingface", "webdataset", "csv"),
         help="llava: JSON array (or JSONL) of conversations; openai: JSONL of messages; huggingface: folder with parquet "
-        "files; webdataset: plain shards with captions or conversations",
+        "files; webdataset: plain shards with captions or conversations; csv: a row per record, columns named in the first line",
     )
     add("source", metavar="SOURCE", help="the JSON file, the folder, or the shards (a glob pattern)")
     add("--out", required=True, metavar="DIR", help="folder of the new shards")

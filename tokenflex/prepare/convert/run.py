@@ -16,10 +16,16 @@ from ...errors import UserError
 from ...files import over_processes, write_whole
 from .images import checked_image, fetch_image
 from .records import convert_record
-from .sources import json_parts, parquet_parts, shard_parts
+from .sources import csv_records, json_parts, parquet_parts, read_parts, shard_parts
 
 VERSION = 2  # of the rules by which records are read: shards of two versions do not mix
-FORMATS = {"llava": json_parts, "openai": json_parts, "huggingface": parquet_parts, "webdataset": shard_parts}
+FORMATS = {
+    "llava": json_parts,
+    "openai": json_parts,
+    "huggingface": parquet_parts,
+    "webdataset": shard_parts,
+    "csv": functools.partial(read_parts, read=csv_records),
+}
 """Format -> how it is cut into parts. LLaVA and OpenAI files differ in their records only, which tell themselves apart."""
 
 

@@ -4,10 +4,13 @@ A part is small and picklable: it names bytes or rows of a file, and a worker re
 in memory, can be done in any order by any number of processes, and can be taken up again part by part.
 """
 
+import csv
 import hashlib
+import itertools
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...data.problems import BadSample
@@ -114,6 +117,51 @@ class ShardPart(Part):
                 yield f"sample {scanned.key}", scanned.problem, ()
             else:
                 yield f"sample {scanned.key}", *_plain_record(scanned.sample)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadPart(Part):
+    """Records [start, stop) of those that a function of this module yields of a file, read from its beginning."""
+
+    read: Callable = field(repr=False)  # a function's address is another in every process: no part of the fingerprint
+    start: int
+    stop: int
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def records(self, limits):
+        for number, record in enumerate(itertools.islice(self.read(self.path), self.start, self.stop), self.start + 1):
+            yield f"record {number}", record, ()
+
+
+def read_parts(path, images, per_shard, read):
+    """Parts of a file of which `read(path)` yields the records: all that a format needs whose records are cheap to pass over.
+
+    Raises:
+        UserError: no such file, or no record in it.
+    """
+    path = _file(path)
+    number = sum(1 for _ in read(path))
+    if not number:
+        raise UserError(f"{path}: holds no record")
+    for start in range(0, number, per_shard):
+        place = {"read": read, "start": start, "stop": min(start + per_shard, number)}
+        yield ReadPart(path=str(path), images=images, **place, **_stamp(path))
+
+
+def csv_records(path):
+    """Rows of a CSV file whose first line names the columns, without the empty cells.
+
+    Raises:
+        UserError: it is no CSV file, or not UTF-8.
+    """
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        try:
+            for row in csv.DictReader(file):
+                yield {name: value for name, value in row.items() if value not in ("", None)}
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{path}: is not a CSV file in UTF-8 ({error}); write it again as one") from None
 
 
 def json_parts(path, images, per_shard):
