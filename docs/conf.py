@@ -87,7 +87,7 @@ def configuration_page() -> str:
         if head != section:
             section = head
             lines += [f"## {section}", ""]
-        default = "(must be given)" if default == "PydanticUndefined" else f"`{default}`"
+        default = default if default == "(must be given)" else f"`{default}`"
         lines += [f"`{key}` = {default}", f": {' '.join(text.split())}", ""]
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticUndefined
 
 from ..errors import UserError
 from .schema import RunConfig
@@ -147,6 +148,8 @@ def describe(schema: type[BaseModel] = RunConfig) -> str:
 
 
 def _short(value: Any) -> str:
+    if value is PydanticUndefined:
+        return "(must be given)"
     if isinstance(value, tuple):
         return "[" + ",".join(_short(entry) for entry in value) + "]"
     return str(value) if not isinstance(value, str) or value else "''"
