@@ -16,6 +16,7 @@ from tokenflex.errors import UserError
 from tokenflex.model import TokenFlexConfig, TokenFlexForConditionalGeneration
 from tokenflex.model.attention import PACKED, register_packed_attention
 from tokenflex.model.probe import PART_ERRORS, critical_lengths, probe
+from tokenflex.model.vision import is_hierarchical
 
 WINDOW = 8
 
@@ -86,7 +87,7 @@ PLAIN_TEXT = {
 }
 """What the other part is while one is tried."""
 
-MAX_PARAMETERS = 40_000_000
+MAX_PARAMETERS = 60_000_000
 
 
 def shrunk(config_class, sizes, extra=()):
@@ -168,7 +169,10 @@ def text_config(model_type, window=WINDOW):
 
 
 def vision_config(model_type):
-    return shrunk(CONFIG_MAPPING[model_type], {**SIZES, **IMAGE}, VISION.get(model_type, {}))
+    """Built for images of 128 x 128, or of 256 x 256 where a map that shrinks needs room to tell places apart."""
+    sizes, extra = {**SIZES, **IMAGE}, VISION.get(model_type, {})
+    config = shrunk(CONFIG_MAPPING[model_type], sizes, extra)
+    return shrunk(type(config), {**sizes, "image_size": 256}, extra) if is_hierarchical(config) else config
 
 
 def build(vision, text, size, part):
@@ -207,14 +211,17 @@ def try_text(model_type):
     return f"equal within its window, beyond it {result}" if wide == "equal" else wide
 
 
-def try_vision(model_type, sizes=((128, 128), (128, 192))):
+def try_vision(model_type):
     """What becomes of a vision encoder at its own size and at another: `equal`, `refused: why`, or `not tried: why`."""
     results = []
-    for size in sizes:
-        try:
-            config = vision_config(model_type)
-        except (*PART_ERRORS, StrictDataclassError) as error:
-            return f"not tried: {_short(error)}"
+    try:
+        side = (
+            256 if is_hierarchical(vision_config(model_type)) else 128
+        )  # a map that shrinks needs room to tell places apart
+    except (*PART_ERRORS, StrictDataclassError) as error:
+        return f"not tried: {_short(error)}"
+    for size in ((side, side), (side, side * 3 // 2)):
+        config = vision_config(model_type)
         try:
             model = build(config, PLAIN_TEXT, size, "vision")
         except (*PART_ERRORS, StrictDataclassError) as error:
