@@ -63,6 +63,9 @@ def test_index_train_evaluate_export_and_inspect_resolve_a_recipe(recipe, corpus
     assert end.status == 0 and "| **4** | 6 | **12** |" in end.output, end.output[-2000:]
     run = recipe.parent / "tiny"
     layout = RunLayout(run)
+    card = (layout.model / "README.md").read_text()
+    assert "# tiny\n" in card and "| **4** | 6 | **12** |" in card and "Not evaluated" not in card
+    assert str(recipe.parent) not in card, "a path of this machine travels"
     assert json.loads(layout.plan.read_text())["data.train"] in (["embedded"], []), (
         "the recipe stands as it was written"
     )

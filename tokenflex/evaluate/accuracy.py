@@ -16,7 +16,7 @@ from ..data import Limits
 from ..data.remote import locate_shards
 from ..data.sample import Sample
 from ..errors import UserError
-from ..export import is_exported, loading_code
+from ..export import add_figures, is_exported, loading_code
 from ..layout import RunLayout
 from ..model import TokenFlexProcessor
 from ..model.generation import greedy
@@ -75,7 +75,10 @@ def evaluate_run(
         layout.root.mkdir(parents=True, exist_ok=True)
         layout.accuracy.write_text(json.dumps(record, indent=1))
         plot_accuracy(record, layout.accuracy_plot)
-        say("\n" + accuracy_table(record))
+        table = accuracy_table(record)
+        if folder == layout.model:
+            add_figures(folder, f"Exact match in %, by visual tokens per image (bold: trained):\n\n{table}")
+        say("\n" + table)
         say(f"\nplot      {layout.accuracy_plot}\nmodel     {folder}\n\n{loading_code(folder)}")
     return accuracy
 

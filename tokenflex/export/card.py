@@ -3,6 +3,9 @@
 import re
 from pathlib import Path
 
+from ..files import write_whole
+
+NOT_EVALUATED = "Not evaluated."
 CODE = """```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -52,8 +55,15 @@ Licence: {known.get("license", "not stated; that of the parts and of the data bo
 
 ## Figures
 
-{known.get("figures", "Not evaluated.")}
+{known.get("figures", NOT_EVALUATED)}
 """
+
+
+def add_figures(folder, figures):
+    """Put figures (Markdown) into the card of an exported model, where it says that there are none."""
+    card = Path(folder) / "README.md"
+    if card.exists():
+        write_whole(card, card.read_text(encoding="utf-8").replace(NOT_EVALUATED, figures))
 
 
 def is_hub_id(name):

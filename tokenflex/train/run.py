@@ -155,6 +155,10 @@ class Run:
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         loading = functools.partial(parallel.sharded_loading, self.ds_config)
         model = build_model(config.model, config.budget, self.data.processor, dtype, loading, parallel.gathered)
+        if model.num_added_tokens and not config.optimizer.text.train:
+            self.say(
+                f"note      {model.num_added_tokens} added tokens stay at the mean of the others: optimizer.text.train=false"
+            )
         groups = parameter_groups(model, config.optimizer)
         num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         self.rates = Schedule([group["lr"] for group in groups], config.train.num_steps, config.optimizer)
@@ -264,7 +268,11 @@ class Run:
     def export(self) -> None:
         """Write the model as a folder that transformers loads."""
         full = self.engine.full_state()
-        self.ranks.on_main(lambda: export_model(self.engine.model, full, self.data.processor, self.layout.model))
+        planner = self.data.planner
+        data = f"{planner.epoch_size} samples per epoch from {len(planner.mixture.sources)} sources; name them here"
+        card = {"name": self.config.name, "data": data}
+        model, processor = self.engine.model, self.data.processor
+        self.ranks.on_main(lambda: export_model(model, full, processor, self.layout.model, card))
 
     def close(self) -> None:
         """Free what the engine holds; the process group stays."""
