@@ -227,7 +227,7 @@ def _of_split(folder, files, split):
     for path in files:
         found = _SPLIT.findall(str(path.relative_to(folder)) if folder.is_dir() else path.name)
         by_split.setdefault(found[-1].lower() if found else "", []).append(path)
-    if split == "all" or (not split and len(by_split) == 1):
+    if split == "all" or (not split and len(by_split.keys() - {""}) <= 1):
         return files
     held = ", ".join(f"{name or 'of no split'} ({len(some)} files)" for name, some in sorted(by_split.items()))
     if not split:
