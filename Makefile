@@ -92,7 +92,7 @@ build/peers/installed: tests/benchmarks/packing/peers.txt
 # transformers' own model mixin, of the installed release, against the exported classes at tiny size
 test-transformers: $(VENV)/installed
 	$(BIN)/python tests/mixins/fetch.py
-	$(BIN)/python -m pytest -c tests/mixins/pytest.ini -q -rs --timeout 300 tests/mixins/transformers_model.py $(ARGS)
+	$(BIN)/python -m pytest -c tests/mixins/pytest.ini -q -rs --timeout 300 tests/mixins/transformers_model.py tests/mixins/transformers_processor.py $(ARGS)
 
 # docs/models.md: every language model and vision encoder that transformers has, through the probe; some minutes
 models-table: $(VENV)/installed
