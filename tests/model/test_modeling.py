@@ -26,6 +26,7 @@ ENCODERS = {
     "dinov2 with registers": {"model_type": "dinov2_with_registers", **OWN_WIDTH, "image_size": 64, "patch_size": 8},
     "internvit": {"model_type": "internvl_vision", **SMALL, "image_size": [64, 64], "patch_size": [8, 8]},
     "bit": {"model_type": "bit", "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "num_groups": 4},
+    "bit of one stage": {"model_type": "bit", "embedding_size": 16, "hidden_sizes": [32], "depths": [2], "num_groups": 4},
     "convnext": {
         "model_type": "convnextv2",
         "hidden_sizes": [16, 32],

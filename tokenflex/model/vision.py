@@ -29,13 +29,18 @@ def patch_stride(vision_config):
 
 
 def is_hierarchical(vision_config):
-    """Whether features come from a map that shrinks from stage to stage, each feature seeing far beyond its patch."""
-    return _num_stages(vision_config) > 1
+    """Whether features come from a map in stages, even a single one, each feature seeing far beyond its patch."""
+    return _has_sizes(vision_config) or _num_stages(vision_config) > 1
+
+
+def _has_sizes(vision_config):
+    """Whether a width is told per stage, as ConvNeXt, ResNet and their kin do."""
+    return isinstance(getattr(vision_config, "hidden_sizes", None), (list, tuple))
 
 
 def _num_stages(vision_config):
     """Stages of ConvNeXt, ResNet and their kin (`hidden_sizes`), of Swin and its kin (`embed_dim`, `depths`); 1 for ViTs."""
-    if isinstance(getattr(vision_config, "hidden_sizes", None), (list, tuple)):
+    if _has_sizes(vision_config):
         return len(vision_config.hidden_sizes)
     has_stages = hasattr(vision_config, "embed_dim") and isinstance(
         getattr(vision_config, "depths", None), (list, tuple)
@@ -54,7 +59,7 @@ def patch_width(vision_config):
     Raises:
         ValueError: the configuration does not tell.
     """
-    if isinstance(getattr(vision_config, "hidden_sizes", None), (list, tuple)):
+    if _has_sizes(vision_config):
         return vision_config.hidden_sizes[-1]
     names = ["out_hidden_size", "hidden_size"] if merges_patches(vision_config) else ["hidden_size"]
     width = next((getattr(vision_config, name, None) for name in names if getattr(vision_config, name, None)), None)
