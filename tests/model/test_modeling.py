@@ -26,7 +26,6 @@ ENCODERS = {
     "dinov2 with registers": {"model_type": "dinov2_with_registers", **OWN_WIDTH, "image_size": 64, "patch_size": 8},
     "internvit": {"model_type": "internvl_vision", **SMALL, "image_size": [64, 64], "patch_size": [8, 8]},
     "bit": {"model_type": "bit", "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "num_groups": 4},
-    "bit of one stage": {"model_type": "bit", "embedding_size": 16, "hidden_sizes": [32], "depths": [2], "num_groups": 4},
     "convnext": {
         "model_type": "convnextv2",
         "hidden_sizes": [16, 32],
@@ -63,6 +62,17 @@ def test_every_encoder_gives_its_grid_row_by_row(encoder, size, tiny_config, pro
         )
     else:
         assert change.argmax() == rows * columns + 2 * columns + 5
+
+
+@pytest.mark.parametrize("num_stages, stride", [(1, 4), (2, 8), (3, 16)])
+def test_an_encoder_in_stages_halves_its_map_after_the_first(num_stages, stride):
+    """A single stage too, as the quick start's encoder has it: the stem alone takes a factor of 4."""
+    from transformers import BitConfig, BitModel
+
+    sizes = {"hidden_sizes": [16] * num_stages, "depths": [1] * num_stages}
+    tower = BitModel(BitConfig(embedding_size=16, num_groups=4, layer_type="preactivation", **sizes)).eval()
+    assert patch_grid(tower.config, 64, 96) == (64 // stride, 96 // stride)
+    assert patch_features(tower, torch.zeros(2, 3, 64, 96)).shape == (2 * 64 * 96 // stride**2, 16)
 
 
 def test_sine2d_places_are_distinct_and_average_to_the_same_place_at_any_count():
