@@ -45,7 +45,8 @@ def main():
 def write(name, rows):
     """Put the table of `name` between its marks in the page."""
     kinds = Counter(result.split(":")[0].split(" ")[0] for result in rows.values())
-    some = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
+    words = {"its": "tried as their text part's type", "not": "not tried"}
+    some = ", ".join(f"{number} {words.get(kind, kind)}" for kind, number in sorted(kinds.items()))
     lines = [f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}: {some}.", ""]
     lines += ["| model type | result |", "|---|---|"]
     lines += [f"| `{model_type}` | {result.replace('|', '/')} |" for model_type, result in rows.items()]
