@@ -1,14 +1,19 @@
 """Evaluation reads on past whatever training reads past: by the same rules, counted, named, and no question lost beside it."""
 
+import functools
+import http.server
 import json
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+from tokenflex.config import load_config
 from tokenflex.data import Limits
+from tokenflex.data.remote import locate_shards
 from tokenflex.data.shards import as_shards
 from tokenflex.errors import UserError
 from tokenflex.evaluate.questions import MAX_NAMED, read_questions
@@ -83,3 +88,20 @@ def test_bad_ones_do_not_use_up_the_questions_of_a_task(tmp_path):
     shard.write_bytes(broken + good_bytes("a") + good_bytes("b") + good_bytes("c") + bytes(1024))
     questions = read_questions(as_shards([shard]), 2, LIMITS)
     assert [sample.key for sample in questions.samples] == ["a", "b"] and len(questions.problems) == 1
+
+
+def test_questions_behind_a_url_are_read_as_training_reads_them(tmp_path):
+    """A real server on the loopback; the copy goes into the run's cache."""
+    served = tmp_path / "served"
+    served.mkdir()
+    (served / "s.tar").write_bytes(good_bytes("a") + good_bytes("b") + bytes(1024))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(served))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/s.tar"
+        data = load_config(None, [f"data.evaluation=[{url}]", f"data.cache_dir={tmp_path}/cache"]).data
+        shards = locate_shards(data.evaluation, data, "data.evaluation")
+        questions = read_questions(shards, 9, Limits.of(data))
+        server.shutdown()
+    assert [sample.key for sample in questions.samples] == ["a", "b"] and not questions.problems
+    assert list((tmp_path / "cache").rglob("*.tar"))
