@@ -1,9 +1,17 @@
 """The model card of an export: how to load it, what it is made of, and fields that only its maker can fill in."""
 
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..files import write_whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from ..model import TokenFlexConfig
 
 NOT_EVALUATED = "Not evaluated."
 CODE = """```python
@@ -18,7 +26,7 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ```"""
 
 
-def model_card(config, known):
+def model_card(config: "TokenFlexConfig", known: Mapping[str, str]) -> str:
     """README.md of an exported model.
 
     Args:
@@ -59,17 +67,17 @@ Licence: {known.get("license", "not stated; that of the parts and of the data bo
 """
 
 
-def add_figures(folder, figures):
+def add_figures(folder: str | os.PathLike, figures: str) -> None:
     """Put figures (Markdown) into the card of an exported model, where it says that there are none."""
     card = Path(folder) / "README.md"
     if card.exists():
         write_whole(card, card.read_text(encoding="utf-8").replace(NOT_EVALUATED, figures))
 
 
-def is_hub_id(name):
+def is_hub_id(name: str | None) -> bool:
     """Whether `name` is an owner and a repository, and no path of this machine."""
-    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name or "")) and not Path(name).exists()
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name or "")) and not Path(name).exists()  # type: ignore[arg-type]  # None is no match
 
 
-def _named(part):
+def _named(part: "PreTrainedConfig") -> str:
     return f"`{part.name_or_path}` ({part.model_type})" if is_hub_id(part.name_or_path) else part.model_type

@@ -1,10 +1,11 @@
 """A checkpoint as a model folder, on one machine and without the job that wrote it."""
 
+import os
 from pathlib import Path
 
 import torch
 
-from ..checkpoint import Damaged, check_files, checked_manifest, read_whole, tags
+from ..checkpoint import Damaged, Manifest, check_files, checked_manifest, read_whole, tags
 from ..config import RunConfig
 from ..corpus import resolve_embedded
 from ..errors import UserError
@@ -15,7 +16,7 @@ from ..model.generation import generation_settings
 from .export import export_model
 
 
-def export_checkpoint(folder, target):
+def export_checkpoint(folder: str | os.PathLike, target: str | os.PathLike) -> Manifest:
     """Write the model of a checkpoint (of any number of ranks) to `target`, after checking every byte of it.
 
     `folder` is a checkpoint, or a run's folder, whose newest one is taken. Weights have the number format that they were
@@ -42,7 +43,7 @@ def export_checkpoint(folder, target):
     return manifest
 
 
-def checkpoint_folder(folder):
+def checkpoint_folder(folder: str | os.PathLike) -> Path:
     """`folder` if it is a checkpoint, else the newest one of the run (or folder of checkpoints) it names.
 
     Raises:

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +13,12 @@ from ..files import staged_folder
 from ..model import TokenFlexForConditionalGeneration
 from .card import is_hub_id, model_card
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..data.processor import Processor
+    from ..model import TokenFlexConfig
+
 AUTO_MAP = {
     "AutoModel": "modeling_tokenflex.TokenFlexModel",
     "AutoModelForMultimodalLM": "modeling_tokenflex.TokenFlexForConditionalGeneration",
@@ -18,7 +26,7 @@ AUTO_MAP = {
 """Which classes of the exported code the Auto classes load, beside those that transformers enters by itself."""
 
 
-def loading_code(folder):
+def loading_code(folder: str | os.PathLike) -> str:
     """The lines of Python that load an exported model, for a person to copy."""
     return (
         "from transformers import AutoModelForImageTextToText, AutoProcessor\n"
@@ -27,7 +35,13 @@ def loading_code(folder):
     )
 
 
-def export_model(model, state, processor, folder, card=None):
+def export_model(
+    model: TokenFlexForConditionalGeneration,
+    state: Mapping[str, torch.Tensor],
+    processor: "Processor",
+    folder: str | os.PathLike,
+    card: Mapping[str, str] | None = None,
+) -> None:
     """Write the model of `state` (full weights by name) and its processor to `folder`, replacing what was there.
 
     `model` gives configuration and generation settings only; its own weights may be sharded. `card` has what the model card
@@ -47,12 +61,12 @@ def export_model(model, state, processor, folder, card=None):
     full.config.auto_map = dict(AUTO_MAP)
     with staged_folder(folder) as staging, without_paths(full.config, processor.tokenizer):
         full.save_pretrained(staging)
-        processor.save_pretrained(staging)
+        processor.save_pretrained(staging)  # type: ignore[attr-defined]  # the model's own has it
         (staging / "README.md").write_text(model_card(full.config, card or {}), encoding="utf-8")
         _as_the_umask_says(staging)
 
 
-def _load_whole(full, state):
+def _load_whole(full: TokenFlexForConditionalGeneration, state: Mapping[str, torch.Tensor]) -> None:
     """Every weight of `state` into `full`, and every weight of `full` from `state`.
 
     Raises:
@@ -71,7 +85,7 @@ def _load_whole(full, state):
         raise UserError(f"export: {len(left)} weights of the model did not come, first {left[0]}; is the state whole?")
 
 
-def _as_the_umask_says(folder):
+def _as_the_umask_says(folder: Path) -> None:
     """Files that a library writes through a private temporary one stay private: give all the mode of a file written plainly."""
     umask = os.umask(0)
     os.umask(umask)
@@ -80,7 +94,7 @@ def _as_the_umask_says(folder):
 
 
 @contextlib.contextmanager
-def without_paths(config, tokenizer):
+def without_paths(config: "TokenFlexConfig", tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
     """Within this context nothing says where on this machine the parts came from; a hub id is no such thing and stays."""
     owners = [config, config.vision_config, config.text_config, tokenizer]
     names = [owner.name_or_path for owner in owners]
@@ -94,6 +108,6 @@ def without_paths(config, tokenizer):
             owner.name_or_path = name
 
 
-def is_exported(folder):
+def is_exported(folder: str | os.PathLike) -> bool:
     """Whether `folder` holds an exported model."""
     return (Path(folder) / "config.json").exists()

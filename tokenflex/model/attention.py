@@ -11,6 +11,8 @@ dropped: a sliding window, a cap on the scores, sinks, chunks.
 
 import functools
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +30,10 @@ HARMLESS = {
 
 
 def packed_attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None, s_aux=None,
-    cu_seq_lens_q=None, max_length_q=None, **kwargs,
-):  # fmt: skip
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None,
+    s_aux: torch.Tensor | None = None, cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int | None = None, **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Causal attention within each sample: query [1, H, T, K], key [1, H_kv, T, K], value [1, H_kv, T, K_v] -> [1, T, H, K_v], None.
 
     Args:
@@ -103,7 +106,7 @@ def _chunked(module, cu_seq_lens, max_length):
     return torch.tensor([*cuts, ends[-1]], dtype=cu_seq_lens.dtype, device=cu_seq_lens.device), chunk
 
 
-def packing(cu_seq_lens, max_length, num_tokens):
+def packing(cu_seq_lens: torch.Tensor, max_length: int, num_tokens: int) -> dict[str, torch.Tensor | int]:
     """What tells a language model where the samples of a pack begin, as arguments of its forward.
 
     Attention reads `cu_seq_lens_*`; convolutions and states of hybrid models also read `seq_idx`, each token's sample.
@@ -120,7 +123,7 @@ def packing(cu_seq_lens, max_length, num_tokens):
 
 
 @functools.lru_cache
-def packed_backend(device_type):
+def packed_backend(device_type: str) -> Callable[..., torch.Tensor]:
     """`(query_THK, key_THK, value_THK, cu_seq_lens, max_length, scaling, dropout, window, softcap, sinks) -> [T, H, K]`."""
     if device_type != "cuda":
         return _sdpa_per_sample
@@ -174,7 +177,16 @@ def _torch_varlen(query, key, value, cu_seq_lens, max_length, scaling, dropout, 
     return output[..., : value.shape[-1]]
 
 
-def causal_varlen(varlen_attn, query, key, value, cu_seq_lens, max_length, scaling=None, window=None):
+def causal_varlen(
+    varlen_attn: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    max_length: int,
+    scaling: float | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
     """Causal attention within each sample through any torch's `varlen_attn`: [T, H, K], twice [T, H_kv, K] -> [T, H, K].
 
     What it takes grew: torch 2.10 has `is_causal` and a fixed scale; 2.11 says causal by `window_size` and takes `scale`;
@@ -209,7 +221,17 @@ def _parameters(function):
     return frozenset(inspect.signature(function).parameters)
 
 
-def varlen_with_sinks(query, key, value, sinks, cu_seq_lens, max_length, scaling=None, window=None, kernels=None):
+def varlen_with_sinks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    max_length: int,
+    scaling: float | None = None,
+    window: int | None = None,
+    kernels: tuple[Callable, Callable] | None = None,
+) -> torch.Tensor:
     """As `causal_varlen`, with one sink per head [H]; `kernels` are torch's own flash forward and backward by default."""
     if query.shape[1] != key.shape[1]:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
@@ -289,7 +311,16 @@ def _sdpa_per_sample(
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
-def stated(query_HTK, key_HTK, value_HTK, scaling=None, dropout=0.0, window=None, softcap=None, sinks=None):
+def stated(
+    query_HTK: torch.Tensor,
+    key_HTK: torch.Tensor,
+    value_HTK: torch.Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Causal attention of one sample as it is written down, every score held: [H, T, K_v]."""
     groups = query_HTK.shape[0] // key_HTK.shape[0]
     key_HTK, value_HTK = (x.repeat_interleave(groups, dim=0) for x in (key_HTK, value_HTK))
@@ -316,7 +347,7 @@ def _no_mask(*args, **kwargs):
     return
 
 
-def register_packed_attention():
+def register_packed_attention() -> None:
     """Make `attn_implementation=PACKED` known to transformers; harmless to call again."""
     AttentionInterface.register(PACKED, packed_attention)
     AttentionMaskInterface.register(PACKED, _no_mask)

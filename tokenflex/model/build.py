@@ -4,12 +4,16 @@ import contextlib
 import difflib
 import functools
 import inspect
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, ProcessorMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ..config import BudgetConfig, ModelConfig
 from ..errors import UserError
 from .attention import PACKED, register_packed_attention
 from .configuration_tokenflex import TokenFlexConfig
@@ -27,7 +31,7 @@ HOUSEKEEPING = ("architectures", "auto_map", "dtype", "torch_dtype", "transforme
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 
 
-def build_processor(model, budget):
+def build_processor(model: ModelConfig, budget: BudgetConfig) -> TokenFlexProcessor:
     """Tokenizer and image processor of a run.
 
     Args:
@@ -104,7 +108,14 @@ def _template(name, tokenizer, source):
         ) from None
 
 
-def build_model(model, budget, processor, dtype, loading=contextlib.nullcontext, gathered=contextlib.nullcontext):
+def build_model(
+    model: ModelConfig,
+    budget: BudgetConfig,
+    processor: ProcessorMixin,
+    dtype: torch.dtype,
+    loading: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+    gathered: Callable[[Iterable[torch.nn.Parameter]], AbstractContextManager] = contextlib.nullcontext,
+) -> TokenFlexForConditionalGeneration:
     """The model of a run, in training mode with packed attention.
 
     Pretrained parts are loaded within `loading()`, which may shard them as they come; within `gathered(parameters)` they are
@@ -135,7 +146,7 @@ def build_model(model, budget, processor, dtype, loading=contextlib.nullcontext,
     return built
 
 
-def vision_config(model):
+def vision_config(model: ModelConfig) -> PretrainedConfig:
     """The vision encoder's configuration object, without its pooling head."""
     if model.init_from:
         return _load(

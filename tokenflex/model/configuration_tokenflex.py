@@ -3,6 +3,8 @@
 Travels with every exported model, so it imports nothing but transformers.
 """
 
+from typing import Any
+
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -29,20 +31,20 @@ class TokenFlexConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        vision_config=None,
-        text_config=None,
-        image_height=378,
-        image_width=378,
-        pooling_mode="adaptive",
-        projector_multiplier=3,
-        vision_position_embedding="none",
-        vision_feature_layer=-1,
-        image_start_token_id=0,
-        image_token_id=1,
-        image_end_token_id=2,
-        trained_num_visual_tokens=(64, 144, 256),
-        default_num_visual_tokens=0,
-        **kwargs,
+        vision_config: PreTrainedConfig | dict[str, Any] | None = None,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        image_height: int = 378,
+        image_width: int = 378,
+        pooling_mode: str = "adaptive",
+        projector_multiplier: int = 3,
+        vision_position_embedding: str = "none",
+        vision_feature_layer: int = -1,
+        image_start_token_id: int = 0,
+        image_token_id: int = 1,
+        image_end_token_id: int = 2,
+        trained_num_visual_tokens: list[int] | tuple[int, ...] = (64, 144, 256),
+        default_num_visual_tokens: int = 0,
+        **kwargs: Any,
     ):
         self.vision_config = _sub_config(vision_config, "siglip_vision_model")
         self.text_config = _sub_config(text_config, "qwen2")

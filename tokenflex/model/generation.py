@@ -4,8 +4,11 @@ import copy
 
 from transformers import AutoConfig, GenerationConfig
 
+from ..config import ModelConfig
+from .processing_tokenflex import TokenFlexProcessor
 
-def greedy(settings):
+
+def greedy(settings: GenerationConfig) -> GenerationConfig:
     """`settings` for the likeliest answer: its end tokens, and nothing that samples or punishes repetition."""
     plain = copy.deepcopy(settings)
     plain.update(do_sample=False, temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)
@@ -13,7 +16,7 @@ def greedy(settings):
     return plain
 
 
-def generation_settings(model, processor):
+def generation_settings(model: ModelConfig, processor: TokenFlexProcessor) -> GenerationConfig:
     """The `GenerationConfig` of a run's model.
 
     Sampling settings and end tokens are the language model's own (of `model.init_from` or `model.text`, where these are

@@ -1,12 +1,19 @@
 """More tokens than the language model has rows: its embedding and output layer grow, whole or sharded."""
 
 import contextlib
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 
-def grow_vocabulary(language_model, num_tokens, gathered=contextlib.nullcontext):
+def grow_vocabulary(
+    language_model: PreTrainedModel,
+    num_tokens: int,
+    gathered: Callable[[Iterable[nn.Parameter]], AbstractContextManager] = contextlib.nullcontext,
+) -> int:
     """Give the embedding (and the output layer, tied or not) `num_tokens` rows; returns how many are new.
 
     A new row is the mean of all old ones, in the embedding and in the output layer each: for the model a token of no

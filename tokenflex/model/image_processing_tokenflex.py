@@ -7,7 +7,9 @@ imports nothing but PIL, numpy, torch, transformers and its sibling; simplejpeg 
 
 import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from PIL import Image, ImageOps
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image
-from transformers.processing_utils import ImagesKwargs
+from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .tiling import grids_for, tiles_for
 
@@ -40,6 +42,8 @@ CALL_KWARGS = (
 )
 """What a call may set for itself; `size` is height and width of a tile."""
 CHANNELS = (1, 3, 4)
+OneImage = bytes | bytearray | memoryview | str | Path | Image.Image | np.ndarray | torch.Tensor
+"""What an image may come as; a text is a path, a URL or base64."""
 
 
 class TokenFlexImageProcessorKwargs(ImagesKwargs, total=False):
@@ -64,13 +68,13 @@ class TokenFlexImageProcessor(BaseImageProcessor):
 
     def __init__(
         self,
-        height=378,
-        width=378,
-        image_mean=(0.5, 0.5, 0.5),
-        image_std=(0.5, 0.5, 0.5),
-        max_tiles=1,
-        thumbnail=True,
-        **kwargs,
+        height: int = 378,
+        width: int = 378,
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        max_tiles: int = 1,
+        thumbnail: bool = True,
+        **kwargs: Unpack[ImagesKwargs],
     ):
         kwargs.pop("auto_map", None)  # of the file that it came from; written anew with every save
         super().__init__(**kwargs)
@@ -81,7 +85,9 @@ class TokenFlexImageProcessor(BaseImageProcessor):
         self.max_tiles = max_tiles
         self.thumbnail = thumbnail
 
-    def preprocess(self, images, return_tensors="pt", **kwargs):
+    def preprocess(
+        self, images: OneImage | Sequence | None, return_tensors: str | None = "pt", **kwargs: Unpack[ImagesKwargs]
+    ) -> BatchFeature:
         """Images (bytes, path, URL, PIL, tensor, or array of bytes or of 0 to 1; one or a list) -> model inputs.
 
         Arrays have their channels last, tensors first, unless their shape says otherwise. `CALL_KWARGS` may be set for one call.
@@ -100,7 +106,7 @@ class TokenFlexImageProcessor(BaseImageProcessor):
             pixels, num_tiles = pixels.numpy(), num_tiles.numpy()
         return BatchFeature({"pixel_values": pixels, "num_tiles": num_tiles}, tensor_type=return_tensors)
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> list[str]:
         """Write the configuration and its code; the addresses of the code are of the files alone, not of this object."""
         saved = super().save_pretrained(*args, **kwargs)
         vars(self).pop("auto_map", None)
@@ -124,11 +130,11 @@ class TokenFlexImageProcessor(BaseImageProcessor):
             setattr(call, name, value)
         return call
 
-    def num_tiles(self, widths, heights):
+    def num_tiles(self, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
         """Tiles of images by their upright sizes: [S], [S] -> [S] int64. What `tiled` returns as many of."""
         return tiles_for(widths, heights, self.max_tiles, self.thumbnail, (self.height, self.width))
 
-    def tiled(self, image):
+    def tiled(self, image: OneImage) -> np.ndarray:
         """One image -> bytes [tiles, height, width, 3]: the grid row by row, then the thumbnail.
 
         Raises:
@@ -142,7 +148,7 @@ class TokenFlexImageProcessor(BaseImageProcessor):
             tiles = np.concatenate([tiles, resized(pixels_HW3, self.height, self.width)[None]])
         return tiles
 
-    def normalised(self, tiles_BHW3):
+    def normalised(self, tiles_BHW3: torch.Tensor) -> torch.Tensor:
         """Bytes [B, height, width, 3] -> float32 `pixel_values` [B, 3, height, width], on the device they are on."""
         if not (self.do_rescale and self.do_normalize and self.rescale_factor == 1 / 255):
             pixels_B3HW = tiles_BHW3.permute(0, 3, 1, 2).float() * (self.rescale_factor if self.do_rescale else 1)
@@ -176,7 +182,7 @@ class TokenFlexImageProcessor(BaseImageProcessor):
         return int(rows), int(columns)
 
 
-def flattened(images):
+def flattened(images: OneImage | Sequence | None) -> list[OneImage]:
     """One image, or lists of images and of lists of them, as one list."""
     if images is None:
         return []
@@ -185,7 +191,7 @@ def flattened(images):
     return [image for entry in images for image in flattened(entry)]
 
 
-def fetched(image):
+def fetched(image: OneImage) -> OneImage:
     """An image as its encoded bytes where it is a path or a `data:` URL, so that it is decoded as in training; other URLs and
     base64 text through transformers; anything else as it is."""
     if isinstance(image, Path):
@@ -199,7 +205,7 @@ def fetched(image):
     return Path(image).read_bytes()
 
 
-def array_image(image):
+def array_image(image: np.ndarray | torch.Tensor) -> Image.Image:
     """An array or tensor of bytes, or of numbers from 0 to 1, as a PIL image."""
     is_tensor = torch.is_tensor(image)
     pixels = image.detach().cpu().numpy() if is_tensor else image
@@ -215,7 +221,7 @@ def array_image(image):
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def decode_jpeg(data, image, scale, orientation=1):
+def decode_jpeg(data: bytes, image: Image.Image, scale: int, orientation: int = 1) -> np.ndarray:
     """Bytes of a JPEG -> upright RGB bytes [H / scale, W / scale, 3].
 
     `image` is the same, opened by Pillow, which takes what the faster decoder refuses, to the same pixels.
@@ -251,7 +257,7 @@ def _upright(pixels_HW3, orientation):
     return np.ascontiguousarray(pixels_HW3)
 
 
-def resized(pixels_HW3, height, width):
+def resized(pixels_HW3: np.ndarray, height: int, width: int) -> np.ndarray:
     """Bytes [H, W, 3] -> bytes [height, width, 3], bicubic and antialiased.
 
     torch's byte path gives what Pillow's resize does (within 2 of 255) in an eighth of the time: it is vectorised. It is
@@ -267,7 +273,7 @@ def resized(pixels_HW3, height, width):
     return resized_13HW.permute(0, 2, 3, 1)[0].contiguous().numpy()
 
 
-def upright_rgb(image):
+def upright_rgb(image: str | Path | Image.Image | np.ndarray | torch.Tensor) -> Image.Image:
     """Any image (PIL, path, array, tensor) as upright 8-bit RGB: EXIF rotation applied, alpha laid on white, 16 bit scaled."""
     if isinstance(image, np.ndarray) or torch.is_tensor(image):
         image = array_image(image)

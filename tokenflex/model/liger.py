@@ -4,6 +4,7 @@ import importlib.util
 import sys
 
 import torch
+from transformers import PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 
 from ..errors import UserError
@@ -12,7 +13,7 @@ from ..errors import UserError
 KERNELS = {"rms_norm": True, "rope": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
-def apply_liger(language_model, mode):
+def apply_liger(language_model: PreTrainedModel, mode: str) -> bool:
     """Patch `language_model` with Liger's kernels; returns whether that was done. `mode` is `auto`, `on` or `off`.
 
     RoPE is a function of the model type's module in transformers: every language model of that type in this process then

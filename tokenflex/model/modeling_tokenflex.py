@@ -4,12 +4,15 @@ Travels with every exported model, so it imports nothing but torch, transformers
 rows, T tokens, V visual tokens, P patches, C vision width, D text width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_tokenflex import TokenFlexConfig
 from .pooling import sides_of
@@ -38,7 +41,12 @@ class _TokenFlexBase(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, config, vision_tower=None, language_model=None):
+    def __init__(
+        self,
+        config: TokenFlexConfig,
+        vision_tower: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+    ):
         """`vision_tower` and `language_model` may be given ready made (pretrained); else they are built from `config`."""
         super().__init__(config)
         self.vision_tower = vision_tower or _built(AutoModel, config.vision_config)
@@ -56,20 +64,26 @@ class _TokenFlexBase(PreTrainedModel):
             module.reset_parameters()
 
     @property
-    def patch_grid(self):
+    def patch_grid(self) -> tuple[int, int]:
         """(rows, columns) of patches per image."""
         return patch_grid(self.config.vision_config, self.config.image_height, self.config.image_width)
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values, num_visual_tokens=None, num_tiles=None, output_hidden_states=None, output_attentions=None, **kwargs
-    ):  # fmt: skip
+        self,
+        pixel_values: torch.Tensor,
+        num_visual_tokens: int | tuple[int, int] | list[int | tuple[int, int]] | None = None,
+        num_tiles: torch.Tensor | Sequence[int] | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling | tuple:
         """Visual tokens of images as `pooler_output`: a list with one tensor [n, D] per image, all its tiles together.
 
         `last_hidden_state` has the encoder's features, [tiles, patches, C]; hidden states and attentions are the encoder's own.
@@ -166,17 +180,17 @@ class TokenFlexModel(_TokenFlexBase):
     @can_return_tuple
     def forward(
         self,
-        input_ids=None,
-        pixel_values=None,
-        num_visual_tokens=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        use_cache=None,
-        num_tiles=None,
-        **kwargs,
-    ):
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        num_visual_tokens: int | tuple[int, int] | list[int | tuple[int, int]] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        num_tiles: torch.Tensor | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple:
         """Hidden states [B, T, D] of text with images spliced in; arguments as in `TokenFlexForConditionalGeneration`."""
         embeds = self._embedded(input_ids, inputs_embeds, pixel_values, num_visual_tokens, num_tiles, None, False, None)
         outputs = self.language_model.base_model(
@@ -201,7 +215,7 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
     base_model_prefix = "model"
 
     @property
-    def model(self):
+    def model(self) -> TokenFlexModel:
         """The same modules as `TokenFlexModel`, for tools that want hidden states and the output layer apart.
 
         It is a view, not a part: weights keep the one name that checkpoints and exports have for them.
@@ -210,37 +224,37 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         view.__dict__ = self.__dict__
         return view
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Module | None:
         return self.language_model.get_output_embeddings()
 
-    def set_output_embeddings(self, new_embeddings):
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.language_model.set_output_embeddings(new_embeddings)
 
-    def get_decoder(self):
+    def get_decoder(self) -> nn.Module:
         """The language model without its output layer."""
         return self.language_model.get_decoder()
 
     @can_return_tuple
     def forward(
         self,
-        input_ids=None,
-        pixel_values=None,
-        num_visual_tokens=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        logits_to_keep=0,
-        visual_positions=None,
-        is_dummy_image=False,
-        num_tiles=None,
-        pool_plan=None,
-        num_items_in_batch=None,
-        shift_labels=None,
-        **kwargs,
-    ):
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        num_visual_tokens: int | tuple[int, int] | list[int | tuple[int, int]] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        visual_positions: torch.Tensor | None = None,
+        is_dummy_image: bool = False,
+        num_tiles: torch.Tensor | Sequence[int] | None = None,
+        pool_plan: object | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> TokenFlexOutput | tuple:
         """Logits of text with images spliced in where `input_ids` holds `image_token_id`.
 
         Args:
@@ -287,7 +301,13 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         )
 
     @torch.no_grad()
-    def generate(self, inputs=None, generation_config=None, num_visual_tokens=None, **kwargs):
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        num_visual_tokens: int | tuple[int, int] | list[int | tuple[int, int]] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | ModelOutput:
         """`transformers` generation with any number of visual tokens.
 
         `num_visual_tokens` (an int, a pair (rows, columns), or a list of them, one per image) overrides the counts that
@@ -318,7 +338,9 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         output.sequences = sequences
         return output
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
         """Images are spliced in with the prompt; what follows finds them in the cache."""
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         if not is_first_iteration and kwargs.get("use_cache", True):
@@ -392,7 +414,9 @@ def _counts_of_runs(runs, tiles):
     return [length // number for length, number in zip(runs, tiles)] if len(runs) == len(tiles) else runs
 
 
-def splice(embeds_BTD, visual_VD, positions, kernels=None):
+def splice(
+    embeds_BTD: torch.Tensor, visual_VD: torch.Tensor, positions: torch.Tensor, kernels: object | None = None
+) -> torch.Tensor:
     """Put visual rows at `positions` [V] of the flattened tokens; text rows there get no gradient.
 
     With `kernels` (the package `tokenflex_kernels`) in one pass, forward and backward.
@@ -411,7 +435,7 @@ def splice(embeds_BTD, visual_VD, positions, kernels=None):
     return rows.index_copy(0, positions, visual_VD).view_as(embeds_BTD)
 
 
-def image_runs(input_ids, image_token_id):
+def image_runs(input_ids: torch.Tensor, image_token_id: int) -> list[tuple[int, int, int]]:
     """The runs of placeholders as (row, start, length), in order; one run per image."""
     runs = []
     for row, ids in enumerate(input_ids.tolist()):
@@ -425,7 +449,9 @@ def image_runs(input_ids, image_token_id):
     return runs
 
 
-def resize_image_runs(input_ids, attention_mask, counts, image_token_id, pad_token_id):
+def resize_image_runs(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, counts: Sequence[int], image_token_id: int, pad_token_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Give the i-th run of placeholders `counts[i]` of them; rows are padded on the left to one length.
 
     Returns input_ids and attention_mask [B, T'].

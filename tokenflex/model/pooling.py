@@ -6,12 +6,13 @@ C vision width.
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
 
-def sides_of(num_visual_tokens, grid):
+def sides_of(num_visual_tokens: int | Sequence[int], grid: Sequence[int]) -> tuple[int, int]:
     """Rows and columns (n_h, n_w) of a pooled grid of exactly `num_visual_tokens`, shaped like `grid`.
 
     Of all factorisations n_h * n_w the one whose aspect ratio is nearest to the grid's; a square number on a square grid
@@ -46,7 +47,7 @@ def _is_count(value):
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def pool_grid(features_BHWC, side, mode="adaptive"):
+def pool_grid(features_BHWC: torch.Tensor, side: tuple[int, int], mode: str = "adaptive") -> torch.Tensor:
     """Pool a batch of equal grids: [B, H, W, C] -> [B, n_h * n_w, C].
 
     `adaptive` averages over the windows [floor(i H / n), ceil((i + 1) H / n)) per axis (paper section 3.1); sides above
@@ -63,7 +64,9 @@ def pool_grid(features_BHWC, side, mode="adaptive"):
     return F.adaptive_avg_pool2d(features_BCHW, side).flatten(2).transpose(1, 2)
 
 
-def adaptive_pool(features_PC, grids, sides, mode="adaptive"):
+def adaptive_pool(
+    features_PC: torch.Tensor, grids: list[tuple[int, int]], sides: list[tuple[int, int]], mode: str = "adaptive"
+) -> torch.Tensor:
     """Pool images laid one after another, each to its own side: [sum(H_i W_i), C] -> [sum(n_h n_w), C].
 
     Images of equal grid and side are pooled in one call; the rows come back in the images' order.

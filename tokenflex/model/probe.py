@@ -10,11 +10,14 @@ Shape suffixes: B images, P patches, C vision width, L logits looked at, V vocab
 
 import contextlib
 import itertools
+from collections.abc import Callable
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..errors import UserError
 from .attention import PACKED, packing
+from .modeling_tokenflex import TokenFlexForConditionalGeneration
 from .vision import is_hierarchical
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
@@ -34,7 +37,7 @@ PART_ERRORS = (
 """What a part raises that cannot be used this way; a lack of memory is none of them."""
 
 
-def probe(model, call, device, pack_length):
+def probe(model: TokenFlexForConditionalGeneration, call: Callable, device: torch.device, pack_length: int) -> None:
     """Try the parts of `model` and leave everything as it was. Every rank of a run calls it.
 
     Args:
@@ -79,7 +82,7 @@ class _Probe:
         self.lengths += [limit + 3 for limit in self.limits]
         self.count = min(self.config.trained_num_visual_tokens)
 
-    def run(self):
+    def run(self) -> None:
         self._check_attention()
         self._check_images()
         self._check_text_only()
@@ -272,7 +275,7 @@ class _Probe:
         return _text_error(self.model.language_model, f"it cannot be run on packed samples ({reason})")
 
 
-def critical_lengths(text_config):
+def critical_lengths(text_config: PreTrainedConfig) -> list[int]:
     """Sample lengths beyond which this language model does something else: windows, chunks, stretched positions."""
     names = ("sliding_window", "attention_chunk_size")
     lengths = {getattr(text_config, name, None) for name in names}

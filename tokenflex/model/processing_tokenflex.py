@@ -8,16 +8,18 @@ Travels with every exported model, so it imports nothing but torch, transformers
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jinja2
 import torch
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import TextInput
 
-from .image_processing_tokenflex import TokenFlexImageProcessorKwargs, flattened
+from .image_processing_tokenflex import TokenFlexImageProcessor, TokenFlexImageProcessorKwargs, flattened
 from .pooling import sides_of
 from .rendering import CALLS, ChatRenderer, RenderingRefused, dated_template, knows_variable, marked_contents
 
@@ -47,7 +49,7 @@ class EncodedConversation:
     image_starts: list
     images: list
 
-    def extend(self, ids, is_target=False):
+    def extend(self, ids: list[int], is_target: bool = False) -> None:
         self.input_ids += ids
         self.is_target += [is_target] * len(ids)
 
@@ -80,16 +82,16 @@ class TokenFlexProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        image_processor=None,
-        tokenizer=None,
-        chat_template=None,
-        num_visual_tokens=256,
-        patch_grid=(27, 27),
-        image_start_token="<img>",
-        image_token="<IMG_CONTEXT>",
-        image_end_token="</img>",
-        chat_template_options=None,
-        **kwargs,
+        image_processor: TokenFlexImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | dict[str, str] | None = None,
+        num_visual_tokens: int | tuple[int, int] = 256,
+        patch_grid: Sequence[int] = (27, 27),
+        image_start_token: str = "<img>",
+        image_token: str = "<IMG_CONTEXT>",
+        image_end_token: str = "</img>",
+        chat_template_options: dict[str, Any] | None = None,
+        **kwargs: Any,
     ):
         tokens = (image_start_token, image_token, image_end_token)
         missing = missing_tokens(tokenizer, tokens)
@@ -120,7 +122,7 @@ class TokenFlexProcessor(ProcessorMixin):
         text: TextInput | list[TextInput] | None = None,
         num_visual_tokens: int | tuple | list | None = None,
         **kwargs: Unpack[TokenFlexProcessorKwargs],
-    ):
+    ) -> BatchFeature | dict[str, Any]:
         """Prompts rendered by `apply_chat_template(..., tokenize=False)` and their images -> model inputs.
 
         Each `<img><IMG_CONTEXT></img>` of the text, or `<IMG_CONTEXT>` alone, is widened to its image's count. Prefer
@@ -202,7 +204,7 @@ class TokenFlexProcessor(ProcessorMixin):
     def _run_text(self, run):
         return self.image_start_token + self.image_token * run + self.image_end_token
 
-    def replace_image_token(self, image_inputs, image_idx, **kwargs):
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The text that stands for one image of `image_inputs` at the processor's own count."""
         (count,) = self.counts(kwargs.get("num_visual_tokens"), 1)
         return self._run_text(count * int(image_inputs["num_tiles"][image_idx]))
@@ -247,7 +249,9 @@ class TokenFlexProcessor(ProcessorMixin):
         flat = {name: bool(given.get(name)) for name in FLAT}
         return {"text": text, "images": {"return_tensors": "pt", **images}, **flat}
 
-    def counts(self, num_visual_tokens, num_images):
+    def counts(
+        self, num_visual_tokens: int | tuple[int, int] | Sequence[int | tuple[int, int]] | None, num_images: int
+    ) -> list[int]:
         """One count per image from an int, a pair (rows, columns), or a list of them; default: the processor's own."""
         if num_visual_tokens is None:
             num_visual_tokens = self.num_visual_tokens
@@ -262,18 +266,18 @@ class TokenFlexProcessor(ProcessorMixin):
 
     def apply_chat_template(
         self,
-        conversation,
-        chat_template=None,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        chat_template: str | None = None,
         *,
-        add_generation_prompt=False,
-        tokenize=False,
-        return_dict=True,
-        return_tensors="pt",
-        return_assistant_tokens_mask=False,
-        num_visual_tokens=None,
-        processor_kwargs=None,
-        **kwargs,
-    ):
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = True,
+        return_tensors: str | None = "pt",
+        return_assistant_tokens_mask: bool = False,
+        num_visual_tokens: int | tuple[int, int] | list[int | tuple[int, int]] | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Render conversations (role/content messages; content a string or a list of text and image items).
 
         With `tokenize=False` the prompt as text. With `tokenize=True` the model inputs as `__call__` returns them, or with
@@ -325,7 +329,14 @@ class TokenFlexProcessor(ProcessorMixin):
                 calls[name] = value
         return {name: value for name, value in options.items() if value is not None}, calls
 
-    def encode(self, messages, lengths, add_generation_prompt=False, chat_template=None, **kwargs):
+    def encode(
+        self,
+        messages: list[dict[str, Any]],
+        lengths: Sequence[int],
+        add_generation_prompt: bool = False,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> EncodedConversation:
         """One conversation -> `EncodedConversation`, image i as a run of `lengths[i]` placeholders (0 is allowed: no run).
 
         A run is as long as the image's visual tokens: its count times its tiles.
@@ -342,7 +353,7 @@ class TokenFlexProcessor(ProcessorMixin):
         pieces, contents, marks = self._pieces(messages, add_generation_prompt, chat_template, kwargs, must_teach)
         return self._encoded(pieces, contents, marks, lengths, self._template(chat_template))
 
-    def turn_end_id(self, chat_template=None):
+    def turn_end_id(self, chat_template: str | None = None) -> int | None:
         """The token that ends an answer in this chat template: what generation has to stop at. None where there is none."""
         template = self._template(chat_template)
         if template not in self._turn_ends:
@@ -351,7 +362,7 @@ class TokenFlexProcessor(ProcessorMixin):
             self._turn_ends[template] = ids[length - 1] if is_special else None
         return self._turn_ends[template]
 
-    def rendering_key(self):
+    def rendering_key(self) -> str:
         """What the tokens of a conversation depend on beside the tokenizer and the images, as text.
 
         The template itself where it writes texts as they are, right behind the generation prompt and right before the token
@@ -449,7 +460,7 @@ class TokenFlexProcessor(ProcessorMixin):
                 return place + 1, True
         return min(1, len(ids)), False
 
-    def is_special(self, token_id):
+    def is_special(self, token_id: int) -> bool:
         """Whether a token is one that no text spells."""
         return any(token_id in special for special in self._special_ids())
 
@@ -604,11 +615,11 @@ class TokenFlexProcessor(ProcessorMixin):
         return -(-max(length, longest) // multiple) * multiple
 
     @property
-    def unused_input_names(self):
+    def unused_input_names(self) -> list[str]:
         """None of the parts' outputs is dropped."""
         return []
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> list[str]:
         """Write the processor and its code; the addresses of the code are of the files alone, not of this object."""
         saved = super().save_pretrained(*args, **kwargs)
         for part in (self, self.image_processor):
@@ -622,7 +633,7 @@ def _as_batch(conversation):
     return (conversation if is_batch else [conversation]), is_batch
 
 
-def missing_tokens(tokenizer, tokens):
+def missing_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[str]:
     """Those of `tokens` that are not single tokens of `tokenizer`."""
     ids = tokenizer.convert_tokens_to_ids(list(tokens))
     return [
@@ -630,7 +641,7 @@ def missing_tokens(tokenizer, tokens):
     ]
 
 
-def default_template(template):
+def default_template(template: str | dict[str, str] | None) -> str | None:
     """The chat template itself, or of several by name the one that is named `default`, or the only one.
 
     Raises:

@@ -1,6 +1,8 @@
 """The token-adaptive projector: pool -> LayerNorm -> SwiGLU of inner width 3C -> language model width (paper section 3.1)."""
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,9 @@ class TokenAdaptiveProjector(nn.Module):
     plain torch) or `reference` (the statement below, everywhere).
     """
 
-    def __init__(self, vision_width, text_width, multiplier=3, mode="adaptive", backend="auto"):
+    def __init__(
+        self, vision_width: int, text_width: int, multiplier: int = 3, mode: str = "adaptive", backend: str = "auto"
+    ):
         super().__init__()
         inner = multiplier * vision_width
         self.mode = mode
@@ -35,7 +39,13 @@ class TokenAdaptiveProjector(nn.Module):
         self.gate_up = nn.Linear(vision_width, 2 * inner)
         self.down = nn.Linear(inner, text_width)
 
-    def forward(self, features_PC, grids, sides, plan=None):
+    def forward(
+        self,
+        features_PC: torch.Tensor,
+        grids: list[tuple[int, int]],
+        sides: list[tuple[int, int]] | None,
+        plan: object | None = None,
+    ) -> torch.Tensor:
         kernels = self.kernels_for(features_PC)
         if kernels is not None:
             if plan is None:
@@ -47,7 +57,7 @@ class TokenAdaptiveProjector(nn.Module):
         gate_NH, up_NH = self.gate_up(self.norm(pooled_NC)).chunk(2, dim=-1)
         return self.down(F.silu(gate_NH) * up_NH)
 
-    def plan_maker(self, grid, tensor):
+    def plan_maker(self, grid: Sequence[int], tensor: torch.Tensor) -> Callable[[list[int]], Any] | None:
         """`counts -> plan` for tiles of `grid`, to be called where a batch is collated, also in another process.
 
         None where `tensor` (any of the device that computes) does not go through the kernels.
@@ -56,7 +66,7 @@ class TokenAdaptiveProjector(nn.Module):
             return None
         return functools.partial(_plan_of, grid=tuple(grid), mode=self.mode)
 
-    def kernels_for(self, tensor):
+    def kernels_for(self, tensor: torch.Tensor) -> Any:
         """The kernels' package where `backend` says that `tensor` goes through it, else None.
 
         Raises:
@@ -72,7 +82,7 @@ class TokenAdaptiveProjector(nn.Module):
         return tokenflex_kernels if self.backend == "kernels" else None
 
     @torch.no_grad()
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Unit-variance start: weights normal with std 1 / sqrt(fan in), biases zero, LayerNorm the identity."""
         self.norm.reset_parameters()
         for linear in (self.gate_up, self.down):

@@ -5,14 +5,17 @@ pieces, between the stand-ins, and where the generation prompt of each answer en
 comes must be those pieces with the texts put in, to the letter; a text that the template trims, cuts or rewrites is taken
 as the template leaves it. Whatever cannot be laid out so is refused, never learned as something else.
 
-Travels with every exported model, so it imports nothing but jinja2, which torch and every chat template need.
+Travels with every exported model, so it imports nothing but transformers and jinja2, which torch and every chat template need.
 """
 
 import datetime
 import re
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jinja2
+from transformers import PreTrainedTokenizerBase
 
 STAND_IN = re.compile("\ue000(\\d+)\ue001")  # private-use characters: no template writes them
 MAX_KEPT = 512  # rendered texts and outlines that are kept
@@ -66,11 +69,19 @@ class ChatRenderer:
     Messages come with their content as text (`marked_contents`), or None where a message consists of tool calls.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self._kept = {}
 
-    def pieces(self, messages, contents, template, options, add_generation_prompt=False, must_teach=False):
+    def pieces(
+        self,
+        messages: list[dict[str, Any]],
+        contents: Sequence[str | None],
+        template: str,
+        options: dict[str, Any],
+        add_generation_prompt: bool = False,
+        must_teach: bool = False,
+    ) -> list[Piece]:
         """A conversation as a list of `Piece`; joined, their texts are what the template writes.
 
         An answer is learned where the generation prompt of the messages before it stands before it, unless its message has
@@ -93,11 +104,11 @@ class ChatRenderer:
             )
         return layout.pieces({at: place for at, place in prompts.items() if messages[at].get("weight") != 0})
 
-    def form(self, messages, template, options):
+    def form(self, messages: list[dict[str, Any]], template: str, options: dict[str, Any]) -> str:
         """In which of `FORMS` a template takes the content of these messages."""
         return Run(self, messages, template, options).outline([""] * len(messages), False).form
 
-    def closing(self, template, options):
+    def closing(self, template: str, options: dict[str, Any]) -> str:
         """What a template writes between an answer and the next question.
 
         Raises:
@@ -107,7 +118,7 @@ class ChatRenderer:
         outline = Run(self, [{"role": role} for role in roles], template, options).outline(["", "", ""], False)
         return outline.pieces[outline.slots.index(1) + 1]
 
-    def kept(self, key, make):
+    def kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """`make()`, or what it gave for the same key before."""
         if key not in self._kept:
             if len(self._kept) >= MAX_KEPT:
@@ -115,10 +126,10 @@ class ChatRenderer:
             self._kept[key] = make()
         return self._kept[key]
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ChatRenderer":
         return type(self)(self.tokenizer)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {"tokenizer": self.tokenizer, "_kept": {}}
 
 
@@ -131,7 +142,7 @@ class Run:
     template: str
     options: dict
 
-    def outline(self, contents, add_generation_prompt):
+    def outline(self, contents: Sequence[str | None], add_generation_prompt: bool) -> Outline:
         """The `Outline` of this conversation.
 
         Raises:
@@ -174,14 +185,21 @@ class Run:
                 outline.prompts[at] = (number, offset)
         return outline
 
-    def prompt(self, contents, at, outline):
+    def prompt(self, contents: Sequence[str | None], at: int, outline: Outline) -> str | None:
         """The generation prompt that inference builds before message `at`; None where the template has none."""
         try:
             return self.text(contents, outline.form, outline.absent, True, at)
         except FAILURES:
             return None
 
-    def text(self, contents, form, absent="", add_generation_prompt=False, num_messages=None):
+    def text(
+        self,
+        contents: Sequence[str | None],
+        form: str,
+        absent: str | None = "",
+        add_generation_prompt: bool = False,
+        num_messages: int | None = None,
+    ) -> str:
         """What the template writes of the first `num_messages` messages, by default all, with these texts as content."""
         messages = self.messages[:num_messages]
         if self._is_plain():
@@ -204,7 +222,7 @@ class Run:
             **self.options,
         )
 
-    def checked_text(self, contents, outline, add_generation_prompt):
+    def checked_text(self, contents: Sequence[str | None], outline: Outline, add_generation_prompt: bool) -> str:
         """`text` in the form of an outline; a failure that is not the template's own refusal is named."""
         try:
             return self.text(contents, outline.form, outline.absent, add_generation_prompt)
@@ -256,7 +274,7 @@ class Layout:
         RenderingRefused: they and the template's pieces are not what the template writes of this conversation.
     """
 
-    def __init__(self, run, outline, contents, add_generation_prompt):
+    def __init__(self, run: Run, outline: Outline, contents: Sequence[str | None], add_generation_prompt: bool):
         self.run, self.outline, self.contents = run, outline, contents
         self.own, self.texts = list(outline.pieces), [contents[at] for at in outline.slots]
         self.lost = [0] * len(self.own)  # how many characters of each piece's beginning are in the slot before it
@@ -270,11 +288,11 @@ class Layout:
                     f"{_difference(self.joined(), text)}"
                 )
 
-    def joined(self, number=None):
+    def joined(self, number: int | None = None) -> str:
         """The whole text, or what stands before piece `number`."""
         return "".join(part for pair in zip(self.own[:number], [*self.texts, ""]) for part in pair)
 
-    def before(self, at):
+    def before(self, at: int) -> str:
         """The text before that of message `at`."""
         number = self.outline.slots.index(at) if at in self.outline.slots else len(self.outline.slots)
         return self.joined(number) + self.own[number]
@@ -312,7 +330,7 @@ class Layout:
         tokens = self.run.renderer.tokenizer.added_tokens_decoder.values()
         return [token.content for token in tokens if token.special]
 
-    def prompts(self):
+    def prompts(self) -> dict[int, tuple[int, int]]:
         """{answer: (piece, offset)} of the answers that follow the generation prompt of the messages before them."""
         found = {}
         for at, (number, offset) in self.outline.prompts.items():
@@ -323,7 +341,7 @@ class Layout:
                     found[at] = (number, offset)
         return found
 
-    def pieces(self, prompts):
+    def pieces(self, prompts: dict[int, tuple[int, int]]) -> list[Piece]:
         """The pieces of the conversation, of which the answers in `prompts` are learned from there on to their end."""
         pieces, is_answer = [], False
         for number, own in enumerate(self.own):
@@ -343,7 +361,9 @@ class Layout:
         return [piece for piece in pieces if piece.text or piece.message >= 0 or piece.ends_turn]
 
 
-def marked_contents(contents, length):
+def marked_contents(
+    contents: list[list[dict[str, Any]] | None], length: int
+) -> tuple[list[str | None], re.Pattern[str]]:
     """(texts, marks): each message's items as one text with a mark and a line break for an image; None stays None.
 
     `marks` is a pattern that finds them; its characters are in none of the texts. A mark has `length` characters, those of
@@ -365,7 +385,7 @@ def marked_contents(contents, length):
     return marked, re.compile(f"{begin}(\\d+){end}")
 
 
-def dated_template(template, date):
+def dated_template(template: str, date: str) -> str:
     """The template with `date` (ISO, or nothing for the day on which it runs) as what `strftime_now` tells it."""
     if not date or "strftime_now" not in template:
         return template
@@ -377,7 +397,7 @@ def dated_template(template, date):
     return "{%- macro strftime_now(format) -%}{{ " + spelled + ' }}{%- endmacro -%}{{ "" }}' + template
 
 
-def knows_variable(template, name):
+def knows_variable(template: str, name: str) -> bool:
     """Whether a template's text has `name` in it, as a word."""
     return re.search(rf"\b{re.escape(name)}\b", template) is not None
 

@@ -7,7 +7,7 @@ several turns, and texts with blanks around them.
 import jinja2
 
 from ..errors import UserError
-from .processing_tokenflex import default_template
+from .processing_tokenflex import TokenFlexProcessor, default_template
 from .rendering import knows_variable
 
 IMAGE = {"type": "image"}
@@ -20,7 +20,7 @@ TURNS = [
 SYSTEM = {"role": "system", "content": "Answer with few words."}
 
 
-def check_template(processor):
+def check_template(processor: TokenFlexProcessor) -> list[str]:
     """Hold a processor's chat template to the laws of rendering.
 
     Every text lands in its own turn, once. What stands before the first learned token of an answer is the generation prompt

@@ -7,7 +7,9 @@ model, so it imports nothing but numpy.
 import numpy as np
 
 
-def tiles_for(widths, heights, max_tiles, thumbnail, tile_size=(448, 448)):
+def tiles_for(
+    widths: np.ndarray, heights: np.ndarray, max_tiles: int, thumbnail: bool, tile_size: tuple[int, int] = (448, 448)
+) -> np.ndarray:
     """Tiles of images: widths [S], heights [S] in pixels (upright) -> [S] int64, the thumbnail counted.
 
     See `grids_for`; an image of a single tile has no thumbnail.
@@ -17,7 +19,9 @@ def tiles_for(widths, heights, max_tiles, thumbnail, tile_size=(448, 448)):
     return grid + (grid > 1) * bool(thumbnail)
 
 
-def grids_for(widths, heights, max_tiles, tile_size=(448, 448)):
+def grids_for(
+    widths: np.ndarray | int, heights: np.ndarray | int, max_tiles: int, tile_size: tuple[int, int] = (448, 448)
+) -> tuple[np.ndarray, np.ndarray]:
     """The grid of each image: widths [S], heights [S] -> (rows [S], columns [S]) int64, rows * columns <= max_tiles.
 
     The grid whose shape (of tiles of `tile_size` = (height, width) pixels) is nearest to the image's. Of equally near ones
@@ -44,7 +48,7 @@ def grids_for(widths, heights, max_tiles, tile_size=(448, 448)):
     return best_rows, best_columns
 
 
-def grids(max_tiles):
+def grids(max_tiles: int) -> list[tuple[int, int]]:
     """Every (rows, columns) of at most `max_tiles` tiles, by their number, then by columns."""
     every = [(rows, columns) for rows in range(1, max_tiles + 1) for columns in range(1, max_tiles // rows + 1)]
     return sorted(every, key=lambda grid: (grid[0] * grid[1], grid[1]))

@@ -1,17 +1,20 @@
 """One reading of every Hugging Face vision encoder: images in, a row-major grid of patch features out.
 
-Travels with every exported model, so it imports nothing but torch. What differs between encoders is where the grid sits in
+Travels with every exported model, so it imports nothing but torch and transformers. What differs between encoders is where the grid sits in
 their output (class and register tokens come first, convolutional encoders answer with a feature map) and how they want
 images of another size than they were built for.
 """
 
 import functools
 import inspect
+from typing import Any
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 
-def patch_stride(vision_config):
+def patch_stride(vision_config: PreTrainedConfig) -> int:
     """Pixels per side of a feature's patch: the patch size of a ViT, the total stride of an encoder that shrinks its map.
 
     Raises:
@@ -28,7 +31,7 @@ def patch_stride(vision_config):
     return patch * 2 ** (_num_stages(vision_config) - 1)  # every stage after the first halves the grid
 
 
-def is_hierarchical(vision_config):
+def is_hierarchical(vision_config: PreTrainedConfig) -> bool:
     """Whether features come from a map in stages, even a single one, each feature seeing far beyond its patch."""
     return _has_sizes(vision_config) or _num_stages(vision_config) > 1
 
@@ -48,12 +51,12 @@ def _num_stages(vision_config):
     return len(vision_config.depths) if has_stages else 1
 
 
-def merges_patches(vision_config):
+def merges_patches(vision_config: PreTrainedConfig) -> bool:
     """Whether this is a tower of the Qwen-VL family: patches come as rows, and square blocks of them leave as one feature."""
     return hasattr(vision_config, "spatial_merge_size") and hasattr(vision_config, "temporal_patch_size")
 
 
-def patch_width(vision_config):
+def patch_width(vision_config: PreTrainedConfig) -> int:
     """Width C of the patch features.
 
     Raises:
@@ -70,7 +73,7 @@ def patch_width(vision_config):
     return width
 
 
-def patch_grid(vision_config, height, width):
+def patch_grid(vision_config: PreTrainedConfig, height: int, width: int) -> tuple[int, int]:
     """(rows, columns) of patches in an image of `height` x `width` pixels.
 
     Raises:
@@ -85,7 +88,9 @@ def patch_grid(vision_config, height, width):
     return height // stride, width // stride
 
 
-def patch_features(vision_tower, pixel_values, layer=-1, position_embedding="none"):
+def patch_features(
+    vision_tower: PreTrainedModel, pixel_values: torch.Tensor, layer: int = -1, position_embedding: str = "none"
+) -> torch.Tensor:
     """Features of every patch: pixel_values [B, 3, H, W] -> [B * rows * columns, C], images one after another.
 
     With `position_embedding="sine2d"` each patch is told where it lies (see `sine2d`).
@@ -93,7 +98,13 @@ def patch_features(vision_tower, pixel_values, layer=-1, position_embedding="non
     return patch_outputs(vision_tower, pixel_values, layer, position_embedding)[0]
 
 
-def patch_outputs(vision_tower, pixel_values, layer=-1, position_embedding="none", **options):
+def patch_outputs(
+    vision_tower: PreTrainedModel,
+    pixel_values: torch.Tensor,
+    layer: int = -1,
+    position_embedding: str = "none",
+    **options: Any,
+) -> tuple[torch.Tensor, ModelOutput]:
     """As `patch_features`, and the encoder's whole output beside it; `options` (`output_attentions`, ...) are its own."""
     features, outputs = _patch_features(vision_tower, pixel_values, layer, options)
     if position_embedding == "none":
@@ -103,7 +114,7 @@ def patch_outputs(vision_tower, pixel_values, layer=-1, position_embedding="none
     return features + places, outputs
 
 
-def sine2d(rows, columns, width):
+def sine2d(rows: int, columns: int, width: int) -> torch.Tensor:
     """Fixed sine and cosine of each patch's place in the image: [rows * columns, width]; half of the width per axis.
 
     Convolutional encoders do not know where in the image a feature lies, and a language model sees only the order of the

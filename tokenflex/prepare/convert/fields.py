@@ -129,7 +129,7 @@ BOOKKEEPING = frozenset(
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def holds(value: Any) -> bool:
+def holds(value: object) -> bool:
     """Whether a field says anything: not null, not empty, not a NaN from a table."""
     return not (value is None or (hasattr(value, "__len__") and len(value) == 0) or value != value)
 
@@ -217,7 +217,7 @@ def weight_of(fields: Fields, role: str) -> int:
     return weights[0] if weights else 1
 
 
-def as_answer(value: Any) -> tuple[Any, tuple[str, ...]]:
+def as_answer(value: object) -> tuple[object, tuple[str, ...]]:
     """An answer as text and the repairs: a number is written out; of several answers the first counts.
 
     Raises:
@@ -234,7 +234,7 @@ def as_answer(value: Any) -> tuple[Any, tuple[str, ...]]:
     return value, repairs
 
 
-def with_options(question: Any, options: Any, answer: Any) -> tuple[Any, Any]:
+def with_options(question: object, options: object, answer: object) -> tuple[str, str]:
     """A multiple choice as question and answer: the options are written under the question, lettered.
 
     Raises:

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import io
+import os
 import stat
 from pathlib import Path, PurePosixPath
 
@@ -10,13 +11,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ...data.images import EXTENSION, verify_image
-from ...data.problems import BadSample
+from ...data.problems import BadSample, Limits
 from ...data.shards import SCHEME
 
 try:
     import pillow_heif
 except ImportError:  # HEIC photos are named as such
-    pillow_heif = None
+    pillow_heif = None  # type: ignore[assignment]
 
 OTHER_FORMATS = ("GIF", "BMP", "TIFF", "AVIF", "HEIF")
 """Formats that are written as PNG, where Pillow has their decoder; shards hold JPEG, PNG and WebP only."""
@@ -28,7 +29,7 @@ _BRANDS = {
 _DECODERS = {"AVIF": "a Pillow with AVIF (11.3 or newer)", "HEIF": "the package pillow-heif"}
 
 
-def fetch_image(reference, root, limits):
+def fetch_image(reference: object, root: str | os.PathLike | None, limits: Limits) -> bytes:
     """The bytes of an image: given as bytes, as a `data:` URL, or as a path below `root`.
 
     Raises:
@@ -51,7 +52,7 @@ def fetch_image(reference, root, limits):
     return _from_path(reference, root, limits)
 
 
-def checked_image(data, limits):
+def checked_image(data: bytes, limits: Limits) -> tuple[bytes, str, tuple[str, ...]]:
     """(bytes, extension, repairs) of an image that decodes to its last pixel; other formats are written as PNG.
 
     Raises:
@@ -68,13 +69,13 @@ def checked_image(data, limits):
     return data, EXTENSION[header.format], header.repairs
 
 
-def _within(data, limits):
+def _within(data: bytes, limits: Limits) -> bytes:
     if len(data) > limits.max_member_bytes:
         raise BadSample("member-size", f"an image has {len(data)} bytes, at most {limits.max_member_bytes} are allowed")
     return data
 
 
-def _from_data_url(url):
+def _from_data_url(url: str) -> bytes:
     head, comma, body = url.partition(",")
     if not comma or not head.endswith(";base64"):
         raise BadSample("image-path", f"image {url[:40]!r}...: wanted data:image/...;base64,...")
@@ -84,7 +85,7 @@ def _from_data_url(url):
         raise BadSample("image-data", f"image {url[:40]!r}...: not base64 ({error})") from None
 
 
-def _from_path(name, root, limits):
+def _from_path(name: str, root: str | os.PathLike | None, limits: Limits) -> bytes:
     plain = PurePosixPath(name.replace("\\", "/"))
     if plain.is_absolute() or ".." in plain.parts or "\0" in name:
         raise BadSample(
@@ -107,7 +108,7 @@ def _from_path(name, root, limits):
         raise BadSample("image-missing", f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _as_png(data, limits, problem):
+def _as_png(data: bytes, limits: Limits, problem: BadSample) -> bytes:
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
             if image.width * image.height > limits.max_image_pixels:

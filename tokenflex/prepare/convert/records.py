@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...data.problems import BadSample
-from ...data.sample import has_answer, parse_message
+from ...data.sample import Message, has_answer, parse_message
 from .fields import (
     Fields,
     as_answer,
@@ -62,10 +62,10 @@ OPTIONS = ("options", "choices", "candidates")
 class Converted:
     """A record as messages; references: its images in the order of their tags; repairs: names; unread: fields to be counted."""
 
-    messages: list
+    messages: list[Message]
     references: list
-    repairs: tuple
-    unread: tuple = ()
+    repairs: tuple[str, ...]
+    unread: tuple[str, ...] = ()
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Turn:
     weight: int = 1
 
 
-def convert_record(record: Any, caption_prompt: str, tool_turns: str = "skip") -> Converted:
+def convert_record(record: object, caption_prompt: str, tool_turns: str = "skip") -> Converted:
     """A record as `Converted`.
 
     A reference is whatever the record holds: a path, a `data:` URL, or bytes. `caption_prompt` is the question of a record
@@ -104,7 +104,7 @@ def convert_record(record: Any, caption_prompt: str, tool_turns: str = "skip") -
     return Converted(messages, ordered, (*reading.repairs, *repairs, *more, *text_repairs(messages)), unread)
 
 
-def text_repairs(messages: list) -> tuple[str, ...]:
+def text_repairs(messages: list[Message]) -> tuple[str, ...]:
     """`("special-text",)` where some text spells a special token, else `()`."""
     texts = (item["text"] for message in messages for item in message["content"] if item["type"] == "text")
     return ("special-text",) if any(SPECIAL_TEXT.search(text) for text in texts) else ()
@@ -209,7 +209,7 @@ class _Reading:
 
     def _system(self, turns: list[Turn]) -> list[Turn]:
         """System turns that stand beside the conversation: its text, and the tools where they are to be text."""
-        before = []
+        before: list[Turn] = []
         for key in SYSTEM:
             value = self.record.get(key)
             if holds(value):

@@ -5,9 +5,11 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import webdataset
 
@@ -16,10 +18,10 @@ from ...errors import UserError
 from ...files import over_processes, write_whole
 from .images import checked_image, fetch_image
 from .records import convert_record
-from .sources import csv_records, json_parts, parquet_parts, read_parts, shard_parts
+from .sources import AnyPart, csv_records, json_parts, parquet_parts, read_parts, shard_parts
 
 VERSION = 2  # of the rules by which records are read: shards of two versions do not mix
-FORMATS = {
+FORMATS: dict[str, Callable[..., Iterator[AnyPart]]] = {
     "llava": json_parts,
     "openai": json_parts,
     "huggingface": parquet_parts,
@@ -44,7 +46,17 @@ class Options:
     """Which split of a Hugging Face folder that holds several, or `all`."""
 
 
-def convert(format, source, out, *, images=None, samples_per_shard=1000, num_workers=1, options=None, progress=None):
+def convert(
+    format: str,
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    images: str | os.PathLike | None = None,
+    samples_per_shard: int = 1000,
+    num_workers: int = 1,
+    options: Options | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Tally:
     """Convert a data set into shards `out/shard-00000.tar`, ...; returns the `Tally` of all records.
 
     Done parts are kept and not done again, so the same call goes on where it was stopped. `out/report.json` has the
@@ -60,7 +72,7 @@ def convert(format, source, out, *, images=None, samples_per_shard=1000, num_wor
     _prepare(out, [str(source), format, samples_per_shard, repr(options)])
     jobs = [(number, part) for number, part in enumerate(parts)]
     work = functools.partial(_convert_part, out=out, options=options)
-    reports = {}
+    reports: dict[int, dict[str, Any]] = {}
     try:
         for (number, _), report in over_processes(work, jobs, num_workers, in_order=False):
             reports[number] = report
@@ -83,7 +95,7 @@ def convert(format, source, out, *, images=None, samples_per_shard=1000, num_wor
     return _finish(out, [reports[number] for number in range(len(parts))])
 
 
-def _prepare(out, request):
+def _prepare(out: Path, request: list) -> None:
     """Make the output folder; refuse one that holds another conversion or foreign shards."""
     marker = out / "conversion.json"
     wanted = {
@@ -104,7 +116,7 @@ def _prepare(out, request):
     marker.write_text(json.dumps(wanted))
 
 
-def _convert_part(job, out, options):
+def _convert_part(job: tuple[int, AnyPart], out: Path, options: Options) -> dict[str, Any]:
     """Write one shard and its report, unless both are there; returns the report."""
     number, part = job
     shard, report_path = out / f"shard-{number:05d}.tar", out / "parts" / f"{number:05d}.json"
@@ -143,7 +155,7 @@ def _convert_part(job, out, options):
     return report
 
 
-def _sample(record, part, options):
+def _sample(record: Any, part: AnyPart, options: Options) -> tuple[dict[str, bytes], tuple[str, ...], tuple[str, ...]]:
     """Members of a converted record by extension, its repairs, and the names of its fields that were not read.
 
     Raises:
@@ -153,7 +165,7 @@ def _sample(record, part, options):
         raise record
     converted = convert_record(record, options.caption_prompt, options.tool_turns)
     repairs = converted.repairs
-    written = {"messages": converted.messages}
+    written: dict[str, Any] = {"messages": converted.messages}
     if record.get("id") is not None:
         written["id"] = str(record["id"])
     if options.source_name or record.get("source"):
@@ -166,7 +178,7 @@ def _sample(record, part, options):
     return {"json": json.dumps(written, ensure_ascii=False).encode(), **members}, repairs, converted.unread
 
 
-def _finish(out, reports):
+def _finish(out: Path, reports: list[dict[str, Any]]) -> Tally:
     tally = Tally()
     with open(out / "skipped.jsonl", "w", encoding="utf-8") as file:
         for report in reports:
@@ -177,12 +189,12 @@ def _finish(out, reports):
     return tally
 
 
-def first_skipped(out):
+def first_skipped(out: str | os.PathLike) -> str:
     """What was wrong with the first record that a conversion into `out` left out, in words."""
     with open(Path(out).expanduser() / "skipped.jsonl", encoding="utf-8") as file:
         entry = json.loads(next(file, "null"))
     return f"the first, {entry['place']}: {entry['detail']}" if entry else "there was none"
 
 
-def _size(path):
+def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else -1

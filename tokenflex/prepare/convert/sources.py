@@ -8,12 +8,15 @@ import csv
 import hashlib
 import itertools
 import json
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
 
-from ...data.problems import BadSample
+from ...data.problems import BadSample, Limits
 from ...data.scan import scan_shard
 from ...data.shards import find_shards
 from ...errors import UserError
@@ -24,6 +27,11 @@ OTHER_MEDIA = ("mp4", "webm", "mkv", "avi", "mov", "mp3", "wav", "flac", "ogg", 
 """Members of a plain shard that show something: the first are read, the others lead to a skip."""
 _SPLIT = re.compile(r"(?:^|[/_.-])(train|validation|valid|val|dev|test)(?=[-_./])", re.IGNORECASE)
 _BLANK = re.compile(rb"[\s,]*")
+
+Span = tuple[int, int, int]
+"""Number of a record from 1, its first byte, its last byte + 1."""
+Placed = tuple[str, Any, tuple[str, ...]]
+"""Where a record stands, the record or the BadSample in its place, and its repairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +47,7 @@ class Part:
     size: int
     mtime_ns: int
 
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         """What the shard of this part depends on."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
@@ -48,14 +56,14 @@ class Part:
 class JsonPart(Part):
     """Spans (number from 1, first byte, last byte + 1) of a JSON or JSONL file; `duplicates` and `shared` are numbers."""
 
-    spans: tuple
-    duplicates: frozenset = frozenset()
-    shared: frozenset = frozenset()
+    spans: tuple[Span, ...]
+    duplicates: frozenset[int] = frozenset()
+    shared: frozenset[int] = frozenset()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.spans)
 
-    def records(self, limits):
+    def records(self, limits: Limits) -> Iterator[Placed]:
         """Yield (place, record or BadSample, repairs)."""
         with open(self.path, "rb") as file:
             for number, start, stop in self.spans:
@@ -79,12 +87,12 @@ class ParquetPart(Part):
     start: int
     stop: int
     base: int
-    groups: tuple
+    groups: tuple[int, ...]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.stop - self.start
 
-    def records(self, limits):
+    def records(self, limits: Limits) -> Iterator[Placed]:
         pyarrow, parquet = _pyarrow()
         row = self.base
         try:
@@ -104,10 +112,10 @@ class ParquetPart(Part):
 class ShardPart(Part):
     """A plain webdataset shard: images, and a conversation or caption in `.json` or `.txt`."""
 
-    def __len__(self):
+    def __len__(self) -> int:
         return 1
 
-    def records(self, limits):
+    def records(self, limits: Limits) -> Iterator[Placed]:
         wanted = rf"([^.]+\.)?({'|'.join((*IMAGES, *OTHER_MEDIA, 'json', 'txt', 'caption'))})"
         limits = type(limits)(**{**limits.to_json(), "extensions": wanted, "ignore_others": True})
         for scanned in scan_shard(self.path, limits, parse=lambda members, path: members):
@@ -116,26 +124,32 @@ class ShardPart(Part):
                     continue
                 yield f"sample {scanned.key}", scanned.problem, ()
             else:
-                yield f"sample {scanned.key}", *_plain_record(scanned.sample)
+                yield f"sample {scanned.key}", *_plain_record(scanned.sample)  # type: ignore[arg-type]  # what `parse` made
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadPart(Part):
     """Records [start, stop) of those that a function of this module yields of a file, read from its beginning."""
 
-    read: Callable = field(repr=False)  # a function's address is another in every process: no part of the fingerprint
+    # A function's address is another in every process: no part of the fingerprint.
+    read: Callable[[str | os.PathLike], Iterable] = field(repr=False)
     start: int
     stop: int
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.stop - self.start
 
-    def records(self, limits):
+    def records(self, limits: Limits) -> Iterator[Placed]:
         for number, record in enumerate(itertools.islice(self.read(self.path), self.start, self.stop), self.start + 1):
             yield f"record {number}", record, ()
 
 
-def read_parts(path, images, per_shard, read):
+AnyPart = JsonPart | ParquetPart | ShardPart | ReadPart
+
+
+def read_parts(
+    path: str | os.PathLike, images: str | None, per_shard: int, read: Callable[[str | os.PathLike], Iterable]
+) -> Iterator[ReadPart]:
     """Parts of a file of which `read(path)` yields the records: all that a format needs whose records are cheap to pass over.
 
     Raises:
@@ -146,11 +160,11 @@ def read_parts(path, images, per_shard, read):
     if not number:
         raise UserError(f"{path}: holds no record")
     for start in range(0, number, per_shard):
-        place = {"read": read, "start": start, "stop": min(start + per_shard, number)}
+        place: dict[str, Any] = {"read": read, "start": start, "stop": min(start + per_shard, number)}
         yield ReadPart(path=str(path), images=images, **place, **_stamp(path))
 
 
-def csv_records(path):
+def csv_records(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
     """Rows of a CSV file whose first line names the columns, without the empty cells.
 
     Raises:
@@ -164,7 +178,7 @@ def csv_records(path):
             raise UserError(f"{path}: is not a CSV file in UTF-8 ({error}); write it again as one") from None
 
 
-def json_parts(path, images, per_shard):
+def json_parts(path: str | os.PathLike, images: str | None, per_shard: int) -> Iterator[JsonPart]:
     """Parts of a JSON array or a JSONL file, told apart by the first byte.
 
     Raises:
@@ -190,7 +204,9 @@ def json_parts(path, images, per_shard):
         )
 
 
-def parquet_parts(folder, images, per_shard, split=""):
+def parquet_parts(
+    folder: str | os.PathLike, images: str | None, per_shard: int, split: str = ""
+) -> Iterator[ParquetPart]:
     """Parts of the parquet files of a Hugging Face dataset folder (or of one file), of one split of it or of `all`.
 
     Raises:
@@ -213,17 +229,17 @@ def parquet_parts(folder, images, per_shard, split=""):
             stop = min(start + per_shard, metadata.num_rows)
             groups = tuple(g for g in range(metadata.num_row_groups) if begins[g] < stop and begins[g + 1] > start)
             root = images or str(folder if folder.is_dir() else folder.parent)
-            place = {"start": start, "stop": stop, "base": begins[groups[0]], "groups": groups}
+            place: dict[str, Any] = {"start": start, "stop": stop, "base": begins[groups[0]], "groups": groups}
             yield ParquetPart(path=str(path), images=root, **place, **_stamp(path))
 
 
-def _of_split(folder, files, split):
+def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
     """The files of a split: told by `train`, `validation`, `test` and the like in their names or folders.
 
     Raises:
         UserError: there are several and none is named, or none of this name.
     """
-    by_split = {}
+    by_split: dict[str, list[Path]] = {}
     for path in files:
         found = _SPLIT.findall(str(path.relative_to(folder)) if folder.is_dir() else path.name)
         by_split.setdefault(found[-1].lower() if found else "", []).append(path)
@@ -239,13 +255,13 @@ def _of_split(folder, files, split):
     return by_split[split]
 
 
-def shard_parts(sources, images, per_shard):
+def shard_parts(sources: str, images: str | None, per_shard: int) -> Iterator[ShardPart]:
     """One part per plain webdataset shard."""
     for path in find_shards([sources], what="data convert"):
         yield ShardPart(path=str(path), images=images, **_stamp(path))
 
 
-def _plain_record(members):
+def _plain_record(members: dict[str, Any]) -> tuple[Any, tuple[str, ...]]:
     """The record of a plain sample's members and its repairs, or the BadSample in its place."""
     images = sorted(
         ((name, data) for name, data in members.items() if name.rpartition(".")[2].casefold() in IMAGES),
@@ -271,7 +287,7 @@ def _plain_record(members):
     return {**record, "images": [data for _, data in images], "image": None}, ()
 
 
-def _spans(path):
+def _spans(path: Path) -> Iterator[Span]:
     """(number, first byte, last byte + 1) of every record."""
     with open(path, "rb") as file:
         head = file.read(CHUNK)
@@ -297,7 +313,7 @@ def _spans(path):
             raise UserError(f"{path}: begins with {first!r}; wanted a JSON array of objects, or one object per line")
 
 
-def _is_spread_over_lines(head):
+def _is_spread_over_lines(head: bytes) -> bool:
     """Whether the begin of a file is an object on several lines, not one object per line, perhaps with a broken first."""
     lines = [line for line in head.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
     if len(lines) < 2 or lines[1].lstrip()[:1] == b"{" and lines[1][:1] == b"{":
@@ -309,7 +325,7 @@ def _is_spread_over_lines(head):
     return False
 
 
-def _spans_within(file, path, depth_of_records):
+def _spans_within(file: BinaryIO, path: Path, depth_of_records: int) -> Iterator[Span]:
     """Spans of the objects of an array, or of those in a row (depth 1), found by brackets and quotes: none is parsed, and
     no file is held whole."""
     token = re.compile(rb'[{}\[\]"\\]')
@@ -339,7 +355,7 @@ def _spans_within(file, path, depth_of_records):
         )
 
 
-def _check_gaps(path, spans):
+def _check_gaps(path: Path, spans: list[Span]) -> None:
     """What stands between an array's objects is white space and commas.
 
     Raises:
@@ -356,9 +372,12 @@ def _check_gaps(path, spans):
                     )
 
 
-def _repeated(path, spans):
+def _repeated(path: Path, spans: list[Span]) -> tuple[set[int], set[int]]:
     """Numbers of records that are the same bytes as an earlier one, and of those that only share an earlier one's id."""
-    bodies, ids, duplicates, shared = set(), set(), set(), set()
+    bodies: set[bytes] = set()
+    ids: set[bytes] = set()
+    duplicates: set[int] = set()
+    shared: set[int] = set()
     identity = re.compile(rb'"id"\s*:\s*("(?:[^"\\]|\\.)*"|-?\d+)')
     with open(path, "rb") as file:
         for number, start, stop in spans:
@@ -378,19 +397,19 @@ def _repeated(path, spans):
     return duplicates, shared
 
 
-def _file(path):
+def _file(path: str | os.PathLike) -> Path:
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the JSON or JSONL file of the data set")
     return path
 
 
-def _stamp(path):
+def _stamp(path: Path) -> dict[str, Any]:
     status = path.stat()
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-def _pyarrow():
+def _pyarrow() -> tuple[ModuleType, ModuleType]:
     try:
         import pyarrow
         from pyarrow import parquet
