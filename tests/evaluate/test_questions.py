@@ -3,13 +3,12 @@
 import functools
 import http.server
 import json
-import sys
 import threading
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from bad_samples import JPEG, Case, cases, conversation, good_bytes, key_of, raw, tar_bytes, write_bad_shard
 
 from tokenflex.config import load_config
 from tokenflex.data import Limits
@@ -17,9 +16,6 @@ from tokenflex.data.remote import locate_shards
 from tokenflex.data.shards import as_shards
 from tokenflex.errors import UserError
 from tokenflex.evaluate.questions import MAX_NAMED, read_questions
-
-sys.path.insert(0, str(ROOT / "tests" / "data"))
-from bad_samples import JPEG, Case, cases, conversation, good_bytes, key_of, raw, tar_bytes, write_bad_shard
 
 LIMITS = Limits(max_member_bytes=2**20)
 CASES = cases()
