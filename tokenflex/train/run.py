@@ -40,9 +40,6 @@ from .start import other_run, start
 from .state import RunState
 from .trainer import Batches, StopRequest, Trainer
 
-STAGES = ("prepare", "build", "resume", "train", "export")
-"""What a run does, in order; each is a method of `Run`."""
-
 
 def run_training(
     recipe: RunConfig,
