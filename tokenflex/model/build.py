@@ -26,7 +26,9 @@ from .processing_tokenflex import TokenFlexProcessor, default_template, missing_
 from .template import check_template
 from .vision import patch_grid
 
-if TYPE_CHECKING:  # recipes need pydantic; exported code, and the GPU tests on a bare machine, read this package without
+if (
+    TYPE_CHECKING
+):  # recipes need pydantic; exported code, and the GPU tests on a bare machine, read this package without
     from ..config import BudgetConfig, ModelConfig
 
 HOUSEKEEPING = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
