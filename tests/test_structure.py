@@ -16,7 +16,7 @@ LEVELS = [
     {"data", "model", "parallel", "checkpoint"},
     {"prepare", "corpus"},
     {"train", "evaluate", "infer", "export"},
-    {"study"},
+    {"study", "serve"},
     {"cli", "slurm"},
 ]
 SIDEWAYS = {("train", "export"), ("evaluate", "export"), ("infer", "export")}

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from . import checkpoint, convert, generate, index, inspect, plan, validate
+from . import checkpoint, convert, generate, index, inspect, plan, serve, validate
 from .launching import entry_point
 
 
@@ -15,6 +15,7 @@ def parser() -> argparse.ArgumentParser:
     top.set_defaults(debug=False)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     generate.add_to(commands)
+    serve.add_to(commands)
     data = commands.add_parser(
         "data", help="convert, validate, inspect or index data", description="Bring in and check data."
     )

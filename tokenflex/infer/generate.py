@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
 from ..config import DataConfig
 from ..data import Limits, decode_image
@@ -46,19 +47,27 @@ class Generator:
         Raises:
             UserError: an image that cannot be read, or a count that does not fit.
         """
-        opened = [_read_image(path) for path in images]
-        content = [{"type": "image", "image": image} for image in opened] + [{"type": "text", "text": prompt}]
+        content = [{"type": "image", "image": _read_image(path)} for path in images]
+        inputs = self.inputs(
+            [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}], num_visual_tokens
+        )
+        output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    def inputs(
+        self, messages: list[dict[str, Any]], num_visual_tokens: Count | Sequence[Count] | None = None
+    ) -> BatchFeature:
+        """Inputs of the model, on its device, for a conversation that it shall go on with; images as the processor takes them.
+
+        Raises:
+            UserError: a count that does not fit, or a conversation that the chat template does not take.
+        """
         try:
-            inputs = self.processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                tokenize=True,
-                add_generation_prompt=True,
-                num_visual_tokens=num_visual_tokens,
+            return self.processor.apply_chat_template(
+                messages, tokenize=True, add_generation_prompt=True, num_visual_tokens=num_visual_tokens
             ).to(self.model.device)
         except ValueError as error:
             raise UserError(f"--num-visual-tokens: {error}") from None
-        output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
 def _read_image(path: str | PathLike) -> bytes:
