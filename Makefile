@@ -89,10 +89,12 @@ build/peers/installed: tests/benchmarks/packing/peers.txt
 	$(BIN)/python -m pip install --quiet --target build/peers --no-deps --upgrade --requirement $<
 	@touch $@
 
-# transformers' own model mixin, of the installed release, against the exported classes at tiny size
+# transformers' own mixins, of the installed release, against the exported classes at tiny size; writes docs/models.md's table of skips.
+# CHECKOUT=DIR names a checkout of its repository, where GitHub cannot be reached
+CHECKOUT ?=
 test-transformers: $(VENV)/installed
-	$(BIN)/python tests/mixins/fetch.py
-	$(BIN)/python -m pytest -c tests/mixins/pytest.ini -q -rs --timeout 300 tests/mixins/transformers_model.py tests/mixins/transformers_processor.py $(ARGS)
+	$(BIN)/python tests/mixins/fetch.py --checkout "$(CHECKOUT)"
+	$(BIN)/python tests/mixins/report.py $(ARGS)
 
 # docs/models.md: every language model and vision encoder that transformers has, through the probe; some minutes
 models-table: $(VENV)/installed

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
 from .configuration_tokenflex import TokenFlexConfig
 from .pooling import sides_of
@@ -40,6 +41,8 @@ class _TokenFlexBase(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _is_loading = False
 
     def __init__(
         self,
@@ -57,11 +60,23 @@ class _TokenFlexBase(PreTrainedModel):
             multiplier=config.projector_multiplier,
             mode=config.pooling_mode,
         )
+        self._can_compile_fullgraph = self.language_model._can_compile_fullgraph
         self.post_init()
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: transformers would leave modules that only hold others, such as the projector, without a start."""
+        return False
+
     def _init_weights(self, module):
-        if isinstance(module, TokenAdaptiveProjector):
+        """The start of a projector whose weights a checkpoint lacks; one that is built has its start already."""
+        if self._is_loading and isinstance(module, TokenAdaptiveProjector):
             module.reset_parameters()
+
+    def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
+        self._is_loading = True
+        super()._initialize_missing_keys(*args, **kwargs)
+        self._is_loading = False
 
     @property
     def patch_grid(self) -> tuple[int, int]:
@@ -189,7 +204,7 @@ class TokenFlexModel(_TokenFlexBase):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_tiles: torch.Tensor | Sequence[int] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast | tuple:
         """Hidden states [B, T, D] of text with images spliced in; arguments as in `TokenFlexForConditionalGeneration`."""
         embeds = self._embedded(input_ids, inputs_embeds, pixel_values, num_visual_tokens, num_tiles, None, False, None)
@@ -253,7 +268,7 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         pool_plan: object | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         shift_labels: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TokenFlexOutput | tuple:
         """Logits of text with images spliced in where `input_ids` holds `image_token_id`.
 
@@ -339,10 +354,16 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         return output
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, is_first_iteration: bool = False, **kwargs: Any
+        self,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Images are spliced in with the prompt; what follows finds them in the cache."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in ("pixel_values", "num_tiles", "num_visual_tokens"):
                 inputs.pop(name, None)
@@ -353,11 +374,14 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         images = {
             name: kwargs.pop(name) for name in ("pixel_values", "num_tiles", "num_visual_tokens") if name in kwargs
         }
-        runs = None if input_ids is None else image_runs(input_ids, self.config.image_token_id)
+        ids = input_ids
+        if (ids is None or not ids.shape[1]) and kwargs.get("inputs_embeds") is not None:
+            ids = self._ids_of(kwargs["inputs_embeds"])
+        runs = None if ids is None else image_runs(ids, self.config.image_token_id)
         input_ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
-        if expand_size > 1 and images.get("pixel_values") is not None and runs is not None:
+        if expand_size > 1 and images.get("pixel_values") is not None and runs:
             images = _repeated(images, [row for row, _, _ in runs], expand_size)
         return input_ids, {**kwargs, **images}
 
