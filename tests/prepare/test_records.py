@@ -251,19 +251,19 @@ def test_files_in_utf_16_or_compressed_are_named(tmp_path):
     ):
         (tmp_path / "x.json").write_bytes(data)
         with pytest.raises(UserError, match=part):
-            convert("llava", tmp_path / "x.json", tmp_path / "out")
+            convert("llava", tmp_path / "x.json", tmp_path / "out", options=PLAIN)
 
 
 def test_objects_on_several_lines_are_records_each(tmp_path):
     for number in (1, 3):
         path = tmp_path / f"{number}.json"
         path.write_text("\n".join(json.dumps(llava(None, answer=f"{{{i}\n"), indent=2) for i in range(number)))
-        convert("llava", path, tmp_path / f"out{number}")
+        convert("llava", path, tmp_path / f"out{number}", options=PLAIN)
         assert [text_of(s.messages[1]) for s in samples_of(tmp_path / f"out{number}")] == [
             f"{{{i}\n" for i in range(number)
         ]
     path.write_text('{"broken\n' + "\n".join(json.dumps(llava(None, answer=str(i))) for i in range(3)))
-    tally = convert("llava", path, tmp_path / "lines")
+    tally = convert("llava", path, tmp_path / "lines", options=PLAIN)
     assert tally.num_good == 3 and tally.skipped == {"json": 1}
 
 
@@ -292,7 +292,7 @@ def test_media_beside_a_caption_in_plain_shards(tmp_path):
                 "json": json.dumps({"caption": "x", "image": "there.jpg", "cls": 3}).encode(),
             }
         )
-    tally = convert("webdataset", str(shard), tmp_path / "out", options=Options())
+    tally = convert("webdataset", str(shard), tmp_path / "out", options=PLAIN)
     assert [[text_of(m) for m in s.messages][1] for s in samples_of(tmp_path / "out")] == ["noise", "x"]
     assert tally.skipped == {"image-missing": 1, "media": 1} and tally.unread == {"cls": 1}
 
@@ -306,10 +306,10 @@ def test_splits_do_not_mix_by_themselves(tmp_path):
     for name in ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"):
         parquet.write_table(pa.Table.from_pylist([{"question": "x", "answer": name}]), folder / f"{name}.parquet")
     with pytest.raises(UserError, match=r"several splits: train \(2 files\), validation \(1 files\); .* --split train"):
-        convert("huggingface", tmp_path / "set", tmp_path / "none")
+        convert("huggingface", tmp_path / "set", tmp_path / "none", options=PLAIN)
     with pytest.raises(UserError, match="--split test: "):
-        convert("huggingface", tmp_path / "set", tmp_path / "none", options=Options(split="test"))
+        convert("huggingface", tmp_path / "set", tmp_path / "none", options=Options(limits=Limits(), split="test"))
     for split, number in (("train", 2), ("validation", 1), ("all", 3)):
         assert (
-            convert("huggingface", tmp_path / "set", tmp_path / split, options=Options(split=split)).num_good == number
+            convert("huggingface", tmp_path / "set", tmp_path / split, options=Options(limits=Limits(), split=split)).num_good == number
         )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
@@ -43,6 +44,7 @@ class _TokenFlexBase(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _is_loading = False
+    frozen_parts: Sequence[str] = ()
 
     def __init__(
         self,
@@ -72,6 +74,15 @@ class _TokenFlexBase(PreTrainedModel):
         """The start of a projector whose weights a checkpoint lacks; one that is built has its start already."""
         if self._is_loading and isinstance(module, TokenAdaptiveProjector):
             module.reset_parameters()
+
+    def train(self, mode: bool = True) -> "_TokenFlexBase":
+        """As of any module, but the parts named in `frozen_parts` stay as at inference: no dropout, and batch normalisation by its
+        stored statistics, which do not move. (Of layers that recompute themselves only what is within: they ask for this mode.)"""
+        super().train(mode)
+        for name in self.frozen_parts:
+            for module in getattr(self, name).modules():
+                module.training = mode and _recomputes(module)
+        return self
 
     def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
         self._is_loading = True
@@ -398,6 +409,11 @@ def _repeated(images, rows, times):
     if isinstance(images.get("num_visual_tokens"), list):
         repeated["num_visual_tokens"] = [images["num_visual_tokens"][place] for place in order]
     return repeated
+
+
+def _recomputes(module):
+    """Whether a layer keeps no activations while it is in training mode."""
+    return isinstance(module, GradientCheckpointingLayer) and getattr(module, "gradient_checkpointing", False)
 
 
 def _built(auto_class, config):
