@@ -24,6 +24,9 @@ from tokenflex.prepare.convert.records import convert_record
 from tokenflex.prepare.validate import validate
 
 
+PLAIN = Options(limits=Limits())
+
+
 def picture(number=0, format="JPEG", size=(40, 30)):
     file = io.BytesIO()
     Image.new("RGB", size, (number * 37 % 255, 90, 200)).save(file, format)
@@ -53,7 +56,7 @@ def converted(tmp_path, records, images=None, name="out", **options):
     """(tally, samples, skipped) of records written as a LLaVA file."""
     path = tmp_path / f"{name}.json"
     path.write_text(json.dumps(records))
-    tally = convert("llava", path, tmp_path / name, images=images, **options, options=PLAIN)
+    tally = convert("llava", path, tmp_path / name, images=images, **{"options": PLAIN, **options})
     skipped = [json.loads(line) for line in (tmp_path / name / "skipped.jsonl").read_text().splitlines()]
     return tally, samples_of(tmp_path / name), skipped
 
