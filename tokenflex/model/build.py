@@ -143,7 +143,9 @@ def build_model(
     built.language_model.set_attn_implementation(PACKED)
     apply_liger(built.language_model, model.liger)
     if model.gradient_checkpointing:
-        built.gradient_checkpointing_enable({"use_reentrant": False})
+        # its name up to transformers 5.22 is deprecated since
+        enable = getattr(built, "activation_checkpointing_enable", None) or built.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return built
 
 

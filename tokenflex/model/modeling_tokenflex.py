@@ -23,6 +23,9 @@ from .vision import patch_grid, patch_outputs, patch_width
 
 logger = logging.get_logger(__name__)
 
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What this release of transformers calls the key-value cache, in arguments and outputs; both names are taken."""
+
 
 @dataclass
 class TokenFlexOutput(CausalLMOutputWithPast):
@@ -215,6 +218,7 @@ class TokenFlexModel(_TokenFlexBase):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_tiles: torch.Tensor | Sequence[int] | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast | tuple:
         """Hidden states [B, T, D] of text with images spliced in; arguments as in `TokenFlexForConditionalGeneration`."""
@@ -223,13 +227,13 @@ class TokenFlexModel(_TokenFlexBase):
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE: past_key_values if cache is None else cache},
             **kwargs,
         )
         return BaseModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.get("past_key_values"),
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
         )
@@ -244,10 +248,11 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
     def model(self) -> TokenFlexModel:
         """The same modules as `TokenFlexModel`, for tools that want hidden states and the output layer apart.
 
-        It is a view, not a part: weights keep the one name that checkpoints and exports have for them.
+        It is a view, not a part: weights keep the one name that checkpoints and exports have for them. Parts, hooks and settings
+        are the same objects; a `forward` that a tool has put over this model's is not the view's.
         """
         view = TokenFlexModel.__new__(TokenFlexModel)
-        view.__dict__ = self.__dict__
+        view.__dict__ = {name: value for name, value in self.__dict__.items() if name != "forward"}
         return view
 
     def get_output_embeddings(self) -> nn.Module | None:
@@ -279,6 +284,7 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         pool_plan: object | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         shift_labels: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenFlexOutput | tuple:
         """Logits of text with images spliced in where `input_ids` holds `image_token_id`.
@@ -306,9 +312,9 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            **{CACHE: past_key_values if cache is None else cache},
             **kwargs,
         )
         loss, aux_loss = None, outputs.get("aux_loss")
@@ -320,7 +326,7 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         return TokenFlexOutput(
             loss=loss,
             logits=outputs.logits,
-            past_key_values=outputs.get("past_key_values"),  # models whose state is no key-value cache have none
+            **{CACHE: outputs.get(CACHE)},  # models whose state is no key-value cache have none
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             aux_loss=aux_loss,
