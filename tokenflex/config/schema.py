@@ -243,7 +243,7 @@ class PartConfig(Section):
     """How one part of the model is trained."""
 
     train: bool = True
-    """Whether it is trained; a frozen part keeps its weights bit for bit."""
+    """Whether it is trained; a frozen part keeps its weights and statistics bit for bit, and has no dropout."""
     learning_rate: NonNegativeFloat = 2e-5
     """Peak learning rate."""
 
@@ -257,6 +257,8 @@ class OptimizerConfig(Section):
     """The token-adaptive projector."""
     text: PartConfig = PartConfig(learning_rate=2e-5)
     """The language model."""
+    train_image_tokens: bool = False
+    """Of a frozen language model, train the rows of `model.image_tokens` in embedding and output layer, at its learning rate."""
     weight_decay: NonNegativeFloat = 0.05
     """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
     betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.95)

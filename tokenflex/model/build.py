@@ -19,6 +19,7 @@ from .attention import PACKED, register_packed_attention
 from .configuration_tokenflex import TokenFlexConfig
 from .generation import generation_settings
 from .grow import grow_vocabulary
+from .hub import hub_options
 from .image_processing_tokenflex import TokenFlexImageProcessor
 from .liger import apply_liger
 from .modeling_tokenflex import TokenFlexForConditionalGeneration
@@ -53,7 +54,7 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
     tokenizer = _load(
         "model.tokenizer",
         source,
-        lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code),
+        lambda **hub: AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code, **hub),
     )
     template = _template(model.chat_template, tokenizer, source)
     missing = missing_tokens(tokenizer, model.image_tokens)
@@ -132,7 +133,7 @@ def build_model(
     """
     register_packed_attention()
     if model.init_from:
-        built = _load("model.init_from", model.init_from, lambda: _initialised_from(model, dtype, loading))
+        built = _load("model.init_from", model.init_from, lambda **hub: _initialised_from(model, dtype, loading, hub))
     else:
         built = _composed(model, budget, processor, dtype, loading)
     built.projector.backend = model.projector_backend
@@ -147,7 +148,9 @@ def build_model(
     built.language_model.set_attn_implementation(PACKED)
     apply_liger(built.language_model, model.liger)
     if model.gradient_checkpointing:
-        built.gradient_checkpointing_enable({"use_reentrant": False})
+        # its name up to transformers 5.22 is deprecated since
+        enable = getattr(built, "activation_checkpointing_enable", None) or built.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return built
 
 
@@ -155,7 +158,7 @@ def vision_config(model: "ModelConfig") -> PretrainedConfig:
     """The vision encoder's configuration object, without its pooling head."""
     if model.init_from:
         return _load(
-            "model.init_from", model.init_from, lambda: TokenFlexConfig.from_pretrained(model.init_from)
+            "model.init_from", model.init_from, lambda **hub: TokenFlexConfig.from_pretrained(model.init_from, **hub)
         ).vision_config
     config = _part_config("model.vision", model.vision, model.trust_remote_code)
     config = getattr(config, "vision_config", config)  # a dual encoder such as SigLIP or CLIP
@@ -195,10 +198,10 @@ def _composed(model, budget, processor, dtype, loading):
     return TokenFlexForConditionalGeneration(config, vision_tower=tower, language_model=language).to(dtype)
 
 
-def _initialised_from(model, dtype, loading):
+def _initialised_from(model, dtype, loading, hub):
     with loading():
         built, info = TokenFlexForConditionalGeneration.from_pretrained(
-            model.init_from, dtype=dtype, output_loading_info=True
+            model.init_from, dtype=dtype, output_loading_info=True, **hub
         )
     _check_complete("model.init_from", model.init_from, info)
     _check_same_model(model, built.config)
@@ -229,7 +232,7 @@ def _check_same_model(model, config):
 
 def _pretrained(key, auto_class, config, dtype, model, loading):
     source = getattr(model, key.removeprefix("model."))
-    options = {"config": config, "dtype": dtype, "trust_remote_code": model.trust_remote_code}
+    options = {"config": config, "dtype": dtype, "trust_remote_code": model.trust_remote_code, **hub_options(key, source)}
     load = functools.partial(auto_class.from_pretrained, source, output_loading_info=True, **options)
     try:
         with loading():
@@ -237,7 +240,7 @@ def _pretrained(key, auto_class, config, dtype, model, loading):
     except TypeError:
         # A constructor that calls `torch.Tensor(values)`, as BiT's does, cannot run where DeepSpeed has replaced that
         # constructor in order to shard parameters as they come: such a part is loaded whole and sharded afterwards.
-        part, info = _load(key, source, load)
+        part, info = _made(key, source, load)
     except LOADING_ERRORS as error:
         raise _loading_error(key, source, error) from error
     _check_complete(key, source, info)
@@ -259,7 +262,9 @@ def _check_complete(key, source, info):
 
 def _part_config(key, part, trust_remote_code):
     if isinstance(part, str):
-        return _load(key, part, lambda: AutoConfig.from_pretrained(part, trust_remote_code=trust_remote_code))
+        return _load(
+            key, part, lambda **hub: AutoConfig.from_pretrained(part, trust_remote_code=trust_remote_code, **hub)
+        )
     values = dict(part)
     model_type = values.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
@@ -267,7 +272,7 @@ def _part_config(key, part, trust_remote_code):
             f"{key}: model_type is {model_type!r}; wanted a model type of transformers, for example siglip_vision_model or qwen3"
         )
     make = CONFIG_MAPPING[model_type]
-    config = _load(key, model_type, lambda: make(**values))
+    config = _made(key, model_type, lambda: make(**values))
     default = make()
     known = {*default.to_dict(), *_signature(config), *getattr(config, "attribute_map", {}), *HOUSEKEEPING}
     for name in values:
@@ -276,7 +281,7 @@ def _part_config(key, part, trust_remote_code):
         elif name not in known:
             # older names of a setting change another one; a name that is not known is kept, and nobody would read it
             others = {other: value for other, value in values.items() if other != name}
-            without = _load(key, model_type, lambda: make(**others))  # noqa: B023
+            without = _made(key, model_type, lambda: make(**others))  # noqa: B023
             if {**without.to_dict(), name: config.to_dict().get(name)} == config.to_dict():
                 raise _unknown_name(key, name, config)
     return config
@@ -305,13 +310,23 @@ def _unknown_name(key, name, config):
 
 
 def _load(key, source, load):
-    """Run a loader of transformers; what it raises for a bad source becomes one line.
+    """Run a loader of transformers for a folder or hub id, with what the hub's state asks for.
 
     Raises:
         UserError: the source does not exist or cannot be used.
     """
+    hub = hub_options(key, source)
+    return _made(key, source, lambda: load(**hub))
+
+
+def _made(key, source, make):
+    """`make()`; what transformers raises for a bad source becomes one line.
+
+    Raises:
+        UserError: the source cannot be used.
+    """
     try:
-        return load()
+        return make()
     except LOADING_ERRORS as error:
         raise _loading_error(key, source, error) from error
 

@@ -153,9 +153,10 @@ class Run:
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         loading = functools.partial(parallel.sharded_loading, self.ds_config)
         model = build_model(config.model, config.budget, self.data.processor, dtype, loading, parallel.gathered)
-        if model.num_added_tokens and not config.optimizer.text.train:
+        if model.num_added_tokens and not (config.optimizer.text.train or config.optimizer.train_image_tokens):
             self.say(
-                f"note      {model.num_added_tokens} added tokens stay at the mean of the others: optimizer.text.train=false"
+                f"note      {model.num_added_tokens} added tokens stay at the mean of the others: optimizer.text.train=false; "
+                "optimizer.train_image_tokens=true trains them alone"
             )
         groups = parameter_groups(model, config.optimizer)
         num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
