@@ -16,6 +16,7 @@ LEVELS = [
     {"data", "model", "parallel", "checkpoint"},
     {"prepare", "corpus"},
     {"train", "evaluate", "infer", "export"},
+    {"estimate"},
     {"cli", "slurm"},
 ]
 SIDEWAYS = {("train", "export"), ("evaluate", "export"), ("infer", "export")}
