@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from conftest import ROOT, TINY, run_ranks
-from measured_memory import ds_config_of
+from measured_memory import BUCKET, ds_config_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -106,11 +106,15 @@ def test_activations_are_those_of_a_real_pass(parts, recomputes, tiny_config, mo
     hooks = [p.register_post_accumulate_grad_hook(_forget) for p in model.parameters() if p.requires_grad]
     known = [*model.parameters(), *model.buffers()]
     with LiveBytes(known) as live:
-        inputs = {**model_inputs(batch, processor.image_processor.normalised), "logits_to_keep": torch.tensor([0])}
-        model(**inputs).logits.sum().backward()
+        _answer(model, batch, processor).sum().backward()
     for hook in hooks:
         hook.remove()
     assert activation_bytes(shaped, pack) == pytest.approx(live.peak, rel=0.1)
+
+
+def _answer(model, batch, processor):
+    inputs = {**model_inputs(batch, processor.image_processor.normalised), "logits_to_keep": torch.tensor([0])}
+    return model(**inputs).logits
 
 
 def _forget(parameter):
@@ -174,8 +178,10 @@ def test_a_checkpoint_has_the_size_that_was_said(tiny_config):
     config = config.model_copy(update={"model": model})
     work = workload_of(config, assumed=AssumedSamples(text_tokens=16))
     found = estimate(config, ZERO3, work, num_gpus=1, gpu=gpu_named("h100"), precision="fp32")
-    on_disk = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    assert found.checkpoint_bytes == pytest.approx(on_disk, rel=0.1)
+    (path,) = folder.glob("*.safetensors")
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    num_tensors = 3 * len(json.loads((folder / "manifest.json").read_text())["parameters"])
+    assert 0 <= path.stat().st_size - header - found.checkpoint_bytes < 256 * num_tensors, "no more than gaps between tensors"
 
 
 def test_more_gpus_hold_less_and_take_less_time(tiny_config):
@@ -183,7 +189,8 @@ def test_more_gpus_hold_less_and_take_less_time(tiny_config):
     assert few.step_flops == many.step_flops and few.step_s == pytest.approx(4 * many.step_s)
     for stage in (1, 2, 3):
         assert many.memory[stage].states < few.memory[stage].states
-    assert [memory.states for memory in many.memory] == sorted((m.states for m in many.memory), reverse=True)
+    states = [memory.states for memory in many.memory[:3]]  # at stage 3 small weights are whole and in slices
+    assert states == sorted(states, reverse=True)
     assert many.memory[0].states == few.memory[0].states
 
 
@@ -206,13 +213,17 @@ def check_memory(recipe, overrides, stages, precision="fp32"):
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = shaped_model(config.model, config.budget, dtype)
     parameter_groups(model, config.optimizer)
+    slack = BUCKET * dtype.itemsize  # gradients that do not fit a bucket lie in one of their own until they are cut
     for figures in measured:
         ds_config = ds_config_of(figures["stage"])
         ours = stage_memory(ModelSizes.of(model, ds_config), ds_config, figures["stage"], 2)
         rest = ours.master + ours.gradients + ours.buffers
-        said = {"weights": ours.weights, "moments": ours.moments, "masters_gradients_buffers": rest, "gathered": ours.gathered}
+        said = {"weights": ours.weights, "moments": ours.moments, "masters_gradients_buffers": rest}
         for cause, value in said.items():
-            assert value == pytest.approx(figures[cause], rel=0.1, abs=1e4), (figures["stage"], cause, value, figures)
+            assert value == pytest.approx(figures[cause], rel=0.1, abs=slack), (figures["stage"], cause, value, figures)
+        states = figures["weights"] + figures["moments"] + figures["masters_gradients_buffers"]
+        assert ours.states + ours.buffers == pytest.approx(states, rel=0.1), figures
+        assert figures["gathered"] <= ours.gathered <= 1.25 * figures["gathered"], figures
     return measured
 
 
@@ -269,13 +280,33 @@ def test_what_cannot_be_estimated_is_named(words, part, cache_dir, capsys, monke
     assert part in error and error.count("\n") == 1, error
 
 
-def test_a_model_that_reads_values_is_refused_in_one_line(tiny_config):
-    mixture = {
+def mixture_of_experts(config, per_token=2):
+    text = {
         "model_type": "qwen3_moe", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 8, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "vocab_size": 300,
-        "experts_implementation": "eager",
+        "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": per_token, "vocab_size": 600,
     }  # fmt: skip
-    config = tiny_config.model_copy(update={"model": tiny_config.model.model_copy(update={"text": mixture})})
+    return config.model.model_copy(update={"text": text})
+
+
+def test_of_experts_those_count_that_a_token_is_sent_to(tiny_config):
+    costs = []
+    for number in (1, 2):
+        shaped = shaped_model(mixture_of_experts(tiny_config, number), tiny_config.budget, torch.bfloat16)
+        costs.append(unit_costs(shaped).token)
+    one_expert = 2 * 3 * 32 * 16
+    assert costs[1].forward - costs[0].forward == one_expert and costs[1].total - costs[0].total == 3 * one_expert
+
+
+def test_a_model_that_reads_values_is_refused_in_one_line(tiny_config, monkeypatch):
+    """Experts that are gone through one by one, those alone that some token was sent to."""
+
+    def one_by_one(*arguments):
+        shaped = shaped_model(*arguments)
+        shaped.set_experts_implementation("eager")
+        return shaped
+
+    monkeypatch.setattr("tokenflex.estimate.costs.shaped_model", one_by_one)
+    config = tiny_config.model_copy(update={"model": mixture_of_experts(tiny_config)})
     with pytest.raises(UserError, match="cannot be run on shapes alone"):
         run_estimate(config, 2)
 

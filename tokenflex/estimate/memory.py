@@ -135,9 +135,9 @@ def _zero(ds_config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _gathered(sizes: ModelSizes, zero: Mapping[str, Any]) -> float:
-    """Parameters that stage 3 holds whole at most: what may stay alive, and the largest weight, which must."""
+    """Parameters that stage 3 holds whole at most: what may stay alive, and the largest weight, which comes when it must."""
     alive = zero.get("stage3_max_live_parameters", 1_000_000_000)
-    return min(sizes.total - sizes.small, max(alive, sizes.largest))
+    return min(sizes.total - sizes.small, alive + sizes.largest)
 
 
 def _bucket(zero: Mapping[str, Any], sizes: ModelSizes) -> float:

@@ -170,7 +170,7 @@ def unit_costs(model: TokenFlexForConditionalGeneration) -> UnitCosts:
     grid = model.patch_grid
     pixels = torch.empty(1, 3, config.image_height, config.image_width, dtype=dtype, device="meta")
     count = config.default_num_visual_tokens
-    tile = _passes(lambda: patch_features(model.vision_tower, pixels, config.vision_feature_layer))[0]
+    matrices, attention = _passes(lambda: patch_features(model.vision_tower, pixels, config.vision_feature_layer))
     features = torch.empty(grid[0] * grid[1], model.projector.norm.normalized_shape[0], dtype=dtype, device="meta")
     features.requires_grad_(trains["vision_tower"])
     visual = _passes(lambda: model.projector(features, [grid], [sides_of(count, grid)]))[0] * (1 / count)
@@ -179,7 +179,7 @@ def unit_costs(model: TokenFlexForConditionalGeneration) -> UnitCosts:
     long, _ = _language_passes(model, 16, 1, has_grad)
     more, _ = _language_passes(model, 8, 2, has_grad)
     return UnitCosts(
-        tile=tile,
+        tile=matrices + attention,
         visual_token=visual,
         token=(long + short * -1) * (1 / 8),
         pair=few * (1 / 36),
@@ -198,13 +198,22 @@ def _language_passes(model, num_tokens, num_logits, has_grad):
 def _passes(run):
     """(`Passes` without attention, `Passes` of attention) of what `run()` answers with, and of its backward pass."""
     tally = Tally()
-    with FlopCounterMode(display=False) as counter, flash_shapes(tally):
+    with FlopCounterMode(display=False, custom_mapping=_experts_flops()) as counter, flash_shapes(tally):
         output = run()
         forward, attention = counter.get_total_flops(), tally.seen
         if output.requires_grad:
             output.sum().backward()
     matrices = Passes(forward=forward, total=counter.get_total_flops())
     return matrices, Passes(forward=attention, total=tally.seen)
+
+
+def _experts_flops():
+    """What torch's counter does not know: products of tokens with the expert that each was sent to."""
+
+    def flops(left, right, *args, out_shape=None, **kwargs):
+        return 2 * left[0] * left[1] * right[-1]
+
+    return {torch.ops.aten._grouped_mm: flops}
 
 
 def _layout(lengths):

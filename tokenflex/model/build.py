@@ -37,6 +37,8 @@ from .vision import patch_grid
 
 HOUSEKEEPING = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
 """What a configuration file holds beside the model's own settings."""
+MIN_TOKENS = 16
+"""No tokenizer has fewer."""
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 
 
@@ -235,7 +237,9 @@ def tokenizer_size(model: ModelConfig) -> int:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code) if source else []
     except LOADING_ERRORS:
         return 0
-    missing = missing_tokens(tokenizer, model.image_tokens) if source and model.add_image_tokens else []
+    if len(tokenizer) < MIN_TOKENS:  # transformers makes an empty one of a folder without its files
+        return 0
+    missing = missing_tokens(tokenizer, model.image_tokens) if model.add_image_tokens else []
     return len(tokenizer) + len(missing)
 
 
