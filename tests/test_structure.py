@@ -14,7 +14,7 @@ LEVELS = [
     {"budget", "config"},
     {"plan"},
     {"data", "model", "parallel", "checkpoint"},
-    {"prepare", "corpus"},
+    {"prepare", "corpus", "doctor"},
     {"train", "evaluate", "infer", "export"},
     {"estimate"},
     {"cli", "slurm"},

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import yaml
 
-from .. import failpoints, parallel
+from .. import doctor, failpoints, parallel
 from ..checkpoint import EarlyCheck, tags
 from ..config import RunConfig, save_config
 from ..data import batch_loader
@@ -304,6 +304,8 @@ def prepare_folder(layout: RunLayout, recipe: RunConfig, fresh: bool) -> list[st
         _check_plan(other, plan, "a position in its data means nothing here: set it as there")
     write_whole(layout.plan, json.dumps(plan, indent=1))
     save_config(recipe, layout.config)
+    found = doctor.examine([layout.root, recipe.data.cache_dir], is_thorough=False)
+    write_whole(layout.doctor, json.dumps(doctor.as_json(found), indent=1))
     return lines
 
 
