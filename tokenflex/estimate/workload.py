@@ -104,7 +104,7 @@ def _planner(config: RunConfig, sources: list[Source]) -> Planner:
 
 def planned(planner: Planner, source: str) -> Workload:
     """The `Workload` of the first epoch of a plan, or of its first `MAX_PACKS` packs."""
-    packs = [packs_of(window) for window in _windows(planner, MAX_PACKS)]
+    packs = [packs_of(window) for window in windows(planner, MAX_PACKS)]
     columns = {name: np.concatenate([getattr(part, name) for part in packs]) for name in Packs.__annotations__}
     every = Packs(**columns)
     per_step = planner.data.packs_per_step / len(every.tokens)
@@ -119,7 +119,8 @@ def planned(planner: Planner, source: str) -> Workload:
     return Workload(step=StepWork(**means), worst=worst, source=source)
 
 
-def _windows(planner: Planner, most: int) -> Iterator[Window]:
+def windows(planner: Planner, most: int) -> Iterator[Window]:
+    """Windows of the first epoch, until they have so many packs."""
     num_packs = 0
     for _, window, _ in planner.windows(0):
         yield window
