@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from . import checkpoint, convert, doctor, estimate, generate, index, inspect, plan, validate
+from . import checkpoint, convert, doctor, estimate, generate, index, inspect, plan, simulate, validate
 from .launching import entry_point
 
 
@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     checkpoint.add_to(commands)
     plan.add_to(commands)
     estimate.add_to(commands)
+    simulate.add_to(commands)
     doctor.add_to(commands)
     return top
 
