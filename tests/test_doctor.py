@@ -19,9 +19,18 @@ def test_this_machine_is_fit_and_whatever_is_not_has_an_advice(tmp_path):
     assert worst(findings) in (OK, WARN), [finding for finding in findings if finding.status == FAIL]
     for finding in findings:
         assert bool(finding.advice) == (finding.status != OK), finding
-    assert {"python", "torch", "deepspeed", "gpu", "kernels", "compiler", "cpu", "shared memory", "file limit", "hub"} <= by_name(
-        findings
-    ).keys()
+    assert {
+        "python",
+        "torch",
+        "deepspeed",
+        "gpu",
+        "kernels",
+        "compiler",
+        "cpu",
+        "shared memory",
+        "file limit",
+        "hub",
+    } <= by_name(findings).keys()
     assert json.loads(json.dumps(as_json(findings)))["findings"][0]["name"] == "python"
 
 
@@ -53,7 +62,7 @@ def test_secrets_stay_secret(monkeypatch, capsys):
 ])  # fmt: skip
 def test_versions_outside_of_the_range_are_named(monkeypatch, asked, status, part):
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: [asked])
-    found = [item for item in doctor._packages()]
+    found = list(doctor._packages())
     assert [item.status for item in found] == ([status] if status else [])
     assert all(part in item.advice for item in found)
 

@@ -36,7 +36,10 @@ BLOCK = 64 * 2**20
 SLOW_DISK = 200e6
 """Bytes per second below which saving takes minutes per 10 GB."""
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-CUDA_PACKAGES = {"flash-attn": "attention runs on torch's own kernels", "liger-kernel": "RMSNorm, RoPE and SwiGLU are plain torch"}
+CUDA_PACKAGES = {
+    "flash-attn": "attention runs on torch's own kernels",
+    "liger-kernel": "RMSNorm, RoPE and SwiGLU are plain torch",
+}
 """Packages that are worth having on a GPU, and what happens without them."""
 
 
@@ -64,7 +67,15 @@ def examine(
         is_thorough: also measure disks and run the kernels, which takes seconds; without, nothing is written.
         port: that ranks would meet at; by default none is tried.
     """
-    findings = [*_python(), *_packages(), *_gpus(), *_extras(), *_kernels(is_thorough), *_compiler(), *_memory(environment)]
+    findings = [
+        *_python(),
+        *_packages(),
+        *_gpus(),
+        *_extras(),
+        *_kernels(is_thorough),
+        *_compiler(),
+        *_memory(environment),
+    ]
     for folder in dict.fromkeys([*map(str, folders), tempfile.gettempdir()]):
         findings += _disk(Path(folder).expanduser(), is_thorough)
     return [*findings, *_shared_memory(), *_open_files(), *_port(port), *_hub(environment)]
@@ -73,7 +84,10 @@ def examine(
 def describe(findings: Sequence[Finding]) -> str:
     """A line for each finding."""
     width = max(len(finding.name) for finding in findings)
-    lines = [f"{item.status:4s}  {item.name:{width}s}  {item.found}" + f"; {item.advice}" * bool(item.advice) for item in findings]
+    lines = [
+        f"{item.status:4s}  {item.name:{width}s}  {item.found}" + f"; {item.advice}" * bool(item.advice)
+        for item in findings
+    ]
     return "\n".join(lines)
 
 
@@ -92,14 +106,18 @@ def worst(findings: Sequence[Finding]) -> str:
 def _python() -> Iterator[Finding]:
     wanted = metadata.metadata("tokenflex").get("Requires-Python", "") if _version("tokenflex") else ""
     is_fit = not wanted or Requirement(f"python{wanted}").specifier.contains(platform.python_version())
-    yield _finding("python", FAIL, is_fit, platform.python_version(), f"install one of {wanted}: make PYTHON=python3.12 ...")
+    yield _finding(
+        "python", FAIL, is_fit, platform.python_version(), f"install one of {wanted}: make PYTHON=python3.12 ..."
+    )
 
 
 def _packages() -> Iterator[Finding]:
     """What the package asks for: installed, and of a release in the range."""
     asked = [Requirement(text) for text in metadata.requires("tokenflex") or ()] if _version("tokenflex") else []
     if not asked:
-        yield Finding("packages", WARN, "tokenflex is not installed as a package", "pip install -e . to have versions checked")
+        yield Finding(
+            "packages", WARN, "tokenflex is not installed as a package", "pip install -e . to have versions checked"
+        )
     for wanted in asked:
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue
@@ -113,10 +131,14 @@ def _packages() -> Iterator[Finding]:
 
 def _gpus() -> Iterator[Finding]:
     if torch.version.cuda is None and torch.version.hip is None:
-        yield Finding("gpu", WARN, f"torch {torch.__version__} is built for CPUs", "install a CUDA build to train on GPUs")
+        yield Finding(
+            "gpu", WARN, f"torch {torch.__version__} is built for CPUs", "install a CUDA build to train on GPUs"
+        )
         return
     if not torch.cuda.is_available():
-        yield Finding("gpu", WARN, "torch sees none", "check nvidia-smi and CUDA_VISIBLE_DEVICES; training runs on the CPU")
+        yield Finding(
+            "gpu", WARN, "torch sees none", "check nvidia-smi and CUDA_VISIBLE_DEVICES; training runs on the CPU"
+        )
         return
     for number in range(torch.cuda.device_count()):
         seen = torch.cuda.get_device_properties(number)
@@ -148,7 +170,9 @@ def _kernels(is_thorough: bool) -> Iterator[Finding]:
     try:
         import tokenflex_kernels as kernels
     except ImportError:
-        yield Finding("kernels", WARN, "tokenflex_kernels is not installed", "pip install -e . installs it; plain torch runs")
+        yield Finding(
+            "kernels", WARN, "tokenflex_kernels is not installed", "pip install -e . installs it; plain torch runs"
+        )
         return
     if not kernels.is_available():
         yield Finding("kernels", OK, "not for this machine; plain torch runs")
@@ -171,7 +195,15 @@ def kernel_error(device: torch.device) -> float:
 
     grids, sides = [(27, 27), (13, 7)], [(8, 8), (3, 5)]
     plan = kernels.pool_plan(grids, sides, "adaptive", device)
-    tensors = drawn(27 * 27 + 13 * 7, 128), drawn(128), drawn(128), drawn(768, 128), drawn(768), drawn(64, 384), drawn(64)
+    tensors = (
+        drawn(27 * 27 + 13 * 7, 128),
+        drawn(128),
+        drawn(128),
+        drawn(768, 128),
+        drawn(768),
+        drawn(64, 384),
+        drawn(64),
+    )
     results = []
     for run in (kernels.pooled_swiglu, kernels.reference.pooled_swiglu):
         features, scale, shift, *linears = tensors
@@ -185,14 +217,18 @@ def kernel_error(device: torch.device) -> float:
 def _compiler() -> Iterator[Finding]:
     found = next((path for path in map(shutil.which, ("c++", "g++", "clang++")) if path), None)
     advice = "install one (apt install g++): Triton and DeepSpeed compile at first use"
-    yield _finding("compiler", FAIL if torch.cuda.is_available() else WARN, bool(found), found or "no C++ compiler", advice)
+    yield _finding(
+        "compiler", FAIL if torch.cuda.is_available() else WARN, bool(found), found or "no C++ compiler", advice
+    )
 
 
 def _memory(environment: Mapping[str, str]) -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0))
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     threads = environment.get("OMP_NUM_THREADS")
-    found = f"{cores} of {os.cpu_count()} cores, {total / 1e9:.0f} GB" + (f", OMP_NUM_THREADS={threads}" if threads else "")
+    found = f"{cores} of {os.cpu_count()} cores, {total / 1e9:.0f} GB" + (
+        f", OMP_NUM_THREADS={threads}" if threads else ""
+    )
     yield Finding("cpu", OK, found)
 
 
@@ -202,7 +238,9 @@ def _disk(folder: Path, is_thorough: bool) -> Iterator[Finding]:
     free, files = status.f_bavail * status.f_frsize, status.f_favail
     found = f"{free / 1e9:.0f} GB free" + (f" in {place}" if place != folder else "")
     if not os.access(place, os.W_OK):
-        yield Finding(name, FAIL, f"{place} cannot be written to", "set output_dir or data.cache_dir to a folder that can")
+        yield Finding(
+            name, FAIL, f"{place} cannot be written to", "set output_dir or data.cache_dir to a folder that can"
+        )
         return
     if is_thorough:
         written, read = disk_speed(place)
@@ -244,7 +282,9 @@ def _existing(folder: Path) -> Path:
 def _shared_memory() -> Iterator[Finding]:
     place = Path("/dev/shm")
     if not place.is_dir():
-        yield Finding("shared memory", FAIL, "no /dev/shm", "loading processes need it: data.num_workers=0 does without")
+        yield Finding(
+            "shared memory", FAIL, "no /dev/shm", "loading processes need it: data.num_workers=0 does without"
+        )
         return
     status = os.statvfs(place)
     free = status.f_bavail * status.f_frsize
@@ -299,4 +339,3 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-

@@ -181,7 +181,9 @@ def test_a_checkpoint_has_the_size_that_was_said(tiny_config):
     (path,) = folder.glob("*.safetensors")
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     num_tensors = 3 * len(json.loads((folder / "manifest.json").read_text())["parameters"])
-    assert 0 <= path.stat().st_size - header - found.checkpoint_bytes < 256 * num_tensors, "no more than gaps between tensors"
+    assert 0 <= path.stat().st_size - header - found.checkpoint_bytes < 256 * num_tensors, (
+        "no more than gaps between tensors"
+    )
 
 
 def test_more_gpus_hold_less_and_take_less_time(tiny_config):
@@ -315,7 +317,12 @@ def test_parts_that_are_folders_need_no_more_than_their_configuration(tiny_confi
     for name, values in (("vision", SO400M), ("text", {**QWEN_7B, "num_hidden_layers": 1})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(values))
-    parts = {"vision": str(tmp_path / "vision"), "text": str(tmp_path / "text"), "tokenizer": "", "image_size": (378, 378)}
+    parts = {
+        "vision": str(tmp_path / "vision"),
+        "text": str(tmp_path / "text"),
+        "tokenizer": "",
+        "image_size": (378, 378),
+    }
     model = tiny_config.model.model_copy(update=parts)
     config = tiny_config.model_copy(update={"model": model})
     found = estimate(

@@ -36,10 +36,19 @@ def files_below(folder):
 
 def test_it_runs_on_two_ranks_and_leaves_no_trace(tmp_path, cache_dir, corpus, index):
     before = files_below(corpus.parent)
-    command = ["launch/train.py", "--config", TINY, "--dry-run", f"output_dir={tmp_path / 'runs'}", f"data.cache_dir={cache_dir}"]
+    command = [
+        "launch/train.py",
+        "--config",
+        TINY,
+        "--dry-run",
+        f"output_dir={tmp_path / 'runs'}",
+        f"data.cache_dir={cache_dir}",
+    ]
     first, second = run_ranks(2, [*command, "train.spike_sigma=0"])
     assert first.status == second.status == 0, first.output[-3000:]
-    rows = re.findall(r"^(most [a-z ]+?) +([\d,]+) +(\d+) +(\d+) +([\d,]+) +([\d.]+) +([\d.]+) +([\d.]+)$", first.output, re.MULTILINE)
+    rows = re.findall(
+        r"^(most [a-z ]+?) +([\d,]+) +(\d+) +(\d+) +([\d,]+) +([\d.]+) +([\d.]+) +([\d.]+)$", first.output, re.MULTILINE
+    )
     assert [row[0] for row in rows] == ["most tokens", "most tiles", "most visual tokens"], first.output[-3000:]
     assert all(0 < float(row[5]) < 20 for row in rows), "a mean loss"
     assert all(float(row[6]) > 0.3 * float(row[7]) for row in rows), "less than a third of what was estimated"
@@ -49,5 +58,7 @@ def test_it_runs_on_two_ranks_and_leaves_no_trace(tmp_path, cache_dir, corpus, i
 
 
 def test_what_a_run_would_refuse_is_refused(tmp_path, cache_dir):
-    (end,) = run_ranks(1, ["launch/train.py", "--config", TINY, "--dry-run", f"output_dir={tmp_path}", "data.train=/nowhere"])
+    (end,) = run_ranks(
+        1, ["launch/train.py", "--config", TINY, "--dry-run", f"output_dir={tmp_path}", "data.train=/nowhere"]
+    )
     assert end.status == 2 and "error: data.train" in end.output and not list(tmp_path.iterdir()), end.output[-2000:]

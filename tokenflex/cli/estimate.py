@@ -32,11 +32,27 @@ def add_to(commands: Commands) -> None:
     add_lengths(command)
     add = command.add_argument
     add("--gpus", type=positive, default=8, metavar="N", help="GPUs in all (default 8)")
-    add("--precision", choices=("bf16", "fp32"), default="bf16", help="of the weights (default bf16, which a run takes on GPUs)")
+    add(
+        "--precision",
+        choices=("bf16", "fp32"),
+        default="bf16",
+        help="of the weights (default bf16, which a run takes on GPUs)",
+    )
     add("--mfu", type=float, default=0.35, metavar="X", help="share of the GPU's peak that is assumed (default 0.35)")
-    add("--write-gb-s", type=float, default=2.0, metavar="X", help="to the checkpoints' disk, all ranks together (default 2)")
+    add(
+        "--write-gb-s",
+        type=float,
+        default=2.0,
+        metavar="X",
+        help="to the checkpoints' disk, all ranks together (default 2)",
+    )
     add("--reserved-gb", type=float, default=3.0, metavar="X", help="of a GPU for CUDA, NCCL and gaps (default 3)")
-    add("--text-tokens", type=positive, metavar="N", help="assume samples of so many text tokens, whatever data there are")
+    add(
+        "--text-tokens",
+        type=positive,
+        metavar="N",
+        help="assume samples of so many text tokens, whatever data there are",
+    )
     add("--tiles", type=non_negative, metavar="N", help="and of so many tiles each (default 1)")
     add("--json", action="store_true", help="print it as JSON")
     add_debug(command)
@@ -63,9 +79,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
         num_gpus=arguments.gpus,
         gpu=gpu,
         precision=arguments.precision,
-        assumptions=Assumptions(
-            mfu=arguments.mfu, write_gb_s=arguments.write_gb_s, reserved_gb=arguments.reserved_gb
-        ),
+        assumptions=Assumptions(mfu=arguments.mfu, write_gb_s=arguments.write_gb_s, reserved_gb=arguments.reserved_gb),
     )
     say(json.dumps(found.as_dict(), indent=1) if arguments.json else describe(found))
     return 0

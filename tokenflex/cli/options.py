@@ -56,13 +56,17 @@ def add_recipe(command: argparse.ArgumentParser) -> None:
 
 def add_ds_config(command: argparse.ArgumentParser) -> None:
     default = str(QUICKSTART.parent / "zero3.json")
-    command.add_argument("--ds_config", default=default, metavar="FILE", help="DeepSpeed JSON (default: configs/zero3.json)")
+    command.add_argument(
+        "--ds_config", default=default, metavar="FILE", help="DeepSpeed JSON (default: configs/zero3.json)"
+    )
 
 
 def add_gpu(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--gpu", default="h100", metavar="NAME", help="which GPU: a100, h100, h200, b200, ... (default h100)")
-    add("--peak-tflops", type=float, metavar="X", help="of a GPU that is not in the table: dense bf16, 10^12 per second")
+    add(
+        "--peak-tflops", type=float, metavar="X", help="of a GPU that is not in the table: dense bf16, 10^12 per second"
+    )
     add("--gpu-memory-gb", type=float, metavar="X", help="and its memory")
 
 

@@ -33,9 +33,24 @@ def add_to(commands: Commands) -> None:
     add_lengths(command)
     add = command.add_argument
     add("--ranks", type=listed(int), default=RANKS, metavar="N,N", help="numbers of ranks (default 8,16,...,4096)")
-    add("--network", default="ib400", metavar="NAME", help="ib400, ib200, ib100, eth100, pcie, or a YAML file (default ib400)")
-    add("--mfu", type=float, default=0.5, metavar="X", help="share of its peak that a GPU reaches while it computes (default 0.5)")
-    add("--costs", metavar="FILE", help="measured seconds instead, as JSON: tile, visual_token, token, pair, learned_token, ...")
+    add(
+        "--network",
+        default="ib400",
+        metavar="NAME",
+        help="ib400, ib200, ib100, eth100, pcie, or a YAML file (default ib400)",
+    )
+    add(
+        "--mfu",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="share of its peak that a GPU reaches while it computes (default 0.5)",
+    )
+    add(
+        "--costs",
+        metavar="FILE",
+        help="measured seconds instead, as JSON: tile, visual_token, token, pair, learned_token, ...",
+    )
     add("--json", metavar="FILE", help="write the figures")
     add("--plot", metavar="FILE", help="draw them, as .svg or .png")
     add_debug(command)

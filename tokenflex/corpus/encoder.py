@@ -24,8 +24,6 @@ ENCODER_VERSION = 1
 ARCHITECTURE = {
     "layer_type": "preactivation", "num_groups": 8, "embedding_size": 64, "hidden_sizes": [128], "depths": [3],
 }  # fmt: skip
-CONFIGURATION = {"model_type": "bit", **ARCHITECTURE}
-"""The encoder as a recipe would name it from scratch."""
 INPUT_SIDE = 64
 # The stem halves the image twice, and one stage halves nothing: a patch per 4 pixels.
 GRID_SIDE = INPUT_SIDE // 4

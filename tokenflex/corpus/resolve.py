@@ -27,22 +27,42 @@ def resolve_embedded(
     Raises:
         UserError: the packages that the corpus is drawn from are not installed.
     """
+    if not with_weights:
+        return _shapes(config)
     model, data = config.model, config.data
     if model.vision == EMBEDDED:
-        vision = str(_encoder(data, say)) if with_weights else dict(_builders("model.vision")[1].CONFIGURATION)
-        model = model.model_copy(update={"vision": vision})
+        model = model.model_copy(update={"vision": str(_encoder(data, say))})
+    if model.text == EMBEDDED:
+        model = model.model_copy(update={"text": str(_language_model(data, say))})
     paths = (*data.train, *data.evaluation, *(path for source in data.sources for path in source.paths))
     lacks_tokenizer = not (model.tokenizer or model.init_from or isinstance(model.text, str))
-    if EMBEDDED in paths and not with_weights:
-        corpus = _corpus_folder(data)
-        tokenizer = {"tokenizer": str(_tokenizer(data))} if lacks_tokenizer else {}
-        return config.model_copy(update={"model": model.model_copy(update=tokenizer), "data": _with_folder(data, corpus)})
     if EMBEDDED in paths and (with_data or lacks_tokenizer):
         corpus = _corpus(data, say)
         if lacks_tokenizer:
             model = model.model_copy(update={"tokenizer": str(corpus / "tokenizer")})
         data = _with_folder(data, corpus)
     return config.model_copy(update={"model": model, "data": data})
+
+
+def _shapes(config: RunConfig) -> RunConfig:
+    """The configuration with embedded parts as configurations of parts from scratch, and data where they are or would be."""
+    model, data = config.model, config.data
+    paths = (*data.train, *data.evaluation, *(path for source in data.sources for path in source.paths))
+    if EMBEDDED not in (model.vision, model.text, *paths):
+        return config
+    _, encoder = _builders("model.vision")
+    update: dict[str, object] = {}
+    if model.vision == EMBEDDED:
+        update["vision"] = {"model_type": "bit", **encoder.ARCHITECTURE}
+    if model.text == EMBEDDED:
+        from . import language
+
+        update["text"] = dict(language.ARCHITECTURE)
+    is_from_scratch = EMBEDDED in paths and not isinstance(model.text, str)
+    if not (model.tokenizer or model.init_from) and (model.text == EMBEDDED or is_from_scratch):
+        update["tokenizer"] = str(_tokenizer(data))
+    data = _with_folder(data, _corpus_folder(data)) if EMBEDDED in paths else data
+    return config.model_copy(update={"model": model.model_copy(update=update), "data": data})
 
 
 def _with_folder(data: DataConfig, corpus: Path) -> DataConfig:
@@ -93,6 +113,19 @@ def _encoder(data: DataConfig, say: Callable[[str], None]) -> Path:
     say(f"encoder   pretraining on labelled patches, about half a minute, into {folder}")
     with only_one_inside(folder.with_name(name + ".lock")):
         return encoder.build_encoder(folder, seed=data.embedded.seed)
+
+
+def _language_model(data: DataConfig, say: Callable[[str], None]) -> Path:
+    _builders("model.text")
+    from . import language
+
+    name = f"embedded-language-v{language.LANGUAGE_VERSION}-{data.embedded.seed}"
+    folder = Path(data.cache_dir).expanduser() / name
+    if folder.exists():
+        return folder
+    say(f"language  pretraining on scenes told in symbols, about two minutes, into {folder}")
+    with only_one_inside(folder.with_name(name + ".lock")):
+        return language.build_language_model(folder, seed=data.embedded.seed)
 
 
 def _builders(key: str) -> tuple[ModuleType, ModuleType]:

@@ -114,29 +114,25 @@ def estimate(
 ) -> Estimate:
     """The `Estimate` of a recipe on so many GPUs; loads no weight, needs no GPU, takes seconds.
 
-    Args:
-        config: the recipe, with `embedded` replaced (`corpus.resolve_embedded`).
-        ds_config: DeepSpeed's, from `parallel.load_ds_config`.
-        workload: what its steps hold, from `workload_of`.
-        precision: of weights, `bf16` or `fp32`.
+    Args: config: with `embedded` replaced. ds_config: as `parallel.load_ds_config` gives it. workload: from `workload_of`.
 
     Raises:
         UserError: a part whose configuration is not at hand, or GPUs that cannot share the packs of a step.
     """
     assumptions = assumptions or Assumptions()
     micro_steps = num_micro_steps(config.data.packs_per_step, num_gpus, config.data.packs_per_micro_batch)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = shaped_model(config.model, config.budget, dtype)
+    model = shaped_model(config.model, config.budget, torch.bfloat16 if precision == "bf16" else torch.float32)
     parameter_groups(model, config.optimizer)  # freezes what the recipe freezes
     pack = workload.worst.times(config.data.packs_per_step // num_gpus // micro_steps)
     costs = _traced(config, lambda: unit_costs(model))
     activations = _traced(config, lambda: trace_activations(config, model, pack))
-    sizes, step = ModelSizes.of(model, ds_config), workload.step
+    sizes = ModelSizes.of(model, ds_config)
     held = {
         "activations": float(activations.recomputed if config.model.gradient_checkpointing else activations.kept),
         "logits": float(activations.logits),
         "reserved": assumptions.reserved_gb * 1e9,
     }
+    work = {name: value for name, value in asdict(workload.step).items() if name != "samples"}
     return Estimate(
         name=config.name,
         num_gpus=num_gpus,
@@ -151,13 +147,7 @@ def estimate(
         micro_batch=pack,
         activations=activations,
         memory=tuple(stage_memory(sizes, ds_config, stage, num_gpus, held) for stage in STAGES),
-        flops=costs.of(
-            tiles=step.tiles,
-            visual_tokens=step.visual_tokens,
-            tokens=step.tokens,
-            pairs=step.pairs,
-            learned_tokens=step.learned_tokens,
-        ),
+        flops=costs.of(**work),
         checkpoint_bytes=(MASTER + MOMENTS) * sizes.trained + sizes.itemsize * (sizes.total - sizes.trained),
         export_bytes=sizes.itemsize * sizes.total,
         assumptions=assumptions,

@@ -67,9 +67,13 @@ def dry_run(
     """
     run = Run(recipe, config, ds_config, ranks, Unwatched(), say)
     run.open_data()
-    accumulated = min(2, run.grad_accum_steps)  # gradients are there while the second micro-step runs, as in any later one
+    accumulated = min(
+        2, run.grad_accum_steps
+    )  # gradients are there while the second micro-step runs, as in any later one
     run.ds_config = resolve_ds_config(ds_config, run.precision, accumulated, config.optimizer.max_grad_norm)
-    plans = list(worst_micro_batches(run.data.planner, config.data.packs_per_step // ranks.num_ranks // run.grad_accum_steps))
+    plans = list(
+        worst_micro_batches(run.data.planner, config.data.packs_per_step // ranks.num_ranks // run.grad_accum_steps)
+    )
     meter = Meter(ranks)
     run.build()
     run.engine.train()
@@ -91,7 +95,9 @@ def _step(run: Run, meter: "Meter", name: str, batch: PackedBatch, accumulated: 
     meter.reset()
     total = torch.zeros((), dtype=torch.float64)
     try:
-        weight = float(batch.weights.sum()) * accumulated * run.ranks.num_ranks  # of all that is run: the loss is a mean
+        weight = (
+            float(batch.weights.sum()) * accumulated * run.ranks.num_ranks
+        )  # of all that is run: the loss is a mean
         on_device = replace(batch, total_weight=weight).to(run.engine.device)
         for micro in range(accumulated):
             loss = run.objective(on_device)
@@ -158,10 +164,20 @@ def worst_micro_batches(planner: Planner, packs_at_once: int) -> Iterator[tuple[
                 fullest[name] = heapq.nlargest(packs_at_once, fullest[name])
     for name, entries in fullest.items():
         packs = [pack for _, _, pack in entries]
-        columns_of = [np.concatenate([getattr(pack, part) for pack in packs]) for part in ("sample_ids", "counts", "num_messages")]
+        columns_of = [
+            np.concatenate([getattr(pack, part) for pack in packs]) for part in ("sample_ids", "counts", "num_messages")
+        ]
         ids, counts, num_messages = columns_of
-        yield name, MicroBatchPlan(
-            position=Position(), is_last=True, sample_ids=ids, counts=counts, total_weight=1.0, num_messages=num_messages
+        yield (
+            name,
+            MicroBatchPlan(
+                position=Position(),
+                is_last=True,
+                sample_ids=ids,
+                counts=counts,
+                total_weight=1.0,
+                num_messages=num_messages,
+            ),
         )
 
 

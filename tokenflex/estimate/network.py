@@ -63,7 +63,9 @@ def network_named(name: str) -> Network:
         return NETWORKS[name]
     path = Path(name).expanduser()
     if not path.is_file():
-        raise UserError(f"--network {name}: neither in the table ({', '.join(NETWORKS)}) nor a file with {', '.join(FIGURES)}")
+        raise UserError(
+            f"--network {name}: neither in the table ({', '.join(NETWORKS)}) nor a file with {', '.join(FIGURES)}"
+        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -73,7 +75,12 @@ def network_named(name: str) -> Network:
         raise UserError(f"--network {name}: lacks {', '.join(missing)}; wanted {', '.join(FIGURES)}, one figure each")
     for key in FIGURES:
         value = values[key]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0 or (not value and key not in ("latency_us", "overlap")):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or value < 0
+            or (not value and key not in ("latency_us", "overlap"))
+        ):
             raise UserError(f"--network {name}: {key} is {value!r}; wanted a number above 0")
     numbers = {key: float(values[key]) for key in FIGURES if key != "ranks_per_node"}
     return Network(name=path.stem, ranks_per_node=int(values["ranks_per_node"]), **numbers)

@@ -91,8 +91,12 @@ class Traffic:
                 collectives_per_step=0.0,
             )
         if stage == 2:
-            return cls(per_micro_step=trained, per_step=trained, collectives_per_micro_step=buckets, collectives_per_step=1)
-        return cls(per_micro_step=0.0, per_step=2 * trained, collectives_per_micro_step=0.0, collectives_per_step=2 * buckets)
+            return cls(
+                per_micro_step=trained, per_step=trained, collectives_per_micro_step=buckets, collectives_per_step=1
+            )
+        return cls(
+            per_micro_step=0.0, per_step=2 * trained, collectives_per_micro_step=0.0, collectives_per_step=2 * buckets
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +143,10 @@ def simulate(config: RunConfig, lengths: Sequence[Lengths], setting: Setting, ra
     Raises:
         UserError: a plan that cannot be.
     """
-    return [scale_of(planned_packs(config, lengths, number), data_for(config.data, number), setting, number) for number in ranks]
+    return [
+        scale_of(planned_packs(config, lengths, number), data_for(config.data, number), setting, number)
+        for number in ranks
+    ]
 
 
 def check_ranks(ranks: Sequence[int]) -> None:
@@ -171,7 +178,9 @@ def planned_packs(config: RunConfig, lengths: Sequence[Lengths], num_ranks: int)
         whole = window.num_packs // data.packs_per_step * data.packs_per_step
         if whole:
             return Packs(**{name: getattr(packs, name)[:whole] for name in COLUMNS})
-    raise UserError(f"simulate: the samples fill no step of {data.packs_per_step} packs; give more of them (--lengths, --index)")
+    raise UserError(
+        f"simulate: the samples fill no step of {data.packs_per_step} packs; give more of them (--lengths, --index)"
+    )
 
 
 def num_samples_for(lengths: Sequence[Lengths], data: DataConfig, budget: VisualTokenBudget) -> int:

@@ -81,5 +81,7 @@ def load_costs(path: str | PathLike) -> Costs:
     wrong = sorted(set(values) ^ set(needed) if isinstance(values, dict) else needed)
     wrong = [name for name in wrong if name in needed or name not in names]
     if wrong:
-        raise UserError(f"--costs {path}: {', '.join(wrong)} missing or not known; wanted {', '.join(names)} in seconds")
+        raise UserError(
+            f"--costs {path}: {', '.join(wrong)} missing or not known; wanted {', '.join(names)} in seconds"
+        )
     return Costs(**{name: float(value) for name, value in values.items()})

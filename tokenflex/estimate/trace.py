@@ -7,7 +7,7 @@ would run as written down, every score held, and count the half that a causal ma
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,7 +98,13 @@ class LiveBytes(TorchDispatchMode):
         for tensor in known:
             self._sizes[tensor.untyped_storage()] = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         tree_map_only(torch.Tensor, self._see, result)
         return result
@@ -166,7 +172,9 @@ def unit_costs(model: TokenFlexForConditionalGeneration) -> UnitCosts:
         RuntimeError, NotImplementedError: a part that cannot run without weights (a mixture of experts whose router is read).
     """
     config, dtype = model.config, next(model.parameters()).dtype
-    trains = {name: any(p.requires_grad for p in getattr(model, name).parameters()) for name in ("vision_tower", "projector")}
+    trains = {
+        name: any(p.requires_grad for p in getattr(model, name).parameters()) for name in ("vision_tower", "projector")
+    }
     grid = model.patch_grid
     pixels = torch.empty(1, 3, config.image_height, config.image_width, dtype=dtype, device="meta")
     count = config.default_num_visual_tokens
@@ -191,7 +199,11 @@ def _language_passes(model, num_tokens, num_logits, has_grad):
     """(passes without attention, passes of attention alone) of one sample through the language model."""
     embeds = torch.empty(1, num_tokens, model.config.text_config.hidden_size, dtype=model.dtype, device="meta")
     embeds.requires_grad_(has_grad)
-    inputs = {"inputs_embeds": embeds, "logits_to_keep": torch.arange(num_logits, device="meta"), **_layout([num_tokens])}
+    inputs = {
+        "inputs_embeds": embeds,
+        "logits_to_keep": torch.arange(num_logits, device="meta"),
+        **_layout([num_tokens]),
+    }
     return _passes(lambda: model.language_model(**inputs).logits)
 
 

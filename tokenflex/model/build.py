@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -22,7 +23,6 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..config import BudgetConfig, ModelConfig
 from ..errors import UserError
 from .attention import PACKED, register_packed_attention
 from .configuration_tokenflex import TokenFlexConfig
@@ -35,6 +35,11 @@ from .processing_tokenflex import TokenFlexProcessor, default_template, missing_
 from .template import check_template
 from .vision import patch_grid
 
+if (
+    TYPE_CHECKING
+):  # recipes need pydantic; exported code, and the GPU tests on a bare machine, read this package without
+    from ..config import BudgetConfig, ModelConfig
+
 HOUSEKEEPING = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
 """What a configuration file holds beside the model's own settings."""
 MIN_TOKENS = 16
@@ -42,7 +47,7 @@ MIN_TOKENS = 16
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 
 
-def build_processor(model: ModelConfig, budget: BudgetConfig) -> TokenFlexProcessor:
+def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexProcessor:
     """Tokenizer and image processor of a run.
 
     Args:
@@ -120,8 +125,8 @@ def _template(name, tokenizer, source):
 
 
 def build_model(
-    model: ModelConfig,
-    budget: BudgetConfig,
+    model: "ModelConfig",
+    budget: "BudgetConfig",
     processor: ProcessorMixin,
     dtype: torch.dtype,
     loading: Callable[[], AbstractContextManager] = contextlib.nullcontext,
@@ -169,7 +174,7 @@ def recompute_activations(model: PreTrainedModel) -> None:
     model.disable_input_require_grads()
 
 
-def vision_config(model: ModelConfig) -> PretrainedConfig:
+def vision_config(model: "ModelConfig") -> PretrainedConfig:
     """The vision encoder's configuration object, without its pooling head."""
     if model.init_from:
         return _load(
@@ -182,7 +187,7 @@ def vision_config(model: ModelConfig) -> PretrainedConfig:
     return config
 
 
-def shaped_model(model: ModelConfig, budget: BudgetConfig, dtype: torch.dtype) -> TokenFlexForConditionalGeneration:
+def shaped_model(model: "ModelConfig", budget: "BudgetConfig", dtype: torch.dtype) -> TokenFlexForConditionalGeneration:
     """The model of a run on the meta device: every shape and no weight, from the parts' configurations alone.
 
     As `build_model` leaves it, but for Liger's kernels and the fused projector, which change no shape. Where the tokenizer is not
@@ -230,7 +235,7 @@ def _check_at_hand(key, part, trust_remote_code):
         ) from error
 
 
-def tokenizer_size(model: ModelConfig) -> int:
+def tokenizer_size(model: "ModelConfig") -> int:
     """How many tokens the tokenizer of a run has with its image tokens; 0 where it is not at hand."""
     source = model.tokenizer or model.init_from or (model.text if isinstance(model.text, str) else "")
     try:
@@ -266,9 +271,7 @@ def _composed_config(model, budget, num_tokens, dtype, **token_ids):
 
 
 def _composed(model, budget, processor, dtype, loading):
-    ids = {
-        name: getattr(processor, name) for name in ("image_start_token_id", "image_token_id", "image_end_token_id")
-    }
+    ids = {name: getattr(processor, name) for name in ("image_start_token_id", "image_token_id", "image_end_token_id")}
     config = _composed_config(model, budget, len(processor.tokenizer), dtype, **ids)
     vision, text = config.vision_config, config.text_config
     text.bos_token_id, text.eos_token_id = processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id
