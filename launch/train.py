@@ -33,6 +33,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="go on with shards that have changed since the run's checkpoints: from the next epoch, which has all of the new ones",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run the plan's fullest packs through a step, say what memory they took beside the estimate, and write nothing",
+    )
     return parser.parse_intermixed_args(argv)
 
 
@@ -56,6 +61,11 @@ def main(arguments: argparse.Namespace, say: Say) -> int:
     config = resolve_embedded(recipe, say)
     ranks = parallel.join_ranks(launch)
     say(f"world     {parallel.check_world(ranks)}")
+    if arguments.dry_run:
+        from tokenflex.estimate.dry_run import dry_run
+
+        say(dry_run(recipe, config, ds_config, ranks, say=say))
+        return DONE
     options = {"fresh": arguments.fresh, "accept_new_data": arguments.accept_new_data, "say": say}
     if not run_training(recipe, config, ds_config, ranks, **options):
         say(f"stopped   and saved in {RunLayout.of(config).checkpoints}; the same command goes on from there")

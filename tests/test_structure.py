@@ -14,9 +14,9 @@ LEVELS = [
     {"budget", "config"},
     {"plan"},
     {"data", "model", "parallel", "checkpoint"},
-    {"prepare", "corpus"},
+    {"prepare", "corpus", "doctor"},
     {"train", "evaluate", "infer", "export"},
-    {"study"},
+    {"study", "estimate"},
     {"cli", "slurm"},
 ]
 SIDEWAYS = {("train", "export"), ("evaluate", "export"), ("infer", "export")}

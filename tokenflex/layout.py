@@ -97,6 +97,11 @@ class RunLayout:
         return self.root / "plan.json"
 
     @property
+    def doctor(self) -> Path:
+        """What `tokenflex doctor` found on rank 0's machine when the run was last started."""
+        return self.root / "doctor.json"
+
+    @property
     def data(self) -> Path:
         """What the samples were that the run was last started with."""
         return self.root / "data.json"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import yaml
 
-from .. import failpoints, parallel
+from .. import doctor, failpoints, parallel
 from ..checkpoint import EarlyCheck, tags
 from ..config import RunConfig, save_config
 from ..data import batch_loader
@@ -136,15 +136,22 @@ class Run:
             self.say(line)
         # reads the newest checkpoint's bytes while the model is being built
         self._check = EarlyCheck(self.layout.checkpoints, self.ranks.rank, self.ranks.num_ranks)
-        processor = build_processor(self.config.model, self.config.budget)
-        for note in check_template(processor):
-            self.say(f"template  {note}")
         before = self.layout if tags(self.layout.checkpoints) else _layout_branched_from(self.recipe)
         identity = before.data if before else None
         self._accepts_new_data = accept_new_data
         self._data_before = json.loads(identity.read_text()) if identity and identity.exists() else None
-        date = self._data_before["render_date"] if self._data_before else ""
-        self.data = open_data(self.config, processor, self.ranks, self.say, date)
+        self.open_data(self._data_before["render_date"] if self._data_before else "")
+
+    def open_data(self, render_date: str = "") -> None:
+        """Processor, indexes, planner and data set; the part of `prepare` that touches no folder of the run.
+
+        Raises:
+            UserError: the data cannot be read or planned.
+        """
+        processor = build_processor(self.config.model, self.config.budget)
+        for note in check_template(processor):
+            self.say(f"template  {note}")
+        self.data = open_data(self.config, processor, self.ranks, self.say, render_date)
 
     def build(self) -> None:
         """The model, under the engine, and what a step minimises."""
@@ -308,6 +315,8 @@ def prepare_folder(layout: RunLayout, recipe: RunConfig, fresh: bool) -> list[st
         _check_plan(other, plan, "a position in its data means nothing here: set it as there")
     write_whole(layout.plan, json.dumps(plan, indent=1))
     save_config(recipe, layout.config)
+    found = doctor.examine([layout.root, recipe.data.cache_dir], is_thorough=False)
+    write_whole(layout.doctor, json.dumps(doctor.as_json(found), indent=1))
     return lines
 
 
