@@ -14,7 +14,7 @@ LEVELS = [
     {"budget", "config"},
     {"plan"},
     {"data", "model", "parallel", "checkpoint"},
-    {"prepare", "corpus"},
+    {"prepare", "corpus", "telemetry"},
     {"train", "evaluate", "infer", "export"},
     {"cli", "slurm"},
 ]

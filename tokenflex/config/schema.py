@@ -292,6 +292,8 @@ class TrainConfig(Section):
     """The same for what is not a step: the first steps, waiting for a checkpoint, the export; seconds."""
     log_samples: bool = False
     """Write the sample ids of every step to `samples-RANK.jsonl`."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files into the run's folder as well (needs the extra `tensorboard`)."""
     wandb: Literal["auto", "off"] = "auto"
     """`auto` logs to wandb where it is installed: online if WANDB_API_KEY is set, else offline into the run folder."""
 

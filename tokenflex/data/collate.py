@@ -26,7 +26,8 @@ class PackedBatch:
     """What one rank runs through the model at once.
 
     input_ids, position_ids: [1, T] int64, positions restart in every sample. cu_seq_lens: [S + 1] int32, where each
-    sample begins. max_length: the longest sample. images: [B, H, W, 3] bytes, one per tile. tile_counts: visual tokens of each.
+    sample begins. max_length: the longest sample. counts: [S] int64, the visual tokens per tile of each sample, 0 of one without
+    images. images: [B, H, W, 3] bytes, one per tile. tile_counts: visual tokens of each.
     visual_positions: [V] places of the placeholders. logits_positions: [L] places whose logits are needed.
     targets: [L] the tokens to predict there. weights: [L] float32, the loss weight of each.
     is_dummy_image: there was no image; `images` holds one blank so that the vision encoder runs on every rank.
@@ -38,6 +39,7 @@ class PackedBatch:
     position_ids: torch.Tensor
     cu_seq_lens: torch.Tensor
     max_length: int
+    counts: torch.Tensor
     images: torch.Tensor
     tile_counts: list[int]
     visual_positions: torch.Tensor
@@ -49,6 +51,11 @@ class PackedBatch:
     total_weight: float
     skipped: tuple[dict[str, Any], ...] = ()
     pool_plan: Any = None
+
+    @property
+    def learned_samples(self) -> torch.Tensor:
+        """[L] which sample of this batch each learned token is of."""
+        return torch.searchsorted(self.cu_seq_lens.long(), self.logits_positions, right=True) - 1
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The batch with its tensors on `device`; copies overlap with compute where the memory is pinned."""
@@ -159,6 +166,7 @@ def collate(
         position_ids=torch.from_numpy(_concatenated([np.arange(length) for length in lengths])).unsqueeze(0),
         cu_seq_lens=torch.tensor(begins, dtype=torch.int32),
         max_length=max(lengths),
+        counts=torch.tensor([sample.count for sample in samples] or [0]),
         images=torch.from_numpy(tiles),
         tile_counts=tile_counts,
         visual_positions=torch.from_numpy(visual),

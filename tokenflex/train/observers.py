@@ -8,6 +8,7 @@ from collections import Counter
 
 from ..data.collate import PackedBatch
 from .metrics import Metrics
+from .objective import Loss
 from .progress import Progress, StepOutcome
 
 
@@ -16,6 +17,9 @@ class Observer:
 
     def on_batch(self, step: int, batch: PackedBatch) -> None:
         """A micro-batch of `step` (0-based) is about to be run."""
+
+    def on_loss(self, batch: PackedBatch, loss: Loss) -> None:
+        """A micro-batch, on its device now, has been through the forward pass."""
 
     def on_step(self, outcome: StepOutcome) -> None:
         """A step is done; the run's progress has been moved on."""

@@ -24,6 +24,9 @@ from ..model import build_model, build_processor, check_template
 from ..model.probe import probe
 from ..parallel import Heartbeat, Ranks
 from ..plan.planner import PLANNER_VERSION
+from ..telemetry.flops import model_flops
+from ..telemetry.peaks import peak_flops
+from ..telemetry.sinks import JsonLines, Sink, check_sinks, open_sinks
 from .bad_samples import BadSampleLog
 from .changes import check_changes
 from .guarding import SoleWriter, watched
@@ -38,6 +41,7 @@ from .progress import Progress
 from .schedule import Schedule
 from .start import other_run, start
 from .state import RunState
+from .telemetry import Telemetry
 from .trainer import Batches, StopRequest, Trainer
 
 
@@ -131,6 +135,7 @@ class Run:
             UserError: the folder's checkpoints were made with other data, or the data cannot be read or planned.
         """
         source_configs(self.config.data)  # a run without data is refused before anything else
+        check_sinks(self.config.train)
         for line in self.ranks.on_main(lambda: prepare_folder(self.layout, self.recipe, fresh)):
             self.say(line)
         # reads the newest checkpoint's bytes while the model is being built
@@ -217,13 +222,26 @@ class Run:
         self.say(f"new data  accepted: going on at epoch {progress.position['epoch']}")
 
     def _observers(self) -> list[Observer]:
-        config, counts = self.config, self.engine.model.config.trained_num_visual_tokens
+        config, data = self.config, self.config.data
+        counts = self.engine.model.config.trained_num_visual_tokens
         observers: list[Observer] = [SampleTrace(self.layout, self.ranks)] if config.train.log_samples else []
         observers.append(StepFigures(self.metrics, counts, self.objective.part_names))
+        pack_tokens = data.pack_length * data.packs_per_step // (self.ranks.num_ranks * self.grad_accum_steps)
+        flops = model_flops(self.engine.model)
+        observers.append(Telemetry(self.metrics, counts, pack_tokens, flops, self.engine, self.heartbeat))
         if self.ranks.is_main:
-            observers.append(MetricLog(self.layout, self.recipe, self.state.progress.step))
-        observers.append(BadSampleLog(self.layout, self.state, config.data.max_bad_fraction))
+            step = self.state.progress.step
+            sinks: list[Sink] = [JsonLines(self.layout.metrics, step), *open_sinks(self.layout, self.recipe, step)]
+            observers.append(MetricLog(sinks, config.train.num_steps, step, self._peak_flops()))
+        observers.append(BadSampleLog(self.layout, self.state, data.max_bad_fraction))
         return observers
+
+    def _peak_flops(self) -> float | None:
+        """FLOPs per second that the job's devices could do, if they are all of this rank's kind."""
+        device = self.ranks.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        peak = peak_flops(name, self.precision)
+        return peak * self.ranks.num_ranks if peak else None
 
     def train(self, stop: StopRequest) -> bool:
         """Steps until the last one or a stop request; returns whether the run is complete.

@@ -127,6 +127,7 @@ class RunState:
 
     def before_update(self) -> None:
         """Weights and moments are about to change: wait until what is being saved of them has been copied."""
+        self.heartbeat.phase("wait for the copy")
         self.writer.before_update()
 
     def flags(self) -> list[float]:
