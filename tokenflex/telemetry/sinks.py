@@ -13,12 +13,14 @@ from ..errors import UserError
 from ..files import write_whole
 from ..layout import RunLayout
 
+VALIDATION = "validation"
+"""The section of what validations find."""
 COUNTED = "images_per_count"
 """The figure that is drawn as a histogram: {count: images}."""
 
 
 class Sink(Protocol):
-    """Takes records as they come; `section` is put before names where it is not empty."""
+    """Takes records as they come: a log line's, or those of a `section` (`validation`), whose names it puts before theirs."""
 
     def write(self, record: Mapping[str, Any], section: str = "") -> None:
         """Figures of a step, which `record["step"]` says."""
@@ -43,8 +45,8 @@ def check_sinks(settings: TrainConfig) -> None:
 
 
 def open_sinks(layout: RunLayout, config: RunConfig, first_step: int) -> list[Sink]:
-    """The sinks of a run that goes on at `first_step`, besides its lines of JSON."""
-    sinks: list[Sink] = []
+    """The sinks of a run that goes on at `first_step`."""
+    sinks: list[Sink] = [JsonLines(layout.metrics, first_step), JsonLines(layout.validation, first_step, VALIDATION)]
     if config.train.wandb != "off" and importlib.util.find_spec("wandb") is not None:
         sinks.append(Wandb(layout, config))
     if config.train.tensorboard:
@@ -63,18 +65,19 @@ def scalars(record: Mapping[str, Any], section: str = "") -> Iterator[tuple[str,
 
 
 class JsonLines:
-    """A file with one line of JSON per record, in the order of steps.
+    """A file with one line of JSON per record of a section, in the order of steps.
 
     Each line is written at once, so that a kill leaves no half of it but the last; lines of steps that are about to be done
     again are dropped.
     """
 
-    def __init__(self, path: Path, first_step: int):
-        self.path = path
+    def __init__(self, path: Path, first_step: int, section: str = ""):
+        self.path, self.section = path, section
         self.rewind(first_step)
 
     def write(self, record: Mapping[str, Any], section: str = "") -> None:
-        append_line(self.path, record)
+        if section == self.section:
+            append_line(self.path, record)
 
     def rewind(self, step: int) -> None:
         if self.path.exists():

@@ -13,6 +13,7 @@ from .. import failpoints, parallel
 from ..checkpoint import EarlyCheck, tags
 from ..config import RunConfig, save_config
 from ..data import batch_loader
+from ..data.held_out import HeldOut, open_held_out
 from ..data.identity import after_change, check_same_data
 from ..data.loader import micro_batches, num_micro_steps
 from ..data.sources import DataRun, open_data, source_configs
@@ -20,13 +21,13 @@ from ..errors import UserError
 from ..export import export_model
 from ..files import write_whole
 from ..layout import RunLayout, step_of
-from ..model import build_model, build_processor, check_template
+from ..model import build_model, build_processor, check_counts, check_template
 from ..model.probe import probe
 from ..parallel import Heartbeat, Ranks
 from ..plan.planner import PLANNER_VERSION
 from ..telemetry.flops import model_flops
 from ..telemetry.peaks import peak_flops
-from ..telemetry.sinks import JsonLines, Sink, check_sinks, open_sinks
+from ..telemetry.sinks import Sink, check_sinks, open_sinks
 from .bad_samples import BadSampleLog
 from .changes import check_changes
 from .guarding import SoleWriter, watched
@@ -43,6 +44,7 @@ from .start import other_run, start
 from .state import RunState
 from .telemetry import Telemetry
 from .trainer import Batches, StopRequest, Trainer
+from .validation import Validation, check_validation
 
 
 def run_training(
@@ -105,6 +107,7 @@ class Run:
     """
 
     data: DataRun
+    held_out: HeldOut | None
     engine: parallel.Engine
     objective: Objective
     state: RunState
@@ -126,6 +129,7 @@ class Run:
         max_norm = config.optimizer.max_grad_norm
         self.ds_config = parallel.resolve_ds_config(ds_config, self.precision, self.grad_accum_steps, max_norm)
         self.metrics = Metrics()
+        self.stop: StopRequest | None = None
         self.record_event = EventLog(self.layout, ranks)
 
     def prepare(self, fresh: bool = False, accept_new_data: bool = False) -> None:
@@ -136,6 +140,7 @@ class Run:
         """
         source_configs(self.config.data)  # a run without data is refused before anything else
         check_sinks(self.config.train)
+        check_validation(self.config)
         for line in self.ranks.on_main(lambda: prepare_folder(self.layout, self.recipe, fresh)):
             self.say(line)
         # reads the newest checkpoint's bytes while the model is being built
@@ -143,12 +148,17 @@ class Run:
         processor = build_processor(self.config.model, self.config.budget)
         for note in check_template(processor):
             self.say(f"template  {note}")
+        evaluate, data = self.config.evaluate, self.config.data
+        if data.evaluation and (evaluate.every or evaluate.at_end):
+            key, mode = "evaluate.num_visual_tokens", self.config.model.pooling_mode
+            check_counts(evaluate.num_visual_tokens, processor.patch_grid, mode, key)
         before = self.layout if tags(self.layout.checkpoints) else _layout_branched_from(self.recipe)
         identity = before.data if before else None
         self._accepts_new_data = accept_new_data
         self._data_before = json.loads(identity.read_text()) if identity and identity.exists() else None
         date = self._data_before["render_date"] if self._data_before else ""
         self.data = open_data(self.config, processor, self.ranks, self.say, date)
+        self.held_out = open_held_out(self.config, processor, self.ranks, self.say) if evaluate.every else None
 
     def build(self) -> None:
         """The model, under the engine, and what a step minimises."""
@@ -167,6 +177,8 @@ class Run:
         self.engine = parallel.Engine(model, make_adamw(groups, config.optimizer), self.ds_config, self.ranks)
         projector, on_device = self.engine.model.projector, torch.empty(0, device=self.ranks.device)
         self.data.dataset.plan_of = projector.plan_maker(self.engine.model.patch_grid, on_device)
+        if self.held_out:
+            self.held_out.dataset.plan_of = self.data.dataset.plan_of
         failpoints.install_hooks(self.engine.model)
         failpoints.hit("init")
         self.say(
@@ -225,16 +237,24 @@ class Run:
         config, data = self.config, self.config.data
         counts = self.engine.model.config.trained_num_visual_tokens
         observers: list[Observer] = [SampleTrace(self.layout, self.ranks)] if config.train.log_samples else []
+        step = self.state.progress.step
+        sinks = open_sinks(self.layout, self.recipe, step) if self.ranks.is_main else []
         observers.append(StepFigures(self.metrics, counts, self.objective.part_names))
+        if self.held_out:
+            observers.append(self._validation(self.held_out, sinks))
         pack_tokens = data.pack_length * data.packs_per_step // (self.ranks.num_ranks * self.grad_accum_steps)
         flops = model_flops(self.engine.model)
         observers.append(Telemetry(self.metrics, counts, pack_tokens, flops, self.engine, self.heartbeat))
         if self.ranks.is_main:
-            step = self.state.progress.step
-            sinks: list[Sink] = [JsonLines(self.layout.metrics, step), *open_sinks(self.layout, self.recipe, step)]
             observers.append(MetricLog(sinks, config.train.num_steps, step, self._peak_flops()))
         observers.append(BadSampleLog(self.layout, self.state, data.max_bad_fraction))
         return observers
+
+    def _validation(self, held_out: HeldOut, sinks: list[Sink]) -> Validation:
+        def is_stopped() -> bool:
+            return self.stop is not None and self.stop.is_set
+
+        return Validation(self.config, held_out, self.objective, self.state, sinks, is_stopped)
 
     def _peak_flops(self) -> float | None:
         """FLOPs per second that the job's devices could do, if they are all of this rank's kind."""
@@ -249,6 +269,7 @@ class Run:
         Raises:
             UserError: see `Trainer.train`.
         """
+        self.stop = stop
         trainer = Trainer(
             settings=self.config.train,
             engine=self.engine,
