@@ -18,7 +18,7 @@ LEVELS = [
     {"train", "evaluate", "infer", "export"},
     {"cli", "slurm"},
 ]
-SIDEWAYS = {("train", "export"), ("evaluate", "export"), ("infer", "export")}
+SIDEWAYS = {("train", "export"), ("train", "evaluate"), ("evaluate", "export"), ("infer", "export")}
 """Rooms that may look into a neighbour of the same level."""
 
 

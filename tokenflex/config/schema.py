@@ -306,6 +306,8 @@ class EvaluateConfig(Section):
     """Steps between two validations while training: the loss on `data.evaluation` per task and count; 0 for none."""
     num_validation_samples: PositiveInt = 512
     """Samples that a validation looks at, each at every count; evenly spread over the shards."""
+    answers: bool = False
+    """Whether validations also let the model answer their questions, for accuracy beside the loss."""
     at_end: bool = True
     """Evaluate the exported model after training."""
     num_visual_tokens: tuple[PositiveInt, ...] = (64, 100, 144, 196, 256)

@@ -10,6 +10,7 @@ from ..budget import VisualTokenBudget
 from ..config import RunConfig, SourceConfig
 from ..errors import UserError
 from ..plan import EMPTY, LengthTable, Mixture, Pack, Planner, Position, Source
+from .images import decode_image
 from .index import Index
 from .loader import MicroBatchPlan, PackDataset
 from .problems import BadSample, Limits
@@ -27,12 +28,14 @@ class HeldOut:
     """Samples that are validated on.
 
     dataset: reads them. packs: of one count after the other, in rows that are equal side by side; last those without images.
-    tasks: {sample id: task}. counts: the visual-token counts that they are tried at.
+    tasks: {sample id: task}. questions: ids of those that can be asked, where the model is to answer. counts: the visual-token
+    counts that they are tried at.
     """
 
     dataset: PackDataset
     packs: tuple[tuple[Pack, ...], ...]
     tasks: dict[int, str]
+    questions: frozenset[int]
     counts: tuple[int, ...]
 
     def plans(self, rank: int, num_ranks: int) -> Iterator[MicroBatchPlan]:
@@ -74,7 +77,7 @@ def open_held_out(
     weighting = config.train.loss_weighting
     dataset = PackDataset(mix(located, indexes), processor, weighting, min(counts), Limits.of(data))
     ids = _chosen(indexes[0], config)
-    tasks, bad = ranks.on_main(lambda: _tasks_of(dataset, ids))
+    tasks, questions, bad = ranks.on_main(lambda: _tasks_of(dataset, ids, config.evaluate.answers))
     for line in bad[:10]:
         say(f"left out  {line}")
     if not tasks:
@@ -82,7 +85,7 @@ def open_held_out(
     ids = np.array(sorted(tasks))
     packs = tuple(_packed(indexes[0], ids, count, config) for count in (*counts, 0))
     say(f"validate  {len(ids)} of {len(indexes[0])} samples of {len(set(tasks.values()))} tasks at {list(counts)}")
-    return HeldOut(dataset, packs, tasks, tuple(counts))
+    return HeldOut(dataset, packs, tasks, frozenset(questions), tuple(counts))
 
 
 def _chosen(index: Index, config: RunConfig) -> np.ndarray:
@@ -100,16 +103,26 @@ def _chosen(index: Index, config: RunConfig) -> np.ndarray:
     return usable[places.round().astype(np.int64)]
 
 
-def _tasks_of(dataset: PackDataset, ids: Sequence[int] | np.ndarray) -> tuple[dict[int, str], list[str]]:
-    """({id: task} of the samples that can be read, a line about each of the others)."""
-    tasks, bad = {}, []
+def _tasks_of(
+    dataset: PackDataset, ids: Sequence[int] | np.ndarray, finds_questions: bool
+) -> tuple[dict[int, str], list[int], list[str]]:
+    """({id: task} of the samples that can be read, ids of those that can be asked, a line about each of the others).
+
+    A question ends with its answer, and its images must decode: no rank may fail where the others generate.
+    """
+    tasks, questions, bad = {}, [], []
     for sample_id in map(int, ids):
         try:
-            tasks[sample_id] = dataset.sample(sample_id).task or "all"
+            sample = dataset.sample(sample_id)
+            tasks[sample_id] = sample.task or "all"
+            if finds_questions and sample.messages[-1]["role"] == "assistant":
+                for number, image in enumerate(sample.images):
+                    decode_image(image, f"image {number}", dataset.limits)
+                questions.append(sample_id)
         except BadSample as problem:
             bad.append(str(problem))
     common = {task for task, _ in Counter(tasks.values()).most_common(MAX_TASKS)}
-    return {sample_id: task if task in common else "other" for sample_id, task in tasks.items()}, bad
+    return {i: task if task in common else "other" for i, task in tasks.items()}, questions, bad
 
 
 def _packed(index: Index, ids: np.ndarray, count: int, config: RunConfig) -> tuple[Pack, ...]:

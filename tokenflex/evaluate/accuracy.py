@@ -105,30 +105,35 @@ def evaluate_model(
     for with_images in (True, False):
         group = [sample for sample in samples if bool(sample.images) == with_images]
         for count in settings.num_visual_tokens if with_images else settings.num_visual_tokens[:1]:
-            hits = _hits(model, processor, group, count, settings)
+            found = hits(model, processor, group, count, settings)
             for shown in (count,) if with_images else settings.num_visual_tokens:
-                for sample, hit in zip(group, hits):
+                for sample, hit in zip(group, found):
                     asked[sample.task, shown] += 1
                     right[sample.task, shown] += hit
     return right, asked
 
 
-def _hits(
-    model: Answering, processor: TokenFlexProcessor, samples: Sequence[Sample], count: int, settings: EvaluateConfig
+def hits(
+    model: Answering,
+    processor: TokenFlexProcessor,
+    samples: Sequence[Sample],
+    count: int,
+    settings: EvaluateConfig,
+    **options: Any,
 ) -> list[bool]:
-    """Per sample, whether its last message is answered exactly."""
-    hits: list[bool] = []
+    """Per sample, whether its last message is answered exactly at `count` visual tokens; `options` are `generate`'s."""
+    found: list[bool] = []
     for begin in range(0, len(samples), settings.batch_size):
         batch = samples[begin : begin + settings.batch_size]
         prompts = [sample.messages_with_images()[:-1] for sample in batch]
         inputs = processor.apply_chat_template(
             prompts, tokenize=True, add_generation_prompt=True, num_visual_tokens=count
         ).to(model.device)
-        output = model.generate(**inputs, max_new_tokens=settings.max_new_tokens, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=settings.max_new_tokens, do_sample=False, **options)
         answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         expected = ["".join(item["text"] for item in sample.messages[-1]["content"]) for sample in batch]
-        hits += map(exact_match, answers, expected)
-    return hits
+        found += map(exact_match, answers, expected)
+    return found
 
 
 def _over_ranks(

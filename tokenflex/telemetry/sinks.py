@@ -12,11 +12,7 @@ from ..config import RunConfig, TrainConfig
 from ..errors import UserError
 from ..files import write_whole
 from ..layout import RunLayout
-
-VALIDATION = "validation"
-"""The section of what validations find."""
-COUNTED = "images_per_count"
-"""The figure that is drawn as a histogram: {count: images}."""
+from .names import COUNTED, VALIDATION
 
 
 class Sink(Protocol):

@@ -28,6 +28,7 @@ from ..plan.planner import PLANNER_VERSION
 from ..telemetry.flops import model_flops
 from ..telemetry.peaks import peak_flops
 from ..telemetry.sinks import Sink, check_sinks, open_sinks
+from .answers import Answers
 from .bad_samples import BadSampleLog
 from .changes import check_changes
 from .guarding import SoleWriter, watched
@@ -254,7 +255,11 @@ class Run:
         def is_stopped() -> bool:
             return self.stop is not None and self.stop.is_set
 
-        return Validation(self.config, held_out, self.objective, self.state, sinks, is_stopped)
+        answers = None
+        if self.config.evaluate.answers:
+            model, limit_s = self.engine.model, self.config.train.startup_timeout_s
+            answers = Answers(model, self.data.processor, held_out, self.config.evaluate, self.ranks, limit_s)
+        return Validation(self.config, held_out, self.objective, self.state, sinks, is_stopped, answers=answers)
 
     def _peak_flops(self) -> float | None:
         """FLOPs per second that the job's devices could do, if they are all of this rank's kind."""

@@ -12,6 +12,7 @@ import torch
 from ..data.collate import PackedBatch
 from ..parallel import Engine, Heartbeat
 from ..telemetry.flops import ModelFlops, num_pairs
+from ..telemetry.names import TEXT
 from .metrics import Metrics
 from .objective import Loss
 from .observers import Observer
@@ -30,8 +31,6 @@ PHASES = {
     "validate": "validate",
 }
 """Phases of the heartbeat, and as what their seconds are logged; those of others are `other`."""
-TEXT = "text"
-"""Stands for a count where a sample has no image."""
 
 
 class Telemetry(Observer):

@@ -4,24 +4,28 @@ An observer: it runs between two steps, in the order of the plan on any number o
 and the place in the data as they were.
 """
 
+import contextlib
+import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from ..config import RunConfig
 from ..data import batch_loader
 from ..data.collate import PackedBatch
 from ..data.held_out import HeldOut
 from ..errors import UserError
-from ..telemetry.sinks import VALIDATION, Sink
+from ..telemetry.names import TEXT, VALIDATION
+from ..telemetry.sinks import Sink
+from .answers import Answers
 from .objective import Objective
 from .observers import Observer
 from .progress import Progress, StepOutcome
 from .state import RunState
-from .telemetry import TEXT
 
 
 def check_validation(config: RunConfig) -> None:
@@ -54,13 +58,14 @@ class Validation(Observer):
     """Every `evaluate.every` steps, and after the last one, the loss on held-out samples; the progress keeps the last.
 
     A line of `validation.jsonl` and every sink get `loss` (all samples at all counts), `loss_per_count`, `loss_per_task` {task:
-    {count: loss}}, `num_samples` and `seconds`. Losses are weighted as in training (`train.loss_weighting`). A run that is asked to
+    {count: loss}}, `accuracy` likewise where there are answers, `num_samples` and `seconds`. Losses are weighted as in training (`train.loss_weighting`). A run that is asked to
     stop leaves a validation unfinished, and does it when it goes on.
 
     Args:
         held_out: the samples; their data set plans pooling as the run's does.
         sinks: on rank 0, where whoever opened them rewinds and closes them; elsewhere none.
         is_stopped: () -> whether this rank has been asked to stop.
+        answers: asks the model, or None.
     """
 
     def __init__(
@@ -71,9 +76,11 @@ class Validation(Observer):
         state: RunState,
         sinks: Sequence[Sink],
         is_stopped: Callable[[], bool],
+        *,
+        answers: Answers | None = None,
     ):
         self.config, self.held_out, self.objective, self.state = config, held_out, objective, state
-        self.sinks, self.is_stopped = sinks, is_stopped
+        self.sinks, self.is_stopped, self.answers = sinks, is_stopped, answers
         self.names = [*map(str, held_out.counts), TEXT]
         self.tasks = sorted(set(held_out.tasks.values()))
         self._is_first = True
@@ -96,7 +103,9 @@ class Validation(Observer):
         """Validate now; every rank calls it."""
         begin, engine = time.perf_counter(), self.state.engine
         engine.eval()
-        sums = self._sums()
+        with _about_any_count(engine.model):
+            sums = self._sums()
+            accuracy = self.answers(self.state.heartbeat) if self.answers and sums is not None else None
         engine.train()
         self.state.heartbeat.phase("observers")
         if sums is None:
@@ -104,6 +113,7 @@ class Validation(Observer):
             return
         record = {"step": progress.step, **figures(sums, self.tasks, self.names)}
         record |= {"num_samples": len(self.held_out.tasks), "seconds": round(time.perf_counter() - begin, 3)}
+        record |= {"accuracy": accuracy} if accuracy else {}
         progress.validation = {"step": progress.step, "loss": record["loss"]}
         for sink in self.sinks:
             sink.write(record, VALIDATION)
@@ -138,6 +148,18 @@ class Validation(Observer):
         rows = [self.tasks.index(self.held_out.tasks[int(sample)]) for sample in sample_ids]
         values = torch.stack([losses_L.double().cpu() * weights, weights], dim=-1).numpy()
         np.add.at(sums, (np.array(rows)[sample_of_L], np.array(columns)[sample_of_L]), values)
+
+
+@contextlib.contextmanager
+def _about_any_count(model: PreTrainedModel) -> Iterator[None]:
+    """Within this context the model does not mention that a count was not trained: that is the point of trying it."""
+    logger = logging.getLogger(type(model).__module__)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def figures(sums: np.ndarray, tasks: Sequence[str], names: Sequence[str]) -> dict:
