@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from .index import Index
 from .problems import BadSample, Limits
 from .processor import Processor
 from .sample import Sample, first_messages, parse_sample
-from .shards import Shard, read_sample
+from .shards import Shard
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ class PackDataset(Dataset):
         self.limits = limits
         self.plan_of: Callable[[list[int]], Any] | None = None
         """Set before the workers start: tile counts -> the plan of their pooling, which batches then carry."""
-        self._files: dict[Shard, BinaryIO] = {}
+        self._files: dict[Shard, Any] = {}
 
     def sample(self, sample_id: int, num_messages: int = 0) -> Sample:
         """One parsed sample by id; with `num_messages` the conversation ends after so many."""
         shard, offset, num_bytes = self._place(sample_id)
-        sample = parse_sample(read_sample(self._open(shard), offset, num_bytes, shard, self.limits), where=shard)
+        sample = parse_sample(shard.read(self._open(shard), offset, num_bytes, self.limits), where=shard)
         return first_messages(sample, int(num_messages)) if num_messages else sample
 
     def name_of(self, sample_id: int) -> str:
@@ -179,12 +179,12 @@ class PackDataset(Dataset):
             return index.text_of_cut(own, num_messages)
         return int(index.text_tokens[own]), int(index.num_tiles[own])
 
-    def _open(self, shard: Shard) -> BinaryIO:
+    def _open(self, shard: Shard) -> Any:
         if shard not in self._files:
             if len(self._files) >= self.MAX_OPEN_SHARDS:
                 self._files.pop(next(iter(self._files))).close()
             try:
-                self._files[shard] = open(shard.local_file(), "rb")  # noqa: SIM115  kept open on purpose
+                self._files[shard] = shard.open()
             except OSError as error:
                 raise UserError(
                     f"{shard}: {error.strerror}; the shard was there when it was indexed: restore it or index again"
