@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from . import checkpoint, convert, generate, index, inspect, plan, validate
+from . import checkpoint, convert, generate, index, inspect, plan, report, validate
 from .launching import entry_point
 
 
@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     index.add_to(of_data)
     checkpoint.add_to(commands)
     plan.add_to(commands)
+    report.add_to(commands)
     return top
 
 
