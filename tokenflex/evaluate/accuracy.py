@@ -21,6 +21,7 @@ from ..layout import RunLayout
 from ..model import TokenFlexProcessor
 from ..model.generation import greedy
 from ..parallel import Ranks
+from ..telemetry.bar import Bar
 from .questions import read_questions
 from .report import EvaluationRecord, accuracy_table, plot_accuracy
 
@@ -63,7 +64,10 @@ def evaluate_run(
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(ranks.device).eval()
     model.generation_config = greedy(model.generation_config)
     processor = AutoProcessor.from_pretrained(folder)
-    right, asked = evaluate_model(model, processor, samples[ranks.rank :: ranks.num_ranks], config.evaluate, say)
+    own = samples[ranks.rank :: ranks.num_ranks]
+    num_asked = sum(len(config.evaluate.num_visual_tokens) if sample.images else 1 for sample in own)
+    with Bar(num_asked, "evaluate", "answers of this rank", say, ranks.is_main) as bar:
+        right, asked = evaluate_model(model, processor, own, config.evaluate, bar.update)
     accuracy, totals = _over_ranks(right, asked, config.evaluate.num_visual_tokens, ranks)
     if ranks.is_main:
         record: EvaluationRecord = {
@@ -93,11 +97,12 @@ def evaluate_model(
     processor: TokenFlexProcessor,
     samples: Sequence[Sample],
     settings: EvaluateConfig,
-    say: Callable[[str], None] = lambda text: None,
+    on_answers: Callable[[int], None] = lambda number: None,
 ) -> tuple[Hits, Hits]:
     """Right answers and questions asked, as two counters over (task, count).
 
-    Samples without an image are asked once and counted at every count. `settings` is the configuration's evaluate section.
+    Samples without an image are asked once and counted at every count. `settings` is the configuration's evaluate section;
+    `on_answers` is told how many more answers there are.
     """
     logging.getLogger(type(model).__module__).setLevel(logging.ERROR)  # untrained counts are the point of the table
     right: Hits = Counter()
@@ -105,7 +110,11 @@ def evaluate_model(
     for with_images in (True, False):
         group = [sample for sample in samples if bool(sample.images) == with_images]
         for count in settings.num_visual_tokens if with_images else settings.num_visual_tokens[:1]:
-            found = hits(model, processor, group, count, settings)
+            found: list[bool] = []
+            for begin in range(0, len(group), settings.batch_size):
+                batch = group[begin : begin + settings.batch_size]
+                found += hits(model, processor, batch, count, settings)
+                on_answers(len(batch))
             for shown in (count,) if with_images else settings.num_visual_tokens:
                 for sample, hit in zip(group, found):
                     asked[sample.task, shown] += 1
@@ -121,19 +130,15 @@ def hits(
     settings: EvaluateConfig,
     **options: Any,
 ) -> list[bool]:
-    """Per sample, whether its last message is answered exactly at `count` visual tokens; `options` are `generate`'s."""
-    found: list[bool] = []
-    for begin in range(0, len(samples), settings.batch_size):
-        batch = samples[begin : begin + settings.batch_size]
-        prompts = [sample.messages_with_images()[:-1] for sample in batch]
-        inputs = processor.apply_chat_template(
-            prompts, tokenize=True, add_generation_prompt=True, num_visual_tokens=count
-        ).to(model.device)
-        output = model.generate(**inputs, max_new_tokens=settings.max_new_tokens, do_sample=False, **options)
-        answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        expected = ["".join(item["text"] for item in sample.messages[-1]["content"]) for sample in batch]
-        found += map(exact_match, answers, expected)
-    return found
+    """Per sample of a batch, whether its last message is answered exactly at `count` visual tokens; `options` are `generate`'s."""
+    prompts = [sample.messages_with_images()[:-1] for sample in samples]
+    inputs = processor.apply_chat_template(
+        prompts, tokenize=True, add_generation_prompt=True, num_visual_tokens=count
+    ).to(model.device)
+    output = model.generate(**inputs, max_new_tokens=settings.max_new_tokens, do_sample=False, **options)
+    answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    expected = ["".join(item["text"] for item in sample.messages[-1]["content"]) for sample in samples]
+    return list(map(exact_match, answers, expected))
 
 
 def _over_ranks(

@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 import yaml
@@ -28,6 +29,7 @@ from ..plan.planner import PLANNER_VERSION
 from ..telemetry.flops import model_flops
 from ..telemetry.peaks import peak_flops
 from ..telemetry.sinks import Sink, check_sinks, open_sinks
+from ..telemetry.stages import stage
 from .answers import Answers
 from .bad_samples import BadSampleLog
 from .changes import check_changes
@@ -37,8 +39,9 @@ from .loss import fused_loss_head
 from .metric_log import EventLog, MetricLog, SampleTrace
 from .metrics import Metrics
 from .objective import Objective
-from .observers import Observer, StepFigures
+from .observers import FirstStep, Observer, StepFigures
 from .optimizer import make_adamw, parameter_groups
+from .profiling import ProfilePlan, Profiler
 from .progress import Progress
 from .schedule import Schedule
 from .start import other_run, start
@@ -56,6 +59,7 @@ def run_training(
     *,
     fresh: bool = False,
     accept_new_data: bool = False,
+    profiled: ProfilePlan | None = None,
     say: Callable[[str], None] = print,
 ) -> bool:
     """Train (or go on training) a configured run and export its model.
@@ -69,6 +73,7 @@ def run_training(
         ds_config: DeepSpeed's, from `parallel.load_ds_config`.
         fresh: begin anew, removing the run's checkpoints.
         accept_new_data: go on with other data than the checkpoints', from the next epoch.
+        profiled: steps to profile, or None.
         say: prints on rank 0.
 
     Raises:
@@ -77,7 +82,7 @@ def run_training(
     layout = RunLayout.of(config)
     failpoints.enter(ranks.rank)
     with StopRequest() as stop, SoleWriter(layout, ranks), watched(layout, config.train, ranks) as heartbeat:
-        run = Run(recipe, config, ds_config, ranks, heartbeat, say)
+        run = Run(recipe, config, ds_config, ranks, heartbeat, say, profiled=profiled)
         run.prepare(fresh, accept_new_data)
         run.build()
         run.resume()
@@ -122,8 +127,11 @@ class Run:
         ranks: Ranks,
         heartbeat: Heartbeat,
         say: Callable[[str], None] = print,
+        *,
+        profiled: ProfilePlan | None = None,
     ):
         self.recipe, self.config, self.ranks, self.heartbeat, self.say = recipe, config, ranks, heartbeat, say
+        self.profiled = profiled
         self.layout = RunLayout.of(config)
         self.grad_accum_steps = grad_accum_steps(config, ranks.num_ranks)
         self.precision = _precision(config.train.precision, ranks.device)
@@ -132,6 +140,9 @@ class Run:
         self.metrics = Metrics()
         self.stop: StopRequest | None = None
         self.record_event = EventLog(self.layout, ranks)
+
+    def _stage(self, name: str, what: str) -> AbstractContextManager[None]:
+        return stage(name, what, self.say)
 
     def prepare(self, fresh: bool = False, accept_new_data: bool = False) -> None:
         """The run's folder, its data: processor, indexes, planner, data set.
@@ -142,6 +153,8 @@ class Run:
         source_configs(self.config.data)  # a run without data is refused before anything else
         check_sinks(self.config.train)
         check_validation(self.config)
+        if self.profiled:
+            self.profiled.check(self.config.train.num_steps, self.ranks.num_ranks)
         for line in self.ranks.on_main(lambda: prepare_folder(self.layout, self.recipe, fresh)):
             self.say(line)
         # reads the newest checkpoint's bytes while the model is being built
@@ -158,8 +171,12 @@ class Run:
         self._accepts_new_data = accept_new_data
         self._data_before = json.loads(identity.read_text()) if identity and identity.exists() else None
         date = self._data_before["render_date"] if self._data_before else ""
-        self.data = open_data(self.config, processor, self.ranks, self.say, date)
-        self.held_out = open_held_out(self.config, processor, self.ranks, self.say) if evaluate.every else None
+        with self._stage("prepare", "shards, their index and the plan"):
+            self.data = open_data(self.config, processor, self.ranks, self.say, date)
+        self.held_out = None
+        if evaluate.every:
+            with self._stage("held out", "samples to validate on"):
+                self.held_out = open_held_out(self.config, processor, self.ranks, self.say)
 
     def build(self) -> None:
         """The model, under the engine, and what a step minimises."""
@@ -167,7 +184,8 @@ class Run:
         torch.manual_seed(config.train.seed)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         loading = functools.partial(parallel.sharded_loading, self.ds_config)
-        model = build_model(config.model, config.budget, self.data.processor, dtype, loading, parallel.gathered)
+        with self._stage("build", f"the model, of {_part(config.model.vision)} and {_part(config.model.text)}"):
+            model = build_model(config.model, config.budget, self.data.processor, dtype, loading, parallel.gathered)
         if model.num_added_tokens and not config.optimizer.text.train:
             self.say(
                 f"note      {model.num_added_tokens} added tokens stay at the mean of the others: optimizer.text.train=false"
@@ -175,7 +193,8 @@ class Run:
         groups = parameter_groups(model, config.optimizer)
         num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         self.rates = Schedule([group["lr"] for group in groups], config.train.num_steps, config.optimizer)
-        self.engine = parallel.Engine(model, make_adamw(groups, config.optimizer), self.ds_config, self.ranks)
+        with self._stage("engine", "gradients and optimizer, laid out over the ranks"):
+            self.engine = parallel.Engine(model, make_adamw(groups, config.optimizer), self.ds_config, self.ranks)
         projector, on_device = self.engine.model.projector, torch.empty(0, device=self.ranks.device)
         self.data.dataset.plan_of = projector.plan_maker(self.engine.model.patch_grid, on_device)
         if self.held_out:
@@ -189,7 +208,8 @@ class Run:
         )
         if config.model.probe:
             self.heartbeat.phase("probe", config.train.startup_timeout_s)
-            probe(self.engine.model, self.engine, self.ranks.device, config.data.pack_length)
+            with self._stage("probe", "whether the parts do in a pack what they do alone"):
+                probe(self.engine.model, self.engine, self.ranks.device, config.data.pack_length)
         head = fused_loss_head(self.engine.model.language_model, config.train.fused_loss, self.ranks.device)
         self.objective = Objective(self.engine, self.data.processor.image_processor.normalised, head)
 
@@ -205,11 +225,13 @@ class Run:
             name_of=self.data.dataset.name_of,
             say=self.say,
         )
-        start(self.state, self.layout, self.config.train.resume_from, self._check)
+        with self._stage("resume", "looking for a checkpoint, and loading it"):
+            start(self.state, self.layout, self.config.train.resume_from, self._check)
         self.state.progress.data = self.data.identity["digest"]
         data, counts = self.config.data, self.config.budget.num_visual_tokens
         shapes = shapes_of(counts, data.max_images_per_pack * data.packs_per_micro_batch)
-        choices = settle(self.engine.model, shapes, self.ranks, self.state.progress.kernel_choices)
+        with self._stage("kernels", "their configurations for these shapes"):
+            choices = settle(self.engine.model, shapes, self.ranks, self.state.progress.kernel_choices)
         self.state.progress.kernel_choices = choices
         self.ranks.on_main(lambda: write_whole(self.layout.data, json.dumps(self.data.identity, indent=1)))
         first = next(self.data.planner.steps_from(self.state.progress.data_position()))
@@ -249,6 +271,10 @@ class Run:
         if self.ranks.is_main:
             observers.append(MetricLog(sinks, config.train.num_steps, step, self._peak_flops()))
         observers.append(BadSampleLog(self.layout, self.state, data.max_bad_fraction))
+        if self.profiled and self.ranks.rank in self.profiled.ranks:
+            folder, limit_s = self.layout.profile, config.train.startup_timeout_s
+            observers.append(Profiler(self.profiled, folder, self.ranks.device, self.heartbeat, limit_s, self.say))
+        observers.append(FirstStep(self.say))
         return observers
 
     def _validation(self, held_out: HeldOut, sinks: list[Sink]) -> Validation:
@@ -318,6 +344,11 @@ class Run:
     def close(self) -> None:
         """Free what the engine holds; the process group stays."""
         self.engine.close()
+
+
+def _part(part: str | dict) -> str:
+    """A part of the recipe in a word or two."""
+    return part if isinstance(part, str) else f"{part.get('model_type', 'a part')} from scratch"
 
 
 def _precision(wanted: str, device: torch.device) -> str:

@@ -19,6 +19,7 @@ from ..data import batch_loader
 from ..data.collate import PackedBatch
 from ..data.held_out import HeldOut
 from ..errors import UserError
+from ..telemetry.bar import Bar
 from ..telemetry.names import TEXT, VALIDATION
 from ..telemetry.sinks import Sink
 from .answers import Answers
@@ -118,7 +119,8 @@ class Validation(Observer):
         for sink in self.sinks:
             sink.write(record, VALIDATION)
         counts = " ".join(f"{name}:{loss:.3f}" for name, loss in record["loss_per_count"].items())
-        self.state.say(f"validate  step {progress.step}: loss {record['loss']:.4f} | per count {counts}")
+        right = f" | answers {100 * _mean(accuracy):.1f} %" if accuracy else ""
+        self.state.say(f"validate  step {progress.step}: loss {record['loss']:.4f} | per count {counts}{right}")
 
     def _sums(self) -> np.ndarray | None:
         """[tasks, counts, 2] sums of weighted losses and of weights over all ranks; None where the run is to stop."""
@@ -126,6 +128,7 @@ class Validation(Observer):
         sums = np.zeros((len(self.tasks), len(self.names), 2))
         plans = self.held_out.plans(ranks.rank, ranks.num_ranks)
         batches = batch_loader(self.held_out.dataset, plans, data.num_workers, ranks.device.type == "cuda")
+        bar = Bar(self.held_out.num_plans(ranks.num_ranks), "validate", "packs", self.state.say, ranks.is_main)
         try:
             for plan, batch in batches:
                 self.state.heartbeat.phase("validate", self.config.train.startup_timeout_s)
@@ -133,8 +136,10 @@ class Validation(Observer):
                 if must_stop:
                     return None
                 self._add(sums, plan.sample_ids, batch)
+                bar.update()
         finally:
             batches.close()
+            bar.close()
         return ranks.all_reduce_sum(torch.from_numpy(sums).flatten()).cpu().numpy().reshape(sums.shape)
 
     @torch.no_grad()
@@ -160,6 +165,12 @@ def _about_any_count(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+def _mean(accuracy: dict[str, dict[str, float]]) -> float:
+    """Over tasks and counts alike."""
+    shares = [share for row in accuracy.values() for share in row.values()]
+    return sum(shares) / len(shares)
 
 
 def figures(sums: np.ndarray, tasks: Sequence[str], names: Sequence[str]) -> dict:
