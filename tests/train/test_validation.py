@@ -14,13 +14,8 @@ from tokenflex.errors import UserError
 from tokenflex.train.answers import rounds
 from tokenflex.train.validation import check_validation, figures
 
-VALIDATED = [
-    "train.num_steps=6",
-    "evaluate.every=2",
-    "evaluate.answers=true",
-    "train.save_every=2",
-    "train.keep_checkpoints=1",
-]
+PLAIN = ["train.num_steps=6", "model.text.attention_dropout=0", "model.vision.attention_dropout=0"]
+VALIDATED = [*PLAIN, "evaluate.every=2", "evaluate.answers=true", "train.save_every=2", "train.keep_checkpoints=1"]
 
 
 def lines(folder, name="validation.jsonl"):
@@ -31,7 +26,7 @@ def lines(folder, name="validation.jsonl"):
 def two_ranks(tmp_path_factory, forge):
     """A run that validates, on two ranks of ZeRO-3."""
     folder = tmp_path_factory.mktemp("two")
-    job = forge.done(folder, 2, *VALIDATED, "train.keep_best=1", "train.tensorboard=true")
+    job = forge.done(folder, 2, *VALIDATED, "train.keep_best=1", "train.tensorboard=true", timeout_s=280)
     return folder, job.output
 
 
@@ -39,7 +34,7 @@ def two_ranks(tmp_path_factory, forge):
 def killed(tmp_path_factory, forge):
     """The same on one rank, killed between its second validation and the save after it, and gone on with."""
     folder = tmp_path_factory.mktemp("killed")
-    job = forge(folder, 1, *VALIDATED, faults="kill@snapshot,step=4")
+    job = forge(folder, 1, *VALIDATED, faults="kill@snapshot,step=4", timeout_s=280)
     assert job.statuses == [-9] and [line["step"] for line in lines(folder)] == [2, 4], job.output[-2000:]
     forge.done(folder, 1, *VALIDATED)
     return folder

@@ -13,7 +13,7 @@ WIDTH, HEIGHT = 1000.0, 240.0
 MAX_POINTS = 800
 """Points of a curve; longer ones show the mean of as many stretches."""
 MARGIN = 0.06
-NUM_COLORS = 8
+NUM_COLORS = 10
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,9 @@ def line_chart(title: str, series: Sequence[Series], unit: str = "", note: str =
 
 
 def share_bar(title: str, rows: Mapping[str, Mapping[str, float]], unit: str = "s") -> str:
-    """One bar per row (a run), cut in shares by name."""
+    """One bar per row (a run), cut in shares by name; nothing without rows."""
+    if not rows:
+        return ""
     names = list(dict.fromkeys(name for parts in rows.values() for name in parts))
     color = {name: position % NUM_COLORS for position, name in enumerate(names)}
     bars = ""
@@ -94,7 +96,9 @@ def share_bar(title: str, rows: Mapping[str, Mapping[str, float]], unit: str = "
         + "</li>"
         for name in names
     )
-    return f'<figure><figcaption>{escape(title)}</figcaption>{bars}<ul class="legend">{shares}</ul></figure>'
+    return (
+        f'<figure class="wide"><figcaption>{escape(title)}</figcaption>{bars}<ul class="legend">{shares}</ul></figure>'
+    )
 
 
 def number(value: float) -> str:

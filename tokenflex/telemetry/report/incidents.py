@@ -4,7 +4,6 @@ import base64
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 from ...config import DataConfig
 from ...data import Limits
@@ -75,27 +74,22 @@ def _skipped(event: Record, limits: Limits) -> str:
 
 def _bad_samples(records: Sequence[Record], limits: Limits) -> str:
     """How many for which reason, and the first of them with their pictures, each sample once."""
-    reasons = Counter(str(record.get("reason")) for record in records)
+    reasons = Counter(record["reason"] for record in records)
     rows = [[reason, REASONS.get(reason, ""), count] for reason, count in reasons.most_common()]
-    once = {(str(r.get("shard")), str(r.get("key")), r.get("offset")): r for r in reversed(records)}
-    firsts = sorted(once.values(), key=lambda record: record.get("step", 0))[:MAX_SHOWN]
+    once = {(r["shard"], r["key"], r["offset"]): r for r in reversed(records)}
+    firsts = sorted(once.values(), key=lambda record: record["step"])[:MAX_SHOWN]
     articles = "".join(
         _article(
-            str(record.get("key") or "key not known"),
-            [f"{record.get('reason')}: {record.get('detail')}", f"{record.get('shard')}, byte {record.get('offset')}"],
-            pictures_at(str(record.get("shard")), _offset(record), str(record.get("key") or ""), limits),
-            f"met at step {record.get('step')} by rank {record.get('rank')}",
+            record["key"] or "key not known",
+            [f"{record['reason']}: {record['detail']}", f"{record['shard']}, byte {record['offset']}"],
+            pictures_at(record["shard"], record["offset"], record["key"], limits),
+            f"met at step {record['step']} by rank {record['rank']}",
         )
         for record in firsts
     )
     more = f", the first {len(firsts)} shown" if len(once) > len(firsts) else ""
     head = f"<p class='lead'>Bad samples: {len(records)} met, {len(once)} different{more}. Each was filled in with tokens that teach nothing.</p>"
     return f"{head}{table(['reason', 'what it means', 'met'], rows, num_text=2)}<div class='samples'>{articles}</div>"
-
-
-def _offset(record: Record) -> int:
-    offset: Any = record.get("offset")
-    return offset if isinstance(offset, int) else -1
 
 
 def _article(title: str, lines: Sequence[str], pictures: Sequence[bytes], note: str = "") -> str:

@@ -3,12 +3,12 @@
 Whatever comes from the run's files is escaped, and the page's policy lets it run its own script only and reach no network.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
+from ...config import RunConfig
 from ...errors import UserError
 from ...files import write_whole
 from ..names import TEXT
@@ -38,13 +38,13 @@ def render_page(runs: Sequence[RunRecord]) -> str:
     sections = [
         ("", _cards(runs, names)),
         ("Loss", _grid(_loss_charts(runs, names))),
-        ("Accuracy", "".join(accuracy_table(run, name) for run, name in zip(runs, names))),
-        ("Validation", "".join(validation_table(run, name) for run, name in zip(runs, names))),
+        ("Accuracy", _pair(accuracy_table, runs, names)),
+        ("Validation", _pair(validation_table, runs, names)),
         ("Speed, and where time went", _grid(_speed_charts(runs, names))),
         ("Packs and ranks", _grid(_balance_charts(runs, names))),
         ("Optimisation", _grid(_optimizer_charts(runs, names))),
         ("Skipped steps and bad samples", "".join(incidents(run, name) for run, name in zip(runs, names))),
-        ("Checkpoints", "".join(checkpoint_table(run, name) for run, name in zip(runs, names))),
+        ("Checkpoints", _pair(checkpoint_table, runs, names)),
         ("Versions", _versions(runs, names)),
         ("The recipe as run", _recipes(runs, names)),
     ]
@@ -67,6 +67,12 @@ def _names(runs: Sequence[RunRecord]) -> list[str]:
     """Names that tell the runs apart."""
     names = [run.name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
+
+
+def _pair(made: Callable[[RunRecord, str], str], runs: Sequence[RunRecord], names: Sequence[str]) -> str:
+    """A table of each run beside the other's."""
+    tables = [text for run, name in zip(runs, names) if (text := made(run, name))]
+    return f'<div class="pair">{"".join(f"<div>{text}</div>" for text in tables)}</div>' if tables else ""
 
 
 def _grid(figures: Iterable[str]) -> str:
@@ -182,7 +188,7 @@ def _slowest(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     for run, name in zip(runs, names):
         works = [record["work_s"] for record in run.metrics if isinstance(record.get("work_s"), Mapping)]
         ranks = [work.get("rank") for work in works]
-        if ranks:
+        if len(set(ranks)) > 1 or any(work["max"] > 1.001 * work["mean"] for work in works):
             often = max(set(ranks), key=ranks.count)
             excess = sum(work["max"] / work["mean"] - 1 for work in works if work.get("mean")) / len(works)
             said.append(
@@ -232,7 +238,7 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, str]]:
     rates = sorted(value for _, value in _points(metrics, "tokens_per_s"))
     yield "tokens per second, median", number(rates[len(rates) // 2]) if rates else "-"
     used = sorted(value for _, value in _points(metrics, "mfu"))
-    yield "MFU, median", f"{100 * used[len(used) // 2]:.1f} %" if used else "not known here"
+    yield "MFU, median", f"{100 * used[len(used) // 2]:.1f} %" if used else "-"
     yield "skipped steps", str(last.get("num_skipped_steps", 0))
     yield "bad samples met", str(len(run.bad_samples))
     good = [entry for entry in run.checkpoints if entry.manifest]
@@ -259,10 +265,14 @@ def _recipes(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
         keys = [key for key in dict.fromkeys([*first, *second]) if first.get(key) != second.get(key)]
         rows = [[key, first.get(key, "-"), second.get(key, "-")] for key in keys]
         parts.append(table(["differs", *names], rows, num_text=3))
+    defaults = flattened(RunConfig().model_dump(mode="json"))
     for run, name in zip(runs, names):
+        own = flattened(run.settings)
+        rows = [[key, value, defaults.get(key, "-")] for key, value in own.items() if defaults.get(key) != value]
         is_open = "" if len(runs) > 1 else " open"
-        text = f'<div class="panel"><pre>{escape(run.recipe)}</pre></div>'
+        chosen = table(["key", "value", "default"], rows, num_text=3)
+        whole = f'<details><summary>config.yaml, whole</summary><div class="panel"><pre>{escape(run.recipe)}</pre></div></details>'
         parts.append(
-            f"<details{is_open}><summary>{escape(name)}: {escape(str(Path('config.yaml')))}</summary>{text}</details>"
+            f"<details{is_open}><summary>{escape(name)}: what is not the default</summary>{chosen}</details>{whole}"
         )
     return "".join(parts)

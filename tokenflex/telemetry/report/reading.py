@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -72,7 +72,7 @@ def read_run(folder: str | PathLike) -> RunRecord:
         recipe = layout.config.read_text(encoding="utf-8", errors="replace")
         unread: list[str] = []
         bad = [
-            {**record, "rank": int(path.stem.rpartition("-")[2])}
+            _bad_sample(record, int(path.stem.rpartition("-")[2]))
             for path in sorted((layout.root / "bad-samples").glob("rank-[0-9]*.jsonl"))
             for record in _lines(path, unread)
         ]
@@ -81,8 +81,8 @@ def read_run(folder: str | PathLike) -> RunRecord:
             folder=layout.root,
             metrics=[record for record in _lines(layout.metrics, unread) if _is_number(record.get("step"))],
             validations=[record for record in _lines(layout.validation, unread) if _is_number(record.get("step"))],
-            events=_lines(layout.events, unread),
-            bad_samples=sorted(bad[:MAX_BAD_SAMPLES], key=lambda record: _number(record.get("step"))),
+            events=[event for event in _lines(layout.events, unread) if isinstance(event.get("event"), str)],
+            bad_samples=sorted(bad[:MAX_BAD_SAMPLES], key=lambda record: record["step"]),
             checkpoints=entries(layout.checkpoints),
             recipe=recipe,
             settings=_mapping(recipe),
@@ -131,12 +131,25 @@ def _accuracy(path: Path) -> Record | None:
     return found if isinstance(found, dict) and isinstance(found.get("accuracy"), dict) else None
 
 
-def _is_number(value: object) -> bool:
+def _bad_sample(record: Record, rank: int) -> Record:
+    """A record of a bad sample with every field of its type, whatever the file says."""
+    offset = record.get("offset")
+    texts = {name: str(record.get(name) or "") for name in ("shard", "key", "reason", "detail")}
+    step = record.get("step")
+    return {
+        **texts,
+        "step": step if _is_number(step) else 0,
+        "offset": offset if _is_whole(offset) else -1,
+        "rank": rank,
+    }
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> float:
-    return value if _is_number(value) else -1
 
 
 def flattened(settings: Record, prefix: str = "") -> dict[str, str]:
