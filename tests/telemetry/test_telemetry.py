@@ -73,7 +73,7 @@ def test_figures_per_count_sum_to_the_whole_however_a_step_is_cut(model, packs, 
     assert (
         sum(one["tokens_per_count"].values()) == whole.input_ids.shape[1] and min(one["tokens_per_count"].values()) > 0
     )
-    counts, losses = whole.counts[whole.learned_samples], Objective(model, normalise)(whole).token_losses
+    counts, losses = whole.counts[whole.learned_views], Objective(model, normalise)(whole).token_losses
     for name, count in (("text", 0), ("4", 4), ("12", 12)):
         chosen = counts == count
         mean = (losses * whole.weights)[chosen].sum() / whole.weights[chosen].sum()
@@ -96,7 +96,7 @@ def test_a_skipped_step_has_no_losses_and_its_seconds_count(model, packs, proces
 def test_learned_tokens_know_their_sample(packs):
     whole, _ = packs
     begins = whole.cu_seq_lens.tolist()
-    for place, sample in zip(whole.logits_positions.tolist(), whole.learned_samples.tolist()):
+    for place, sample in zip(whole.logits_positions.tolist(), whole.learned_views.tolist()):
         assert begins[sample] <= place < begins[sample + 1]
         assert place + 1 < begins[sample + 1], "the token that is predicted there is of the same sample"
 

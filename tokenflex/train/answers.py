@@ -36,7 +36,7 @@ def rounds(held_out: HeldOut, batch_size: int, num_ranks: int) -> list[list[Chun
     return found
 
 
-class Answers:
+class HeldOutAnswers:
     """`answers()` -> {task: {count: share of questions that are answered exactly}}, over all ranks; every rank calls it.
 
     Args:

@@ -48,6 +48,7 @@ NEXT = (
     "optimizer.vision.learning_rate",
     "optimizer.warmup_fraction",
     "optimizer.weight_decay",
+    "train.consistency",
     "train.loss_weighting",
     "train.max_bad_steps",
     "train.max_rollbacks",

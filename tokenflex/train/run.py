@@ -30,9 +30,10 @@ from ..telemetry.flops import model_flops
 from ..telemetry.peaks import peak_flops
 from ..telemetry.sinks import Sink, check_sinks, open_sinks
 from ..telemetry.stages import stage
-from .answers import Answers
+from .answers import HeldOutAnswers
 from .bad_samples import BadSampleLog
 from .changes import check_changes
+from .consistency import Consistency
 from .guarding import SoleWriter, watched
 from .kernel_choices import settle, shapes_of
 from .loss import fused_loss_head
@@ -211,7 +212,9 @@ class Run:
             with self._stage("probe", "whether the parts do in a pack what they do alone"):
                 probe(self.engine.model, self.engine, self.ranks.device, config.data.pack_length)
         head = fused_loss_head(self.engine.model.language_model, config.train.fused_loss, self.ranks.device)
-        self.objective = Objective(self.engine, self.data.processor.image_processor.normalised, head)
+        weight = config.train.consistency
+        terms = [Consistency(weight)] if weight else []
+        self.objective = Objective(self.engine, self.data.processor.image_processor.normalised, head, terms)
 
     def resume(self) -> None:
         """The state that the run begins with, and who is told what it does."""
@@ -284,7 +287,7 @@ class Run:
         answers = None
         if self.config.evaluate.answers:
             model, limit_s = self.engine.model, self.config.train.startup_timeout_s
-            answers = Answers(model, self.data.processor, held_out, self.config.evaluate, self.ranks, limit_s)
+            answers = HeldOutAnswers(model, self.data.processor, held_out, self.config.evaluate, self.ranks, limit_s)
         return Validation(self.config, held_out, self.objective, self.state, sinks, is_stopped, answers=answers)
 
     def _peak_flops(self) -> float | None:
@@ -390,7 +393,7 @@ def _layout_branched_from(recipe):
 def _check_plan(layout, plan, mend):
     if not layout.plan.exists():
         return
-    before = json.loads(layout.plan.read_text())
+    before = {**plan_settings(RunConfig()), **json.loads(layout.plan.read_text())}  # a key that is new had its default
     changed = sorted(key for key in {*plan, *before} if plan.get(key) != before.get(key))
     if changed == ["planner.version"]:
         mend = mend.replace("set it back", "take the release of tokenflex that made them")

@@ -72,7 +72,7 @@ class Telemetry(Observer):
             metrics.declare(f"seconds_per_step/{name}", "mean")
         for name in ("work_s", "memory_gb"):
             metrics.declare(name, "spread")
-        self._seconds = dict(heartbeat.seconds)
+        self._seconds: dict[str, float] | None = None  # until the first batch: what was before is a start, not a step
         self._begin_step()
 
     def _begin_step(self) -> None:
@@ -81,15 +81,17 @@ class Telemetry(Observer):
 
     def on_batch(self, step: int, batch: PackedBatch) -> None:
         add, flops = self.metrics.add, self.flops
+        if self._seconds is None:
+            self._seconds = dict(self.heartbeat.seconds)
         lengths = batch.cu_seq_lens.diff()
         group = np.searchsorted(self.counts, batch.counts.numpy())
         tokens = np.bincount(group, lengths.numpy(), len(self.names))
         for name, number in zip(self.names, tokens):
             add(f"tokens_per_count/{name}", number)
-        of_learned = group[batch.learned_samples.numpy()]
+        of_learned = group[batch.learned_views.numpy()]
         self._weights_G += np.bincount(of_learned, batch.weights.numpy(), len(self.names))
         num_tokens = batch.input_ids.shape[1]
-        vision = flops.vision(len(batch.tile_counts), batch.visual_positions.shape[0])
+        vision = flops.vision(len(batch.images), batch.visual_positions.shape[0])
         language = flops.language(num_tokens, num_pairs(lengths), batch.targets.shape[0])
         add("fill", num_tokens, self.pack_tokens)
         add("flops", vision + language)
@@ -97,7 +99,7 @@ class Telemetry(Observer):
         add("balance/language", language)
 
     def on_loss(self, batch: PackedBatch, loss: Loss) -> None:
-        is_of_GL = batch.counts[batch.learned_samples] == self.counts_G[:, None]
+        is_of_GL = batch.counts[batch.learned_views] == self.counts_G[:, None]
         self._losses_G += is_of_GL.float() @ (loss.token_losses.float() * batch.weights)
 
     def on_step(self, outcome: StepOutcome) -> None:
@@ -115,10 +117,10 @@ class Telemetry(Observer):
 
     def _new_seconds(self) -> dict[str, float]:
         """Seconds since the last call, by name."""
-        now = dict(self.heartbeat.seconds)
+        now, before = dict(self.heartbeat.seconds), self._seconds or {}
         new = dict.fromkeys([*PHASES.values(), "other"], 0.0)
         for phase, total in now.items():
-            new[PHASES.get(phase, "other")] += total - self._seconds.get(phase, 0.0)
+            new[PHASES.get(phase, "other")] += total - before.get(phase, 0.0)
         self._seconds = now
         return new
 

@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..telemetry.bar import Bar
 from ..telemetry.names import TEXT, VALIDATION
 from ..telemetry.sinks import Sink
-from .answers import Answers
+from .answers import HeldOutAnswers
 from .objective import Objective
 from .observers import Observer
 from .progress import Progress, StepOutcome
@@ -78,7 +78,7 @@ class Validation(Observer):
         sinks: Sequence[Sink],
         is_stopped: Callable[[], bool],
         *,
-        answers: Answers | None = None,
+        answers: HeldOutAnswers | None = None,
     ):
         self.config, self.held_out, self.objective, self.state = config, held_out, objective, state
         self.sinks, self.is_stopped, self.answers = sinks, is_stopped, answers
@@ -145,7 +145,7 @@ class Validation(Observer):
     @torch.no_grad()
     def _add(self, sums: np.ndarray, sample_ids: np.ndarray, batch: PackedBatch) -> None:
         """Run a pack and add its losses to `sums`; every rank has as many packs, some perhaps empty."""
-        sample_of_L, weights = batch.learned_samples.numpy(), batch.weights.double()
+        sample_of_L, weights = batch.learned_views.numpy(), batch.weights.double()
         _, losses_L = self.objective.token_losses(batch.to(self.state.engine.device))
         if not len(sample_of_L):
             return
