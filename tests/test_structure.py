@@ -14,12 +14,12 @@ LEVELS = [
     {"budget", "config"},
     {"plan"},
     {"data", "model", "parallel", "checkpoint"},
-    {"prepare", "corpus", "doctor"},
+    {"prepare", "corpus", "doctor", "telemetry"},
     {"train", "evaluate", "infer", "export"},
     {"study", "estimate"},
     {"cli", "slurm"},
 ]
-SIDEWAYS = {("train", "export"), ("evaluate", "export"), ("infer", "export")}
+SIDEWAYS = {("train", "export"), ("train", "evaluate"), ("evaluate", "export"), ("infer", "export")}
 """Rooms that may look into a neighbour of the same level."""
 
 

@@ -31,6 +31,7 @@ from .hub import hub_options
 from .image_processing_tokenflex import TokenFlexImageProcessor
 from .liger import apply_liger
 from .modeling_tokenflex import TokenFlexForConditionalGeneration
+from .pooling import sides_of
 from .processing_tokenflex import TokenFlexProcessor, default_template, missing_tokens
 from .template import check_template
 from .vision import patch_grid
@@ -54,7 +55,7 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
         model, budget: the configuration's sections.
 
     Raises:
-        UserError: no tokenizer, or one without chat template or image tokens.
+        UserError: no tokenizer, or one without chat template or image tokens; or counts that `resize` cannot pool to.
     """
     source = model.tokenizer or model.init_from or (model.text if isinstance(model.text, str) else "")
     if not source:
@@ -79,6 +80,8 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
     image_processor = TokenFlexImageProcessor(
         height, width, model.image_mean, model.image_std, max_tiles=model.max_tiles, thumbnail=model.thumbnail
     )
+    grid = _grid(vision_config(model), model.image_size)
+    check_counts(budget.num_visual_tokens, grid, model.pooling_mode, "budget.num_visual_tokens")
     start, token, end = model.image_tokens
     processor = TokenFlexProcessor(
         image_processor,
@@ -86,7 +89,7 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
         chat_template=template,
         chat_template_options=model.chat_template_options,
         num_visual_tokens=max(budget.num_visual_tokens),
-        patch_grid=_grid(vision_config(model), model.image_size),
+        patch_grid=grid,
         image_start_token=start,
         image_token=token,
         image_end_token=end,
@@ -318,7 +321,12 @@ def _check_same_model(model, config):
 
 def _pretrained(key, auto_class, config, dtype, model, loading):
     source = getattr(model, key.removeprefix("model."))
-    options = {"config": config, "dtype": dtype, "trust_remote_code": model.trust_remote_code, **hub_options(key, source)}
+    options = {
+        "config": config,
+        "dtype": dtype,
+        "trust_remote_code": model.trust_remote_code,
+        **hub_options(key, source),
+    }
     load = functools.partial(auto_class.from_pretrained, source, output_loading_info=True, **options)
     try:
         with loading():
@@ -420,6 +428,26 @@ def _made(key, source, make):
 def _loading_error(key, source, error):
     kind = "folder" if Path(source).exists() else "hub id or folder"
     return UserError(f"{key}: {kind} {source} cannot be loaded: {' '.join(str(error).split())[:300]}")
+
+
+def check_counts(counts: Iterable[int], grid: tuple[int, int], pooling_mode: str, key: str) -> None:
+    """See that pooling gives each of `counts` tokens of its own.
+
+    `resize` averages a grid that was stretched: above the patches there are, tokens would be made up between them.
+
+    Args:
+        grid: (rows, columns) of patches. key: of the recipe, that the counts come from.
+
+    Raises:
+        UserError: a count above the grid with `resize`.
+    """
+    for count in counts if pooling_mode == "resize" else ():
+        sides = sides_of(count, grid)
+        if sides[0] > grid[0] or sides[1] > grid[1]:
+            raise UserError(
+                f"{key}: {count} visual tokens are {sides[0]} x {sides[1]}, the image has {grid[0]} x {grid[1]} patches, and "
+                "model.pooling_mode=resize gives no more; leave the count out, raise model.image_size, or pool adaptive"
+            )
 
 
 def _grid(config, image_size):
