@@ -12,7 +12,7 @@ from .reading import RunRecord
 
 
 def table(
-    heads: Sequence[str], rows: Sequence[Sequence[Any]], num_text: int = 1, title: str = "", marked: Any = None
+    heads: Sequence[str], rows: Sequence[Sequence[Any]], num_text: int = 1, title: str = "", marked: int | None = None
 ) -> str:
     """An HTML table, everything in it escaped; the first `num_text` columns are text; the row `marked` stands out."""
 
