@@ -116,6 +116,14 @@ TRANSFORMERS ?= 5.24.0
 test-versions:
 	$(PYTHON) tests/versions.py --torch $(TORCH) --transformers $(TRANSFORMERS) $(ARGS)
 
+# lmms-eval itself over an export; of what it requires only what its registry and its base class import
+test-evaluators: $(VENV)/installed build/evaluators/installed
+	PYTHONPATH=build/evaluators $(BIN)/python -m pytest -q -rs -p no:cacheprovider tests/evaluate/test_harness.py $(ARGS)
+
+build/evaluators/installed:
+	$(BIN)/python -m pip install --quiet --no-deps --target build/evaluators lmms-eval==0.7.3 loguru==0.7.3 pytz
+	@touch $@
+
 # docs/models.md: every language model and vision encoder that transformers has, through the probe; some minutes
 models-table: $(VENV)/installed
 	$(BIN)/python tests/model/models_table.py $(ARGS)

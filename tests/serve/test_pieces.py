@@ -1,6 +1,6 @@
 """Laws of `TextPieces`: whatever the tokens and the stop texts, its pieces join to the answer, and none is taken back."""
 
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tokenflex.serve import TextPieces
@@ -13,7 +13,7 @@ def decode(ids):
     return bytes(ids).decode("utf-8", errors="replace")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(text=TEXTS, stop=st.lists(st.text(alphabet="ab\n\u2603", min_size=1, max_size=3), max_size=2))
 def test_pieces_join_to_the_answer_before_the_first_stop(text, stop):
     pieces, sent = TextPieces(decode, stop), ""

@@ -15,26 +15,12 @@ import time
 
 import openai
 import pytest
-import torch
 from conftest import ROOT
 from PIL import Image
 
-from tokenflex.export import export_model
 from tokenflex.infer import Generator
-from tokenflex.model import build_model
 
 QUESTION = "What is written?"
-
-
-@pytest.fixture(scope="module")
-def exported(tiny_config, processor, tmp_path_factory):
-    torch.manual_seed(3)
-    model = build_model(tiny_config.model, tiny_config.budget, processor, torch.float32)
-    with torch.no_grad():  # an untrained model repeats one token: this one does not
-        model.get_input_embeddings().weight.mul_(8)
-    folder = tmp_path_factory.mktemp("serve") / "tiny"
-    export_model(model, dict(model.state_dict()), processor, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +63,11 @@ class Server:
 
     def stop(self):
         self.process.send_signal(signal.SIGINT)
-        self.process.wait(20)
+        assert self.process.wait(90) == 0
 
 
 @pytest.fixture(scope="module")
-def server(exported, tmp_path_factory):
+def server(tiny_export, tmp_path_factory):
     limits = (
         "--max-new-tokens",
         "400",
@@ -92,15 +78,15 @@ def server(exported, tmp_path_factory):
         "--max-prompt-tokens",
         "600",
     )
-    server = Server(exported, tmp_path_factory.mktemp("log") / "log", *limits, "--max-image-pixels", "1000000")
+    server = Server(tiny_export, tmp_path_factory.mktemp("log") / "log", *limits, "--max-image-pixels", "1000000")
     yield server
     server.stop()
     assert "Traceback" not in server.log.read_text()
 
 
 @pytest.fixture(scope="module")
-def generator(exported):
-    return Generator(exported)
+def generator(tiny_export):
+    return Generator(tiny_export)
 
 
 def data_url(image):
@@ -310,11 +296,11 @@ def test_a_chunked_body_is_held_to_the_limit_too(server):
 
 
 @pytest.fixture(scope="module")
-def narrow(exported, tmp_path_factory):
+def narrow(tiny_export, tmp_path_factory):
     """A server with a key, a second per request, nobody waiting, and images from this machine."""
     options = ("--max-seconds", "1", "--max-waiting", "1", "--max-new-tokens", "100000", "--allow-urls", "127.0.0.1")
     folder = tmp_path_factory.mktemp("narrow")
-    server = Server(exported, folder / "log", *options, TOKENFLEX_API_KEY="secret")
+    server = Server(tiny_export, folder / "log", *options, TOKENFLEX_API_KEY="secret")
     yield server
     server.stop()
     assert "Traceback" not in server.log.read_text()

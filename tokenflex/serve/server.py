@@ -69,6 +69,7 @@ def _bound(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(128)  # whoever is told of it may connect at once
     except (OSError, OverflowError) as error:
         listener.close()
         why = getattr(error, "strerror", None) or error

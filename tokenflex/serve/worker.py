@@ -76,6 +76,7 @@ class Worker:
         self._generator, self._limits = generator, limits
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="answers")
         self._waiting = threading.BoundedSemaphore(limits.max_waiting + 1)
+        self._jobs: set[Job] = set()
 
     def submit(self, request: ChatRequest, tell: Callable[[Event], None]) -> Job:
         """Answer a request when its turn comes; `tell` is called from the worker's thread with each event.
@@ -88,15 +89,19 @@ class Worker:
                 f"{self._limits.max_waiting} requests wait already; try again later", 503, None, "busy"
             )
         job = Job(request, tell, self._limits.max_seconds)
+        self._jobs.add(job)
         self._pool.submit(self._answer, job).add_done_callback(lambda done: self._end(job, done))
         return job
 
     def close(self) -> None:
-        """Answer no more; what waits is dropped."""
+        """Answer no more: what waits is dropped, what is being answered ends with its next token."""
+        for job in list(self._jobs):
+            job.cancel()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _end(self, job: Job, done: "Future[None]") -> None:
         self._waiting.release()
+        self._jobs.discard(job)
         error = None if done.cancelled() else done.exception()
         if isinstance(error, RequestRefused):
             job.tell(Failed(error))
