@@ -23,11 +23,12 @@ def test_pieces_join_to_the_answer_before_the_first_stop(text, stop):
         if pieces.is_stopped:
             break
     sent += pieces.finish()
-    whole = text.strip()
     begun = text.lstrip()
-    places = [begun.find(end) for end in stop if end in begun]
+    ends = [begun.find(end) + len(end) for end in stop if end in begun]
+    seen = begun[: min(ends, default=None)]  # up to the stop that is whole first, no further text is asked for
+    places = [seen.find(end) for end in stop if end in seen]
     assert pieces.is_stopped == bool(places)
-    assert sent == pieces.text == (begun[: min(places)].rstrip() if places else whole)
+    assert sent == pieces.text == seen[: min(places, default=None)].rstrip()
 
 
 def test_what_cannot_become_a_stop_is_sent_at_once():

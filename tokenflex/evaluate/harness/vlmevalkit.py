@@ -68,20 +68,24 @@ def register(folder: str | os.PathLike, counts: Sequence[str], max_new_tokens: i
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Register, then run VLMEvalKit's program with the rest of the arguments and the names of our models."""
-    parser = argparse.ArgumentParser(description="Run VLMEvalKit on an exported model.")
+    parser = argparse.ArgumentParser(
+        description="Run VLMEvalKit on an exported model.",
+        epilog="Behind -- come arguments of run.py: -- --data MMStar",
+    )
     parser.add_argument("program", metavar="RUN.PY", help="run.py of VLMEvalKit")
     parser.add_argument("--pretrained", required=True, metavar="DIR", help="folder that training exported")
     parser.add_argument("--num-visual-tokens", required=True, metavar="N,N", help="counts: 64,144 or 8x12")
     parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help="of an answer")
-    parser.add_argument("rest", nargs="*", metavar="-- ...", help="arguments of run.py, such as -- --data MMStar")
-    arguments = parser.parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    end = given.index("--") if "--" in given else len(given)
+    arguments = parser.parse_args(given[:end])
     if not Path(arguments.program).is_file():
         raise SystemExit(f"error: {arguments.program}: no such file; give the run.py of VLMEvalKit")
     try:
         names = register(arguments.pretrained, arguments.num_visual_tokens.split(","), arguments.max_new_tokens)
     except ModuleNotFoundError as error:
         raise SystemExit(f"error: {error.name} is not installed; install VLMEvalKit from its repository") from None
-    sys.argv = [arguments.program, "--model", *names, *arguments.rest]
+    sys.argv = [arguments.program, "--model", *names, *given[end + 1 :]]
     runpy.run_path(arguments.program, run_name="__main__")
 
 
