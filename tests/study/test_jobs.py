@@ -40,7 +40,9 @@ def test_equal_tokens_are_reached_to_the_nearest_step(runs):
     for name in ("fixed-4", "fixed-12"):
         steps = jobs[name].num_steps
         sums = _tokens(runs, resolved, jobs[name], steps + 1)
-        assert abs(sums[steps - 1] - wanted) == min(abs(sums[place] - wanted) for place in (steps - 2, steps - 1, steps))
+        assert abs(sums[steps - 1] - wanted) == min(
+            abs(sums[place] - wanted) for place in (steps - 2, steps - 1, steps)
+        )
     assert jobs["fixed-4"].num_steps >= 12 >= jobs["fixed-12"].num_steps
 
 
