@@ -3,7 +3,21 @@
 import argparse
 from collections.abc import Sequence
 
-from . import checkpoint, convert, doctor, estimate, generate, index, inspect, plan, report, serve, simulate, validate
+from . import (
+    bench,
+    checkpoint,
+    convert,
+    doctor,
+    estimate,
+    generate,
+    index,
+    inspect,
+    plan,
+    report,
+    serve,
+    simulate,
+    validate,
+)
 from .launching import entry_point
 
 
@@ -30,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     simulate.add_to(commands)
     doctor.add_to(commands)
     report.add_to(commands)
+    bench.add_to(commands)
     return top
 
 
