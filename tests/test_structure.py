@@ -158,6 +158,7 @@ ANY = {
     "tokenflex/data/index/together.py:Alone.gather": "the same",
     "tokenflex/data/sample.py:parse_message": "JSON that nobody has looked at",
     "tokenflex/data/shards.py:Shard.read": "what the format's own `open` gives",
+    "tokenflex/serve/requests.py:counts_of": "JSON that nobody has looked at",
     "tokenflex/train/consistency.py:Consistency.__call__": "what a transformers model answers with",
     "tokenflex/train/objective.py:LossTerm.__call__": "the same",
 }

@@ -258,8 +258,14 @@ BAD = {
     "file": ({"messages": with_image("file:///etc/hostname")}, 400, "nothing was fetched"),
     "path": ({"messages": with_image("/etc/hostname")}, 400, "nothing was fetched"),
     "size": ({"messages": [{"role": "user", "content": "a" * 100_000}]}, 413, "more than 100000 bytes"),
+    "no content": ({"messages": [{"role": "user", "content": []}]}, 400, "messages.0.content: List should have"),
+    "half a character": ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "half of a character"),
+    "a long name": ({"messages": USER, "x" * 50_000: 1}, 400, "xxx..."),
+    "no number": ({"messages": USER, "temperature": float("nan")}, 400, "temperature: Input should be"),
     "no JSON": (b"{", 400, "the body is no JSON"),
-    "deep": (b"[" * 50_000, 400, "the body is no JSON"),
+    "deep": (b"[" * 50_000, 400, "nested too deeply"),
+    "deep counts": (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "num_visual_tokens": ' + b"[" * 990
+                    + b"]" * 990 + b"}", 400, ""),
     "a list": (b"[]", 400, "no JSON object"),
     "a vast number": (b'{"seed": 1' + b"0" * 5000 + b"}", 400, "the body is no JSON"),
 }  # fmt: skip
@@ -273,6 +279,7 @@ def test_a_wrong_request_is_told_in_one_line(name, server):
     error = json.loads(text)["error"]
     assert got == status and message in error["message"], text
     assert "\n" not in error["message"] and error["type"] == "invalid_request_error"
+    assert len(text) < 1000
 
 
 def test_the_clients_own_exceptions_come_of_it(server, pictures):

@@ -134,8 +134,7 @@ class TokenFlexProcessor(ProcessorMixin):
 
         Returns:
             `input_ids` and `attention_mask` [B, T], padded on the left; where there are images also `pixel_values` [tiles, 3,
-            H, W] and `num_tiles` [images]. With `return_text_replacement_offsets`, which servers that keep images apart ask
-            for, `visual_sides` [tiles, 3] in place of `num_tiles`; see the model's `get_image_features`.
+            H, W] and `num_tiles` [images], or with `return_text_replacement_offsets` `visual_sides` (see `_per_tile`).
 
         Raises:
             ValueError: the text has not one image tag per image; the message has both numbers.
@@ -169,7 +168,10 @@ class TokenFlexProcessor(ProcessorMixin):
         return batch
 
     def _per_tile(self, pixels, sides):
-        """Pixels of images with what the model must know of each in a row per tile: rows, columns, which tile it is."""
+        """Pixels of images with `visual_sides` [tiles, 3], rows, columns and which tile of its image, in place of `num_tiles`.
+
+        Engines that keep images apart cut every field by tiles; the model's `get_image_features` takes them so.
+        """
         tiles = [int(number) for number in pixels["num_tiles"]]
         rows = [[*side, tile] for side, number in zip(sides, tiles) for tile in range(number)]
         return {"pixel_values": pixels["pixel_values"], "visual_sides": rows}

@@ -37,10 +37,15 @@ class RequestRefused(UserError):
     """
 
     def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None):
-        super().__init__(" ".join(message.split()))
-        self.http_status, self.param, self.code = status, param, code
+        super().__init__(_short(" ".join(message.split()), 500))
+        self.http_status, self.param, self.code = status, param and _short(param, 100), code
 
     def body(self) -> dict[str, Any]:
         """The error object."""
         kind = "invalid_request_error" if self.http_status < 500 else "server_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def _short(text: str, longest: int) -> str:
+    """A text that may repeat what came, however long that was."""
+    return text if len(text) <= longest else text[: longest - 3] + "..."

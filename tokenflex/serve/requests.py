@@ -58,7 +58,7 @@ class _Image(_Strict):
 
 class _Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: list[Annotated[_Text | _Image, Field(discriminator="type")]]
+    content: list[Annotated[_Text | _Image, Field(discriminator="type")]] = Field(min_length=1)
     name: str | None = None
 
     @field_validator("content", mode="before")
@@ -108,7 +108,13 @@ def parse_request(data: bytes, model_name: str, limits: ServeLimits, hosts: Sequ
     Raises:
         RequestRefused: with what is wrong with it.
     """
-    body = _body(data)
+    try:
+        return _parsed(_body(data), model_name, limits, hosts)
+    except RecursionError:
+        raise RequestRefused("the body is nested too deeply") from None
+
+
+def _parsed(body: _Body, model_name: str, limits: ServeLimits, hosts: Sequence[str]) -> ChatRequest:
     if body.model != model_name:
         raise RequestRefused(
             f"model: {body.model!r} is not served here; {model_name!r} is", 404, "model", "model_not_found"
@@ -183,10 +189,15 @@ def _wrong_counts(value: Any, why: str) -> RequestRefused:
 def _body(data: bytes) -> _Body:
     try:
         fields = json.loads(data)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RequestRefused(f"the body is no JSON: {error}") from None
     if not isinstance(fields, dict):
         raise RequestRefused("the body is no JSON object")
+    if b"\\u" in data:  # an escape may be half of a character, which neither tokenizers nor answers can hold
+        try:
+            json.dumps(fields, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise RequestRefused("the body holds half of a character (a lone surrogate)") from None
     for name, neutral in NEUTRAL.items():
         value = fields.pop(name, None)
         if value is not None and value not in neutral:

@@ -48,7 +48,7 @@ class TokenFlexLmms(lmms):
         """An answer per request, in their order; those of equal settings are asked together, `batch_size` at a time."""
         answers = []
         for settings, batch in self._batches(requests):
-            conversations = [_conversation(*request.args, task_dict=self.task_dict) for request in batch]
+            conversations = [self._conversation(request) for request in batch]
             told = self.asker.answers(conversations, **_options(settings))
             for request, answer in zip(batch, told):
                 self.cache_hook.add_partial("generate_until", (request.args[0], settings), answer)
@@ -61,19 +61,17 @@ class TokenFlexLmms(lmms):
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         raise UserError("lmms-eval: tasks that score given answers are not asked; take the task's generating form")
 
+    def _conversation(self, request: Any) -> list[dict[str, Any]]:
+        """A document of a task as the processor takes it."""
+        _, to_messages, _, number, task, split = request.args
+        messages = to_messages(self.task_dict[task][split][number])
+        return [{"role": message["role"], "content": list(map(_item, message["content"]))} for message in messages]
+
     def _batches(self, requests: Sequence[Any]) -> Iterator[tuple[dict[str, Any], list[Any]]]:
         for _, group in groupby(requests, key=lambda request: repr(request.args[2])):
             some = list(group)
             for begin in range(0, len(some), self.batch_size):
                 yield some[begin].args[2], some[begin : begin + self.batch_size]
-
-
-def _conversation(
-    context: str, to_messages: Any, settings: Any, number: Any, task: str, split: str, task_dict: Any
-) -> list[dict[str, Any]]:
-    """A document of a task as the processor takes it."""
-    messages = to_messages(task_dict[task][split][number])
-    return [{"role": message["role"], "content": [_item(item) for item in message["content"]]} for message in messages]
 
 
 def _item(item: dict[str, Any]) -> dict[str, Any]:
