@@ -125,7 +125,7 @@ test-evaluators: $(VENV)/installed build/evaluators/installed
 	PYTHONPATH=build/evaluators $(BIN)/python -m pytest -q -rs -p no:cacheprovider tests/evaluate/test_harness.py $(ARGS)
 
 build/evaluators/installed:
-	$(BIN)/python -m pip install --quiet --no-deps --target build/evaluators lmms-eval==0.7.3 loguru==0.7.3 pytz
+	$(BIN)/python -m pip install --quiet --no-deps --target build/evaluators lmms-eval==0.7.3 loguru==0.7.3 pytz==2026.6
 	@touch $@
 
 # docs/models.md: every language model and vision encoder that transformers has, through the probe; some minutes

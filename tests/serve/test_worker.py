@@ -1,9 +1,12 @@
 """The worker's own laws, in this process: one request's failure is that request's, and what is left is answered."""
 
+import importlib.util
 import queue
+import socket
 
 import pytest
 
+from tokenflex import cli
 from tokenflex.infer import Generator
 from tokenflex.serve import RequestRefused, ServeLimits
 from tokenflex.serve.requests import ChatRequest
@@ -80,3 +83,27 @@ def test_one_that_nobody_waits_for_is_not_begun(worker):
     worker.submit(request(), second.put).cancel()
     running.cancel()
     assert isinstance(until_end(second)[0], Failed), "not one token of it was made"
+
+
+def test_a_server_that_cannot_start_says_why_in_one_line(tiny_export, tmp_path, monkeypatch, capsys):
+    """And before any weight is read: `Generator` is not reached."""
+    monkeypatch.setattr("tokenflex.infer.Generator", None)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for arguments, message in (
+            ([str(tmp_path)], f"error: {tmp_path}: no exported model there"),
+            ([str(tiny_export), "--port", port], f"error: --host 127.0.0.1 --port {port}: "),
+            ([str(tiny_export), "--host", "256.0.0.1"], "error: --host 256.0.0.1 --port 8000: "),
+            ([str(tiny_export), "--port", "70000"], "error: --host 127.0.0.1 --port 70000: "),
+        ):
+            assert cli.main(["serve", *arguments]) == 2
+            said = capsys.readouterr().err
+            assert message in said and said.count("\n") == 1
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: name != "uvicorn" and find(name, *more) or None
+    )
+    assert cli.main(["serve", str(tiny_export)]) == 2
+    assert "needs uvicorn, which is not installed: pip install 'tokenflex[serve]'" in capsys.readouterr().err
