@@ -57,7 +57,10 @@ def requirements():
     """What the project and its tests need, from pyproject.toml; Triton without its bound, which follows torch's."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *(line for name in ("quickstart", "mpi", "parquet", "dev") for line in extras[name])]
+    wanted = [
+        *project["dependencies"],
+        *(line for name in ("quickstart", "mpi", "parquet", "dev") for line in extras[name]),
+    ]
     return [line if name_of(line) != "triton" else "triton" for line in wanted]
 
 

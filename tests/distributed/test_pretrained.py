@@ -81,7 +81,9 @@ def test_added_image_tokens_grow_a_pretrained_model_at_every_stage(
         assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == is_tied
         for ours, theirs in pairs:
             assert torch.equal(ours.weight[:num_tokens], theirs.weight)
-            moved = (ours.weight[num_tokens:] - theirs.weight.mean(0)).abs().amax(-1)  # image start, placeholder, image end
+            moved = (
+                (ours.weight[num_tokens:] - theirs.weight.mean(0)).abs().amax(-1)
+            )  # image start, placeholder, image end
             if is_trained:
                 assert moved[0] > 1e-4 and moved[2] > 1e-4, moved
             else:

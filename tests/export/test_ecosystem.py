@@ -26,7 +26,9 @@ def picture(seed):
 
 
 def conversation(seed, answer="", question="What is it?"):
-    turns = [{"role": "user", "content": [{"type": "image", "image": picture(seed)}, {"type": "text", "text": question}]}]
+    turns = [
+        {"role": "user", "content": [{"type": "image", "image": picture(seed)}, {"type": "text", "text": question}]}
+    ]
     return turns + ([{"role": "assistant", "content": [{"type": "text", "text": answer}]}] if answer else [])
 
 
@@ -84,7 +86,9 @@ def inputs_alone(inputs):
 
 def test_the_pipeline_says_the_same_at_every_batch_size(folder):
     """Prompts of several lengths: padding is on the left, and a row's text does not depend on its neighbours."""
-    asked = [conversation(seed, question=text) for seed, text in ((1, "What?"), (2, "How many boxes are there?"), (3, "Why"))]
+    asked = [
+        conversation(seed, question=text) for seed, text in ((1, "What?"), (2, "How many boxes are there?"), (3, "Why"))
+    ]
     answer = pipeline("image-text-to-text", model=str(folder), processor=AutoProcessor.from_pretrained(folder))
     options = {"return_full_text": False}
     settings = {"do_sample": False, "max_new_tokens": 5}
@@ -119,11 +123,14 @@ def test_trls_trainer_takes_an_export(folder, tmp_path):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 2 and all(0 < loss < 20 for loss in losses) and losses[1] < losses[0]
     moved = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
-    assert any(name.startswith("vision_tower.") for name in moved) and any(name.startswith("projector.") for name in moved)
+    assert any(name.startswith("vision_tower.") for name in moved) and any(
+        name.startswith("projector.") for name in moved
+    )
 
 
 def text_only(messages):
     """TRL's form: content as text, images beside."""
     return [
-        {"role": turn["role"], "content": "".join(item.get("text", "") for item in turn["content"])} for turn in messages
+        {"role": turn["role"], "content": "".join(item.get("text", "") for item in turn["content"])}
+        for turn in messages
     ]

@@ -44,7 +44,9 @@ def main():
     if came["generation"] == "nowhere" or checkout:
         came["generation"] = fetch_generation(version, checkout)
         (HOME / "sources.json").write_text(json.dumps(came))
-    print(f"transformers {version}: mixins from its source distribution, the generation mixin from {came['generation']}")
+    print(
+        f"transformers {version}: mixins from its source distribution, the generation mixin from {came['generation']}"
+    )
 
 
 def sources():
@@ -78,7 +80,10 @@ def fetch_generation(version, checkout):
         with urllib.request.urlopen(REPOSITORY.format(version=version, name=name), timeout=TIMEOUT_S) as answer:
             put(name, answer.read().decode())
     except (urllib.error.URLError, TimeoutError) as error:
-        print(f"the generation mixin cannot be had from GitHub ({error}); name a checkout with CHECKOUT=...", file=sys.stderr)
+        print(
+            f"the generation mixin cannot be had from GitHub ({error}); name a checkout with CHECKOUT=...",
+            file=sys.stderr,
+        )
         return "nowhere"
     return f"GitHub, v{version}"
 

@@ -11,7 +11,6 @@ sys.path[:0] = [str(BUILD / "transformers_tests"), str(BUILD / "test_packages")]
 
 from tests.generation.test_utils import GenerationTesterMixin  # noqa: E402
 from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor  # noqa: E402
-
 from transformers.models.auto import modeling_auto  # noqa: E402
 
 from tokenflex.model import TokenFlexConfig, TokenFlexForConditionalGeneration, TokenFlexModel  # noqa: E402

@@ -116,7 +116,9 @@ def test_beams_over_embeddings_keep_each_rows_images():
     model, inputs = tiny(), prompts([[4], [6, 4]])
     wanted = model.generate(**inputs, num_beams=2, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
-    assert torch.equal(model.generate(inputs_embeds=embeds, **inputs, num_beams=2, max_new_tokens=4, do_sample=False), wanted)
+    assert torch.equal(
+        model.generate(inputs_embeds=embeds, **inputs, num_beams=2, max_new_tokens=4, do_sample=False), wanted
+    )
 
 
 def test_a_static_cache_gives_the_same_text():
@@ -124,7 +126,9 @@ def test_a_static_cache_gives_the_same_text():
     model, inputs = tiny(), prompts([[4], [6, 4]])
     wanted = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     assert model._can_compile_fullgraph
-    static = model.generate(**inputs, max_new_tokens=6, do_sample=False, cache_implementation="static", disable_compile=True)
+    static = model.generate(
+        **inputs, max_new_tokens=6, do_sample=False, cache_implementation="static", disable_compile=True
+    )
     assert torch.equal(static, wanted)
 
 

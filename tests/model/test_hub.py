@@ -89,9 +89,13 @@ def test_a_hub_out_of_reach(refused_address, tmp_path):
     assert f" model.vision: nobody/none is no folder here, and the hub {refused_address} cannot be reached" in said
     assert seconds < 5, "transformers itself takes 20 s and more per file"
     said, seconds = came["owner/cached"]
-    assert said.startswith("vit model.tokenizer: hub id or folder owner/cached cannot be loaded"), "its config alone is there"
+    assert said.startswith("vit model.tokenizer: hub id or folder owner/cached cannot be loaded"), (
+        "its config alone is there"
+    )
     assert seconds < 5
-    assert came["/no/such/folder"][0].startswith(" model.vision: /no/such/folder is no folder here, and no hub id either")
+    assert came["/no/such/folder"][0].startswith(
+        " model.vision: /no/such/folder is no folder here, and no hub id either"
+    )
 
 
 def test_a_hub_that_answers_no_or_not_at_all(hub_address, tmp_path):

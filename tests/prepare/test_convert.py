@@ -23,7 +23,6 @@ from tokenflex.prepare.convert import Options, convert
 from tokenflex.prepare.convert.records import convert_record
 from tokenflex.prepare.validate import validate
 
-
 PLAIN = Options(limits=Limits())
 
 
@@ -325,7 +324,13 @@ def test_hugging_face_parquet(tmp_path):
     parquet.write_table(pa.Table.from_pylist(chat), folder / "train-2.parquet")
     for workers in (1, 2):
         tally = convert(
-            "huggingface", tmp_path / "dataset", tmp_path / str(workers), samples_per_shard=6, num_workers=workers, options=PLAIN)
+            "huggingface",
+            tmp_path / "dataset",
+            tmp_path / str(workers),
+            samples_per_shard=6,
+            num_workers=workers,
+            options=PLAIN,
+        )
         samples = samples_of(tmp_path / str(workers))
         answers = [text_of(sample.messages[-1]) for sample in samples]
         assert answers == [f"number {i}" for i in range(23) if i not in (5, 9)] + ["me", "yes", "ok"]
@@ -346,7 +351,9 @@ def test_csv_rows(tmp_path, images):
         rows.writerow(["image", "question", "answer", "caption"])
         rows.writerows([["a.jpg", 'What, "then"?', "a\nbox", ""], ["a.jpg", "", "", "A dog."], ["", "1 + 1", "2", ""]])
     for name, workers in (("one", 1), ("two", 2)):
-        tally = convert("csv", path, tmp_path / name, images=images, samples_per_shard=2, num_workers=workers, options=PLAIN)
+        tally = convert(
+            "csv", path, tmp_path / name, images=images, samples_per_shard=2, num_workers=workers, options=PLAIN
+        )
         assert (tally.num_good, tally.num_skipped) == (3, 0)
     assert [p.read_bytes() for p in sorted((tmp_path / "one").glob("*.tar"))] == [
         p.read_bytes() for p in sorted((tmp_path / "two").glob("*.tar"))
@@ -385,7 +392,9 @@ def test_plain_webdataset_shards(tmp_path):
         writer.write({"__key__": "d", "jpg": picture(4)})
         writer.write({"__key__": "e", "txt": b"text \xff only", "jpg": picture(4)})
         writer.write({"__key__": "f", "2.jpg": picture(6), "10.jpg": picture(7), "txt": b"two boxes"})
-    tally = convert("webdataset", str(shard), tmp_path / "out", options=Options(limits=Limits(), caption_prompt="Say what it is."))
+    tally = convert(
+        "webdataset", str(shard), tmp_path / "out", options=Options(limits=Limits(), caption_prompt="Say what it is.")
+    )
     samples = samples_of(tmp_path / "out")
     assert [[text_of(m) for m in s.messages] for s in samples] == [
         ["[image]Say what it is.", "a red box"],

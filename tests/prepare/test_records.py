@@ -85,7 +85,13 @@ def test_what_people_have_is_read(name):
 
 COUNTED = {
     "the name of the image again": (
-        {"image": "x/a.jpg", "original_name": "a.jpg", "origin_url": "http://far.away/b.jpg", "question": "What?", "answer": "a box"},
+        {
+            "image": "x/a.jpg",
+            "original_name": "a.jpg",
+            "origin_url": "http://far.away/b.jpg",
+            "question": "What?",
+            "answer": "a box",
+        },
         ["[image]What?", "a box"],
     ),
     "an answer that is right": ({"question": "What?", "answer": "a box", "is_correct": True}, ["What?", "a box"]),
@@ -286,7 +292,9 @@ def answers(folder, out, **chosen):
 def test_configurations_that_folders_tell_do_not_mix_by_themselves(tmp_path):
     names = ["chart/train-0.parquet", "chart/test/0.parquet", "ocr/train-0.parquet", "data/train-0.parquet"]
     folder = parquet_set(tmp_path / "set", names)
-    held = r"several configurations: without a name \(1 files\), chart \(2 files\), ocr \(1 files\); .* --subset chart, or"
+    held = (
+        r"several configurations: without a name \(1 files\), chart \(2 files\), ocr \(1 files\); .* --subset chart, or"
+    )
     with pytest.raises(UserError, match=held):
         answers(folder, tmp_path / "none")
     with pytest.raises(UserError, match=r"several splits: test \(1 files\), train \(1 files\)"):
@@ -433,5 +441,8 @@ def test_splits_do_not_mix_by_themselves(tmp_path):
         convert("huggingface", tmp_path / "set", tmp_path / "none", options=Options(limits=Limits(), split="test"))
     for split, number in (("train", 2), ("validation", 1), ("all", 3)):
         assert (
-            convert("huggingface", tmp_path / "set", tmp_path / split, options=Options(limits=Limits(), split=split)).num_good == number
+            convert(
+                "huggingface", tmp_path / "set", tmp_path / split, options=Options(limits=Limits(), split=split)
+            ).num_good
+            == number
         )

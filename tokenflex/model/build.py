@@ -66,13 +66,9 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
         )
     if missing:
         tokenizer.add_special_tokens({"additional_special_tokens": missing})
-    height, width = model.image_size
-    image_processor = TokenFlexImageProcessor(
-        height, width, model.image_mean, model.image_std, max_tiles=model.max_tiles, thumbnail=model.thumbnail
-    )
     start, token, end = model.image_tokens
     processor = TokenFlexProcessor(
-        image_processor,
+        _image_processor(model),
         tokenizer,
         chat_template=template,
         chat_template_options=model.chat_template_options,
@@ -84,8 +80,17 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
     )
     check_template(processor)
     if processor.turn_end_id() in tokenizer.convert_tokens_to_ids(list(model.image_tokens)):
-        raise UserError(f"model.image_tokens {list(model.image_tokens)}: one of them ends a turn in the chat template; name others")
+        raise UserError(
+            f"model.image_tokens {list(model.image_tokens)}: one of them ends a turn in the template; name others"
+        )
     return processor
+
+
+def _image_processor(model):
+    height, width = model.image_size
+    return TokenFlexImageProcessor(
+        height, width, model.image_mean, model.image_std, max_tiles=model.max_tiles, thumbnail=model.thumbnail
+    )
 
 
 def _check_image_tokens(tokens, tokenizer):
@@ -99,7 +104,9 @@ def _check_image_tokens(tokens, tokenizer):
         other = next((name for name, value in used.items() if value == token), None)
         if not token.strip() or tokens.count(token) > 1 or other:
             what = f"is the tokenizer's {other}" if other else "is empty" if not token.strip() else "is there twice"
-            raise UserError(f"model.image_tokens: {token!r} {what}; name three tokens of their own, for begin, place and end")
+            raise UserError(
+                f"model.image_tokens: {token!r} {what}; name three tokens of their own, for begin, place and end"
+            )
 
 
 def _template(name, tokenizer, source):
@@ -216,9 +223,16 @@ def _composed(model, budget, processor, dtype, loading):
         language = _pretrained("model.text", AutoModelForCausalLM, text, dtype, model, loading)
     try:
         return TokenFlexForConditionalGeneration(config, vision_tower=tower, language_model=language).to(dtype)
-    except (*LOADING_ERRORS, ArithmeticError, RuntimeError, AssertionError) as error:  # sizes that no class checks by itself
+    except (
+        *LOADING_ERRORS,
+        ArithmeticError,
+        RuntimeError,
+        AssertionError,
+    ) as error:  # sizes that no class checks by itself
         parts = " and ".join(f"model.{part}" for part in ("vision", "text") if isinstance(getattr(model, part), dict))
-        raise UserError(f"{parts or 'model'}: cannot be built with these values ({type(error).__name__}: {_brief(error)})") from error
+        raise UserError(
+            f"{parts or 'model'}: cannot be built with these values ({type(error).__name__}: {_brief(error)})"
+        ) from error
 
 
 def _initialised_from(model, dtype, loading, hub):
@@ -255,7 +269,12 @@ def _check_same_model(model, config):
 
 def _pretrained(key, auto_class, config, dtype, model, loading):
     source = getattr(model, key.removeprefix("model."))
-    options = {"config": config, "dtype": dtype, "trust_remote_code": model.trust_remote_code, **hub_options(key, source)}
+    options = {
+        "config": config,
+        "dtype": dtype,
+        "trust_remote_code": model.trust_remote_code,
+        **hub_options(key, source),
+    }
     load = functools.partial(auto_class.from_pretrained, source, output_loading_info=True, **options)
     try:
         with loading():

@@ -62,7 +62,9 @@ def _problem(source):
     except HFValidationError:
         return "no hub id either (OWNER/MODEL); check the path"
     except OfflineModeIsEnabled:
-        return "HF_HUB_OFFLINE forbids asking the hub; load it into the cache beforehand (hf download), or name its folder"
+        return (
+            "HF_HUB_OFFLINE forbids asking the hub; load it into the cache beforehand (hf download), or name its folder"
+        )
     except EntryNotFoundError:
         return ""  # a repository without this one file
     except RepositoryNotFoundError:

@@ -40,7 +40,9 @@ CORRECT = ("correct", "is_correct", "is_valid", "valid", "is_right", "passed")
 WEIGHTS = ("weight", "loss", "loss_weight", "train", "trainable", "learn", "loss_mask")
 UNLEARNED = ("mask", "masked", "is_masked", "ignore_loss", "no_loss", "skip_loss")
 """Fields of a turn that say whether it is learned, or that it is not."""
-SPOKEN = frozenset(("question", "answer", "role", "content", "from", "value", "user", "assistant", "caption", "human", "gpt"))
+SPOKEN = frozenset(
+    ("question", "answer", "role", "content", "from", "value", "user", "assistant", "caption", "human", "gpt")
+)
 COLUMN_OPTION = re.compile(r"(?:(?:option|choice|opt)[_ ]?)?([a-hA-H])|(?:option|choice|opt)[_ ]?([0-9])")
 """Fields that hold one option of a multiple choice each."""
 BOOKKEEPING = frozenset(
@@ -185,9 +187,7 @@ def check_media(record: Fields) -> None:
             raise BadSample("media", f"the field {key!r} holds {value!r:.80}; only images are read")
 
 
-def check_unused(
-    record: Fields, used: set[str], said: str, where: str = "", shown: Sequence[object] = ()
-) -> list[str]:
+def check_unused(record: Fields, used: set[str], said: str, where: str = "", shown: Sequence[object] = ()) -> list[str]:
     """The names of fields that are neither used nor known as bookkeeping, to be counted; what is `said` anyway is not.
 
     Args:
@@ -207,8 +207,12 @@ def check_unused(
             raise BadSample(
                 "field", f"{where}the field {name!r} holds {value!r:.80}, which would not be said; put it into the text"
             )
-        if _is_image(value) and not (_are_names(_as_list(value)) and set(_base_names(_as_list(value))) <= set(_base_names(shown))):
-            raise BadSample("field", f"{where}the field {name!r} holds an image ({value!r:.60}) that would not be shown")
+        if _is_image(value) and not (
+            _are_names(_as_list(value)) and set(_base_names(_as_list(value))) <= set(_base_names(shown))
+        ):
+            raise BadSample(
+                "field", f"{where}the field {name!r} holds an image ({value!r:.60}) that would not be shown"
+            )
         if _are_turns(value):
             raise BadSample("field", f"{where}the field {name!r} holds turns ({value!r:.80}) that would not be said")
         if name.casefold() in CORRECT and value in (False, 0, "false", "False", "no"):

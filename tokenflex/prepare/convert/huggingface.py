@@ -108,6 +108,8 @@ def _patterns(config: Any) -> Iterable[tuple[str, list[str]]]:
     said = [said] if isinstance(said, (str, dict)) else said or []
     root = str(config.get("data_dir") or "").strip("/") if isinstance(config, dict) else ""
     for entry in said:
-        split, path = (str(entry.get("split", "train")), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
+        split, path = (
+            (str(entry.get("split", "train")), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
+        )
         paths = [path] if isinstance(path, str) else [each for each in path or [] if isinstance(each, str)]
         yield split, [f"{root}/{each}".strip("/").removeprefix("./") for each in paths]
