@@ -178,6 +178,96 @@ def test_a_batch_generates_what_its_prompts_do_alone(exported, processor):
         assert torch.equal(row, model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :])
 
 
+def encoder_calls(model):
+    """(the numbers of tiles that the encoder is called with from now on, the hook to remove)."""
+    calls = []
+    hook = model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(len((*args, *kwargs.values())[0])), with_kwargs=True
+    )
+    return calls, hook
+
+
+def test_features_stand_for_their_images_at_every_count(exported, processor):
+    """Answers, logits, beams and batches of uneven prompts are those of the pixels, and the encoder has run once."""
+    _, model = exported
+    model.language_model.set_attn_implementation("sdpa")
+    wide = ask(processor, images=2, num_visual_tokens=[12, 12])
+    wanted = {
+        count: model.generate(**wide, num_visual_tokens=count, num_beams=2, max_new_tokens=4, do_sample=False)
+        for count in (4, 7, (2, 5), 30)
+    }
+    with torch.no_grad():
+        logits = model(**wide).logits
+        calls, hook = encoder_calls(model)
+        once = {**wide, "pixel_values": model.encode_images(wide["pixel_values"])}
+        assert torch.equal(model(**once).logits, logits)
+    for count, answer in wanted.items():
+        again = model.generate(**once, num_visual_tokens=count, num_beams=2, max_new_tokens=4, do_sample=False)
+        assert torch.equal(again, answer), count
+    hook.remove()
+    assert calls == [2]
+
+
+def test_detail_of_pooling_travels_and_takes_a_plan(tiny_config, processor, tmp_path):
+    from tokenflex.export import export_model
+    from tokenflex.model import TokenFlexForConditionalGeneration
+
+    model = build(tiny_config, processor, pooling_detail="max")
+    model.projector.detail_share.data.uniform_(0, 1)
+    model.language_model.set_attn_implementation("sdpa")
+    inputs = ask(processor, images=2, num_visual_tokens=[12, 6])
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        model.projector.backend = "kernels"
+        plan = model.projector.plan_maker(model.patch_grid, torch.empty(0))([12, 6])
+        planned = model(**inputs, num_visual_tokens=[12, 6], pool_plan=plan).logits
+    torch.testing.assert_close(planned, wanted, rtol=1e-4, atol=1e-5)
+    export_model(
+        model, {**dict(model.named_parameters()), **dict(model.named_buffers())}, processor, tmp_path / "model"
+    )
+    again = TokenFlexForConditionalGeneration.from_pretrained(tmp_path / "model")
+    assert again.config.pooling_detail == "max" and torch.equal(
+        again.projector.detail_share, model.projector.detail_share
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_features_of_another_grid_are_refused(exported, processor):
+    _, model = exported
+    inputs = ask(processor)
+    for shape in ((1, 7, 32), (1, 64, 31)):
+        with pytest.raises(ValueError, match="came for images; wanted .* patches of width 32, as encode_images gives"):
+            model(**{**inputs, "pixel_values": torch.zeros(shape)})
+
+
+def test_a_generator_encodes_an_image_once_and_answers_as_ever(exported, processor, tmp_path):
+    from tokenflex.infer.generate import Generator
+
+    folder, _ = exported
+    paths = []
+    for number in range(3):
+        paths.append(tmp_path / f"{number}.png")
+        Image.effect_noise((64, 48), 60 + 10 * number).save(paths[-1])
+    asked = [
+        ("a?", paths[:1], 4),
+        ("b?", paths[:2], 12),
+        ("a?", paths[:1], 12),
+        ("c", paths[::-1], [4, 6, 9]),
+        ("d", [], None),
+    ]
+    wanted = [Generator(folder, cached_images=0)(*question, max_new_tokens=4) for question in asked]
+    cached = Generator(folder, cached_images=2)
+    calls, hook = encoder_calls(cached.model)
+    assert [cached(*question, max_new_tokens=4) for question in asked] == wanted
+    assert calls == [1, 1, 1]  # each image once: the second with the first there, the third
+    cached("e", paths[:1], 12, max_new_tokens=2)
+    assert calls == [1, 1, 1]  # of the three, the two that were used last are kept
+    cached("f", paths[2:] * 2, 4, max_new_tokens=2)
+    hook.remove()
+    assert calls == [1, 1, 1, 1]  # and one that comes twice is encoded once
+
+
 def test_an_untrained_count_is_warned_of_once(exported, processor, caplog):
     _, model = exported
     with caplog.at_level(logging.WARNING):
@@ -248,7 +338,7 @@ def test_going_on_from_a_folder_runs_no_code_of_that_folder(exported, tmp_path, 
 
 
 @pytest.mark.parametrize("key, value", [
-    ("pooling_mode", "resize"), ("vision_position_embedding", "sine2d"), ("image_size", (48, 48)), ("projector_multiplier", 2),
+    ("pooling_mode", "resize"), ("pooling_detail", "max"), ("vision_position_embedding", "sine2d"), ("image_size", (48, 48)), ("projector_multiplier", 2),
     ("vision_feature_layer", -2),
 ])  # fmt: skip
 def test_a_recipe_that_says_otherwise_of_the_model_it_goes_on_from_is_refused(

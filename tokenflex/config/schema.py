@@ -124,6 +124,8 @@ class ModelConfig(Section):
     """Whether an image of several tiles is followed by the whole of it as one more tile."""
     pooling_mode: Literal["adaptive", "resize"] = "adaptive"
     """`adaptive`: the paper's adaptive average pooling; `resize`: the authors' release (bilinear, then average)."""
+    pooling_detail: Literal["none", "max"] = "none"
+    """`max` adds to each pooled patch a learned share, zero at first, of what its window's largest value has over the average."""
     projector_multiplier: PositiveInt = 3
     """Inner width of the SwiGLU projector in units of the vision width."""
     projector_backend: Literal["auto", "kernels", "reference"] = "auto"
@@ -306,7 +308,8 @@ class TrainConfig(Section):
     keep_every: NonNegativeInt = 0
     """Checkpoints whose step is a multiple of this are kept for good; 0 for none."""
     keep_best: NonNegativeInt = 0
-    """Checkpoints with the lowest mean loss over their last steps that are kept besides."""
+    """Best checkpoints that are kept besides: with `evaluate.every` those of the lowest validation loss, else those of the lowest
+    mean loss over their last steps."""
     max_failed_saves: PositiveInt = 3
     """Saves in a row that may fail (disk full, input/output errors) before the run stops."""
     spike_sigma: NonNegativeFloat = 6.0
@@ -321,17 +324,25 @@ class TrainConfig(Section):
     """The same for what is not a step: the first steps, waiting for a checkpoint, the export; seconds."""
     log_samples: bool = False
     """Write the sample ids of every step to `samples-RANK.jsonl`."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files into the run's folder as well (needs the extra `tensorboard`)."""
     wandb: Literal["auto", "off"] = "auto"
     """`auto` logs to wandb where it is installed: online if WANDB_API_KEY is set, else offline into the run folder."""
 
 
 class EvaluateConfig(Section):
-    """Greedy exact-match accuracy per task and visual-token count."""
+    """Greedy exact-match accuracy per task and visual-token count, and the loss on held-out samples while training."""
 
+    every: NonNegativeInt = 0
+    """Steps between two validations while training: the loss on `data.evaluation` per task and count; 0 for none."""
+    num_validation_samples: PositiveInt = 512
+    """Samples that a validation looks at, each at every count; evenly spread over the shards."""
+    answers: bool = False
+    """Whether validations also let the model answer their questions, for accuracy beside the loss."""
     at_end: bool = True
     """Evaluate the exported model after training."""
     num_visual_tokens: tuple[PositiveInt, ...] = (64, 100, 144, 196, 256)
-    """Counts to evaluate at; they need not have been trained."""
+    """Counts to evaluate and to validate at; they need not have been trained."""
     max_samples_per_task: PositiveInt = 1000
     """Questions per task at most."""
     max_new_tokens: PositiveInt = 32

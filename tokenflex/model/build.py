@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import UserError
@@ -23,6 +31,7 @@ from .hub import hub_options
 from .image_processing_tokenflex import TokenFlexImageProcessor
 from .liger import apply_liger
 from .modeling_tokenflex import TokenFlexForConditionalGeneration
+from .pooling import sides_of
 from .processing_tokenflex import TokenFlexProcessor, default_template, missing_tokens
 from .template import check_template
 from .vision import patch_grid
@@ -34,6 +43,8 @@ if (
 
 HOUSEKEEPING = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
 """What a configuration file holds beside the model's own settings."""
+MIN_TOKENS = 16
+"""No tokenizer has fewer."""
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 
 
@@ -44,7 +55,7 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
         model, budget: the configuration's sections.
 
     Raises:
-        UserError: no tokenizer, or one without chat template or image tokens.
+        UserError: no tokenizer, or one without chat template or image tokens; or counts that `resize` cannot pool to.
     """
     source = model.tokenizer or model.init_from or (model.text if isinstance(model.text, str) else "")
     if not source:
@@ -66,6 +77,8 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
         )
     if missing:
         tokenizer.add_special_tokens({"additional_special_tokens": missing})
+    grid = _grid(vision_config(model), model.image_size)
+    check_counts(budget.num_visual_tokens, grid, model.pooling_mode, "budget.num_visual_tokens")
     start, token, end = model.image_tokens
     processor = TokenFlexProcessor(
         _image_processor(model),
@@ -73,7 +86,7 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
         chat_template=template,
         chat_template_options=model.chat_template_options,
         num_visual_tokens=max(budget.num_visual_tokens),
-        patch_grid=_grid(vision_config(model), model.image_size),
+        patch_grid=grid,
         image_start_token=start,
         image_token=token,
         image_end_token=end,
@@ -172,10 +185,20 @@ def build_model(
     built.language_model.set_attn_implementation(PACKED)
     apply_liger(built.language_model, model.liger)
     if model.gradient_checkpointing:
-        # its name up to transformers 5.22 is deprecated since
-        enable = getattr(built, "activation_checkpointing_enable", None) or built.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        recompute_activations(built)
     return built
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Let each layer of a model hold its inputs alone and run again in the backward pass.
+
+    transformers would besides let the outputs of all embeddings ask for gradients, which only reentrant checkpointing needs: a frozen
+    encoder would then have a backward pass, for nothing.
+    """
+    # its name up to transformers 5.22 is deprecated since
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.disable_input_require_grads()
 
 
 def vision_config(model: "ModelConfig") -> PretrainedConfig:
@@ -191,31 +214,102 @@ def vision_config(model: "ModelConfig") -> PretrainedConfig:
     return config
 
 
-def _composed(model, budget, processor, dtype, loading):
+def shaped_model(model: "ModelConfig", budget: "BudgetConfig", dtype: torch.dtype) -> TokenFlexForConditionalGeneration:
+    """The model of a run on the meta device: every shape and no weight, from the parts' configurations alone.
+
+    As `build_model` leaves it, but for Liger's kernels and the fused projector, which change no shape. Where the tokenizer is not
+    at hand, the embedding has the rows of the language model's configuration.
+
+    Raises:
+        UserError: a part whose configuration is not at hand or cannot be read.
+    """
+    register_packed_attention()
+    if model.init_from:
+        config = _load(
+            "model.init_from", model.init_from, lambda **hub: TokenFlexConfig.from_pretrained(model.init_from, **hub)
+        )
+        _check_same_model(model, config)
+        num_tokens = tokenizer_size(model)
+    else:
+        for key, part in (("model.vision", model.vision), ("model.text", model.text)):
+            _check_at_hand(key, part, model.trust_remote_code)
+        num_tokens = tokenizer_size(model)
+        config = _composed_config(model, budget, num_tokens, dtype)
+    with torch.device("meta"):
+        built = _made("model", config.text_config.model_type, lambda: TokenFlexForConditionalGeneration(config))
+    built.to(dtype)
+    built.projector.backend = "reference"
+    try:
+        grow_vocabulary(built.language_model, num_tokens)
+    except ValueError as error:
+        raise UserError(f"model.text: {error}") from None
+    built.language_model.set_attn_implementation(PACKED)
+    return built
+
+
+def _check_at_hand(key, part, trust_remote_code):
+    """That the configuration of a part can be read, before anything else is asked for.
+
+    Raises:
+        UserError: it cannot; the message says what is missing.
+    """
+    try:
+        _part_config(key, part, trust_remote_code)
+    except UserError as error:
+        if not isinstance(part, str) or Path(part).exists():
+            raise
+        raise UserError(
+            f"{key} {part}: its config.json is neither in the cache nor to be had from the hub; put that file into a folder and name "
+            f"the folder in its place ({key}=FOLDER)"
+        ) from error
+
+
+def tokenizer_size(model: "ModelConfig") -> int:
+    """How many tokens the tokenizer of a run has with its image tokens; 0 where it is not at hand."""
+    source = model.tokenizer or model.init_from or (model.text if isinstance(model.text, str) else "")
+    try:
+        hub = hub_options("model.tokenizer", source) if source else {}
+        load = functools.partial(AutoTokenizer.from_pretrained, trust_remote_code=model.trust_remote_code)
+        tokenizer = load(source, **hub) if source else []
+    except (*LOADING_ERRORS, UserError):
+        return 0
+    if len(tokenizer) < MIN_TOKENS:  # transformers makes an empty one of a folder without its files
+        return 0
+    missing = missing_tokens(tokenizer, model.image_tokens) if model.add_image_tokens else []
+    return len(tokenizer) + len(missing)
+
+
+def _composed_config(model, budget, num_tokens, dtype, **token_ids):
+    """The configuration of a model of two parts; a language model from scratch has a row for each of `num_tokens`."""
     vision, text = vision_config(model), _part_config("model.text", model.text, model.trust_remote_code)
     text = getattr(text, "text_config", text)
     if isinstance(model.text, dict) and type(text) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"model.text: {text.model_type} is no causal language model of transformers; choose another")
     if isinstance(model.text, dict):
-        text.vocab_size = max(model.text.get("vocab_size", 0), len(processor.tokenizer))
-    text.bos_token_id, text.eos_token_id = processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id
-    text.pad_token_id = processor.tokenizer.pad_token_id
+        text.vocab_size = max(model.text.get("vocab_size", 0), num_tokens) or text.vocab_size
     height, width = model.image_size
-    config = TokenFlexConfig(
+    return TokenFlexConfig(
         vision,
         text,
         image_height=height,
         image_width=width,
         pooling_mode=model.pooling_mode,
+        pooling_detail=model.pooling_detail,
         projector_multiplier=model.projector_multiplier,
         vision_position_embedding=model.vision_position_embedding,
         vision_feature_layer=model.vision_feature_layer,
-        image_start_token_id=processor.image_start_token_id,
-        image_token_id=processor.image_token_id,
-        image_end_token_id=processor.image_end_token_id,
         trained_num_visual_tokens=budget.num_visual_tokens,
         dtype=dtype,
+        **token_ids,
     )
+
+
+def _composed(model, budget, processor, dtype, loading):
+    ids = {name: getattr(processor, name) for name in ("image_start_token_id", "image_token_id", "image_end_token_id")}
+    config = _composed_config(model, budget, len(processor.tokenizer), dtype, **ids)
+    vision, text = config.vision_config, config.text_config
+    text.bos_token_id, text.eos_token_id = processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id
+    text.pad_token_id = processor.tokenizer.pad_token_id
     tower = language = None
     if isinstance(model.vision, str):
         tower = _pretrained("model.vision", AutoModel, vision, dtype, model, loading)
@@ -254,6 +348,7 @@ def _check_same_model(model, config):
     has = {
         "image_size": (config.image_height, config.image_width),
         "pooling_mode": config.pooling_mode,
+        "pooling_detail": config.pooling_detail,
         "projector_multiplier": config.projector_multiplier,
         "vision_position_embedding": config.vision_position_embedding,
         "vision_feature_layer": config.vision_feature_layer,
@@ -380,6 +475,26 @@ def _loading_error(key, source, error):
 
 def _brief(error):
     return " ".join(str(error).split())[:300]
+
+
+def check_counts(counts: Iterable[int], grid: tuple[int, int], pooling_mode: str, key: str) -> None:
+    """See that pooling gives each of `counts` tokens of its own.
+
+    `resize` averages a grid that was stretched: above the patches there are, tokens would be made up between them.
+
+    Args:
+        grid: (rows, columns) of patches. key: of the recipe, that the counts come from.
+
+    Raises:
+        UserError: a count above the grid with `resize`.
+    """
+    for count in counts if pooling_mode == "resize" else ():
+        sides = sides_of(count, grid)
+        if sides[0] > grid[0] or sides[1] > grid[1]:
+            raise UserError(
+                f"{key}: {count} visual tokens are {sides[0]} x {sides[1]}, the image has {grid[0]} x {grid[1]} patches, and "
+                "model.pooling_mode=resize gives no more; leave the count out, raise model.image_size, or pool adaptive"
+            )
 
 
 def _grid(config, image_size):
