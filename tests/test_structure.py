@@ -19,7 +19,13 @@ LEVELS = [
     {"study", "estimate", "serve"},
     {"cli", "slurm"},
 ]
-SIDEWAYS = {("train", "export"), ("train", "evaluate"), ("evaluate", "export"), ("evaluate", "infer"), ("infer", "export")}
+SIDEWAYS = {
+    ("train", "export"),
+    ("train", "evaluate"),
+    ("evaluate", "export"),
+    ("evaluate", "infer"),
+    ("infer", "export"),
+}
 """Rooms that may look into a neighbour of the same level."""
 
 
