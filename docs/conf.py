@@ -44,6 +44,7 @@ ROOMS = (
     ("Ranks and engine", ("parallel",)),
     ("Checkpoints", ("checkpoint",)),
     ("Training", ("train",)),
+    ("Before a run", ("estimate", "doctor")),
     ("Preparing data", ("prepare",)),
     ("The quick start's corpus", ("corpus",)),
     ("Evaluation, inference, export", ("evaluate", "infer", "export")),

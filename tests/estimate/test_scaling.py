@@ -64,7 +64,9 @@ def config(tiny_config):
 @settings(max_examples=50, deadline=None)
 def test_ranks_that_meet_more_often_wait_longer(steps, micro, ranks, random):
     """Stage 3 meets twice per micro-step, stage 2 once, below once per step; nobody takes less than the mean."""
-    vision, language = (np.array([random.random() for _ in range(steps * micro * ranks)]).reshape(steps, micro, ranks) for _ in "vl")
+    vision, language = (
+        np.array([random.random() for _ in range(steps * micro * ranks)]).reshape(steps, micro, ranks) for _ in "vl"
+    )
     often, sometimes, seldom = (busy(vision, language, stage) for stage in (3, 2, 1))
     mean = (vision + language).mean(axis=2).sum(axis=1)
     assert (often >= sometimes - 1e-9).all() and (sometimes >= seldom - 1e-9).all() and (seldom >= mean - 1e-9).all()
@@ -117,7 +119,14 @@ def test_costs_are_found_again_from_the_times_they_make(costs, seed):
         learned_tokens=tokens * rng.random(30),
         samples=np.ones(30),
     )
-    made = Costs(tile=costs[0], visual_token=0.0, token=costs[1], pair=costs[2] / 100, learned_token=costs[3], micro_step=costs[4])
+    made = Costs(
+        tile=costs[0],
+        visual_token=0.0,
+        token=costs[1],
+        pair=costs[2] / 100,
+        learned_token=costs[3],
+        micro_step=costs[4],
+    )
     seconds = made.vision(packs) + made.language(packs) + made.micro_step
     found = fitted(packs, seconds)
     again = found.vision(packs) + found.language(packs) + found.micro_step
@@ -159,9 +168,29 @@ def test_the_command_writes_a_table_figures_and_a_plot(tmp_path, cache_dir, leng
     np.savez(tmp_path / "lengths.npz", text=lengths.text, tiles=lengths.tiles)
     costs = tmp_path / "costs.json"
     costs.write_text(json.dumps({"tile": 1e-3, "visual_token": 0, "token": 1e-5, "pair": 0, "learned_token": 0}))
-    command = ["simulate", "--config", str(TINY), "--set", f"data.cache_dir={cache_dir}", "--lengths", str(tmp_path / "lengths.npz")]
+    command = [
+        "simulate",
+        "--config",
+        str(TINY),
+        "--set",
+        f"data.cache_dir={cache_dir}",
+        "--lengths",
+        str(tmp_path / "lengths.npz"),
+    ]
     out, picture = tmp_path / "out.json", tmp_path / "plot.svg"
-    words = [*command, "--ranks", "1,4,8", "--network", "eth100", "--costs", str(costs), "--json", str(out), "--plot", str(picture)]
+    words = [
+        *command,
+        "--ranks",
+        "1,4,8",
+        "--network",
+        "eth100",
+        "--costs",
+        str(costs),
+        "--json",
+        str(out),
+        "--plot",
+        str(picture),
+    ]
     assert cli.main(words) == 0, capsys.readouterr().err
     text = capsys.readouterr().out
     assert "a cost model over the real plan, no step was run" in text and len(text.splitlines()) == 5

@@ -110,7 +110,9 @@ def planned(planner: Planner, source: str) -> Workload:
     per_step = planner.data.packs_per_step / len(every.tokens)
     means = {name: float(getattr(every, name).sum()) * per_step for name in StepWork.__annotations__}
     fullest = int(every.tiles.argmax())
-    mean_count = every.visual_tokens[fullest] / max(every.tiles[fullest], 1)  # packs of several counts go by the next trained one
+    mean_count = every.visual_tokens[fullest] / max(
+        every.tiles[fullest], 1
+    )  # packs of several counts go by the next trained one
     worst = PackShape(
         lengths=_split(int(every.tokens.max())),
         tiles=int(every.tiles.max()),

@@ -26,7 +26,7 @@ from tokenflex.estimate.workload import Packs, packs_of
 from tokenflex.plan import Mixture, Planner, Source
 from tokenflex.plan.table import LengthTable
 
-NUM_PACKS = 16
+NUM_PACKS = 8
 ROW = 4
 CALIBRATION = {
     "counts 4 and 64, 384 tokens": {"counts": (4, 64), "length": 384},
@@ -50,7 +50,9 @@ def plan(counts, length, tiles=(1, 2, 3), text=40, seed=0):
     texts = rng.lognormal(np.log(text), 0.5, number).astype(np.int64).clip(8, length // 2)
     table = LengthTable(text=texts, tiles=rng.choice(tiles, number), learned=texts // 2, name="made up")
     budget = VisualTokenBudget(counts=tuple(counts), probabilities=(1 / len(counts),) * len(counts))
-    data = DataConfig(pack_length=length, max_images_per_pack=24, packs_per_step=ROW, lockstep_packs=ROW, over_long="drop")
+    data = DataConfig(
+        pack_length=length, max_images_per_pack=24, packs_per_step=ROW, lockstep_packs=ROW, over_long="drop"
+    )
     planner = Planner(Mixture([Source(index=table, over_long="drop")]), budget, data, seed, "token")
     _, window, _ = next(planner.windows(0))
     samples, columns, packs = window.samples, packs_of(window), []
@@ -105,7 +107,11 @@ def main():
             seconds = np.concatenate([times[name][:, 0, 0] for name in CALIBRATION])
             costs = fitted(joined([workloads[name][1] for name in CALIBRATION]), seconds)
         elif not sent:  # the network's one figure: what a micro-step costs more on two ranks, of the calibration alone
-            more = [times[name][:, :, 0].mean() - predicted(workloads[name][1], costs, costs.micro_step, num_ranks, stage)[0] for name in CALIBRATION]
+            more = [
+                times[name][:, :, 0].mean()
+                - predicted(workloads[name][1], costs, costs.micro_step, num_ranks, stage)[0]
+                for name in CALIBRATION
+            ]
             sent = float(np.mean(more)) / ((num_ranks - 1) / num_ranks)
         fixed = costs.micro_step + sent * (num_ranks - 1) / num_ranks
         for name, (_, columns) in workloads.items():
@@ -118,9 +124,19 @@ def main():
                 "all_ranks_ms": 1e3 * measured[1], "predicted_all_ranks_ms": 1e3 * through, "all_ranks_error": through / measured[1] - 1,
                 "wall_ms": 1e3 * float(np.median(wall)),
             })  # fmt: skip
-            print({key: round(value, 4) if isinstance(value, float) else value for key, value in rows[-1].items()}, flush=True)
+            print(
+                {key: round(value, 4) if isinstance(value, float) else value for key, value in rows[-1].items()},
+                flush=True,
+            )
     machine = {"cores": os.cpu_count(), "load": os.getloadavg()[0]}
-    record = {"what": __doc__.splitlines()[0], "machine": machine, "stage": stage, "costs_s": asdict(costs), "sent_s": sent, "rows": rows}
+    record = {
+        "what": __doc__.splitlines()[0],
+        "machine": machine,
+        "stage": stage,
+        "costs_s": asdict(costs),
+        "sent_s": sent,
+        "rows": rows,
+    }
     Path(arguments.out).write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -22,7 +22,7 @@ from tokenflex.model.attention import packing
 from tokenflex.train.optimizer import make_adamw, parameter_groups
 
 HERE = Path(__file__).parent
-ROUNDS = 3
+ROUNDS = 2
 ZERO = {"contiguous_gradients": True, "reduce_bucket_size": 1_000_000, "stage3_param_persistence_threshold": 1_000}
 
 
