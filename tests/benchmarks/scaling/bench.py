@@ -19,12 +19,12 @@ sys.path[:0] = [str(ROOT / "tests")]
 
 from conftest import run_ranks  # noqa: E402
 
-from tokenflex.budget import VisualTokenBudget
-from tokenflex.config import DataConfig
-from tokenflex.estimate.scaling import busy, fitted
-from tokenflex.estimate.workload import Packs, packs_of
-from tokenflex.plan import Mixture, Planner, Source
-from tokenflex.plan.table import LengthTable
+from tokenflex.budget import VisualTokenBudget  # noqa: E402
+from tokenflex.config import DataConfig  # noqa: E402
+from tokenflex.estimate.scaling import busy, fitted  # noqa: E402
+from tokenflex.estimate.workload import Packs, packs_of  # noqa: E402
+from tokenflex.plan import Mixture, Planner, Source  # noqa: E402
+from tokenflex.plan.table import LengthTable  # noqa: E402
 
 NUM_PACKS = 8
 ROW = 4
