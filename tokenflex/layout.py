@@ -112,6 +112,26 @@ class RunLayout:
         return self.root / "metrics.jsonl"
 
     @property
+    def validation(self) -> Path:
+        """One line per validation while training."""
+        return self.root / "validation.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files of TensorBoard, where they are wanted."""
+        return self.root / "tensorboard"
+
+    @property
+    def profile(self) -> Path:
+        """Traces of profiled steps."""
+        return self.root / "profile"
+
+    @property
+    def report(self) -> Path:
+        """The page that `tokenflex report` makes of the run."""
+        return self.root / "report.html"
+
+    @property
     def wandb_id(self) -> Path:
         """The id of the run's record in wandb."""
         return self.root / "wandb-id"

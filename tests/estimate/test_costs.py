@@ -24,7 +24,8 @@ from tokenflex.model import build_model
 from tokenflex.model.build import recompute_activations, shaped_model
 from tokenflex.parallel import load_ds_config
 from tokenflex.plan import Position
-from tokenflex.train.loss import weighted_cross_entropy
+from tokenflex.telemetry.flops import model_flops
+from tokenflex.train.loss import cross_entropies, weighted_sum
 from tokenflex.train.objective import Objective, model_inputs
 from tokenflex.train.optimizer import parameter_groups
 
@@ -87,6 +88,17 @@ def test_flops_are_those_of_torchs_counter(parts, tiny_config, model, batch, sha
 
 
 @pytest.mark.parametrize("parts", [(), ("vision",), ("vision", "text")])
+def test_a_run_logs_its_utilisation_by_the_same_flops(parts, tiny_config, shaped):
+    """What telemetry states by formulas is what the trace counts."""
+    parameter_groups(shaped, frozen(tiny_config, *parts))
+    ours, theirs = unit_costs(shaped), model_flops(shaped)
+    assert theirs.per_pair == pytest.approx(ours.pair.total, rel=0.01)
+    assert theirs.per_tile == pytest.approx(ours.tile.total, rel=0.1)
+    assert theirs.per_token == pytest.approx(ours.token.total, rel=0.02)
+    assert theirs.per_learned == pytest.approx(ours.learned_token.total, rel=0.02)
+
+
+@pytest.mark.parametrize("parts", [(), ("vision",), ("vision", "text")])
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_activations_are_those_of_a_real_pass(parts, recomputes, tiny_config, model, batch, shaped, processor):
     """Bytes alive at once in a forward and backward pass on the CPU, whose attention holds as much as flash attention does."""
@@ -135,7 +147,7 @@ def test_logits_of_a_real_loss(model):
     hidden = torch.zeros(num_learned, width, requires_grad=True)
     targets, weights = torch.zeros(num_learned, dtype=torch.long), torch.ones(num_learned)
     with LiveBytes([hidden, targets, weights, head.weight]) as live:
-        weighted_cross_entropy(head(hidden), targets, weights, 1.0).backward()
+        weighted_sum(cross_entropies(head(hidden), targets), weights, 1.0).backward()
     assert logits_bytes(model.to("meta"), num_learned, is_fused=False) == pytest.approx(live.peak, rel=0.1)
 
 

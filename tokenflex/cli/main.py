@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from . import checkpoint, convert, doctor, estimate, generate, index, inspect, plan, simulate, validate
+from . import checkpoint, convert, doctor, estimate, generate, index, inspect, plan, report, simulate, validate
 from .launching import entry_point
 
 
@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     estimate.add_to(commands)
     simulate.add_to(commands)
     doctor.add_to(commands)
+    report.add_to(commands)
     return top
 
 

@@ -107,6 +107,18 @@ def lengths_of(arguments: argparse.Namespace) -> "Lengths | None":
     return None
 
 
+def steps(text: str) -> tuple[int, int]:
+    """(first, last) of `5-7` or `5`; argparse says so where it is none."""
+    first, _, last = text.partition("-")
+    found = positive(first), positive(last or first)
+    if found[1] < found[0]:
+        raise ValueError
+    return found
+
+
+steps.__name__ = "range of steps such as 5-7"
+
+
 def add_debug(command: argparse.ArgumentParser) -> None:
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
 

@@ -243,7 +243,7 @@ class PartConfig(Section):
     """How one part of the model is trained."""
 
     train: bool = True
-    """Whether it is trained; a frozen part keeps its weights bit for bit."""
+    """Whether it is trained; a frozen part keeps its weights and statistics bit for bit, and has no dropout."""
     learning_rate: NonNegativeFloat = 2e-5
     """Peak learning rate."""
 
@@ -257,6 +257,8 @@ class OptimizerConfig(Section):
     """The token-adaptive projector."""
     text: PartConfig = PartConfig(learning_rate=2e-5)
     """The language model."""
+    train_image_tokens: bool = False
+    """Of a frozen language model, train the rows of `model.image_tokens` in embedding and output layer, at its learning rate."""
     weight_decay: NonNegativeFloat = 0.05
     """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
     betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.95)
@@ -301,7 +303,8 @@ class TrainConfig(Section):
     keep_every: NonNegativeInt = 0
     """Checkpoints whose step is a multiple of this are kept for good; 0 for none."""
     keep_best: NonNegativeInt = 0
-    """Checkpoints with the lowest mean loss over their last steps that are kept besides."""
+    """Best checkpoints that are kept besides: with `evaluate.every` those of the lowest validation loss, else those of the lowest
+    mean loss over their last steps."""
     max_failed_saves: PositiveInt = 3
     """Saves in a row that may fail (disk full, input/output errors) before the run stops."""
     spike_sigma: NonNegativeFloat = 6.0
@@ -316,17 +319,25 @@ class TrainConfig(Section):
     """The same for what is not a step: the first steps, waiting for a checkpoint, the export; seconds."""
     log_samples: bool = False
     """Write the sample ids of every step to `samples-RANK.jsonl`."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files into the run's folder as well (needs the extra `tensorboard`)."""
     wandb: Literal["auto", "off"] = "auto"
     """`auto` logs to wandb where it is installed: online if WANDB_API_KEY is set, else offline into the run folder."""
 
 
 class EvaluateConfig(Section):
-    """Greedy exact-match accuracy per task and visual-token count."""
+    """Greedy exact-match accuracy per task and visual-token count, and the loss on held-out samples while training."""
 
+    every: NonNegativeInt = 0
+    """Steps between two validations while training: the loss on `data.evaluation` per task and count; 0 for none."""
+    num_validation_samples: PositiveInt = 512
+    """Samples that a validation looks at, each at every count; evenly spread over the shards."""
+    answers: bool = False
+    """Whether validations also let the model answer their questions, for accuracy beside the loss."""
     at_end: bool = True
     """Evaluate the exported model after training."""
     num_visual_tokens: tuple[PositiveInt, ...] = (64, 100, 144, 196, 256)
-    """Counts to evaluate at; they need not have been trained."""
+    """Counts to evaluate and to validate at; they need not have been trained."""
     max_samples_per_task: PositiveInt = 1000
     """Questions per task at most."""
     max_new_tokens: PositiveInt = 32

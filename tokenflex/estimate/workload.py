@@ -92,8 +92,15 @@ def indexed_sources(data: DataConfig) -> list[Source]:
         if not found:
             return []
         newest = max(found, key=lambda index: (index.folder / "manifest.json").stat().st_mtime_ns)
-        options = {"weight": source.weight, "epochs": source.epochs, "over_long": source.over_long}
-        sources.append(Source(index=open_index(newest.folder), name=", ".join(source.paths), **options))
+        sources.append(
+            Source(
+                index=open_index(newest.folder),
+                name=", ".join(source.paths),
+                weight=source.weight,
+                epochs=source.epochs,
+                over_long=source.over_long,
+            )
+        )
     return sources
 
 

@@ -17,6 +17,7 @@ from ..errors import UserError
 from .environment import Launch
 from .ranks import Ranks
 from .slices import Slice, before_loading, held_slices, num_updates, publish_weights, set_num_updates
+from .stopwatch import Stopwatch
 
 OURS = {
     "train_batch_size": "data.packs_per_step",
@@ -175,6 +176,8 @@ class Engine:
 
         self._bends = bends
         self.ranks, self.device, self.ds_config = ranks, ranks.device, ds_config
+        self.stopwatch = Stopwatch(ranks.device)
+        """Of this rank's passes, from a forward to the end of its backward."""
         # At stage 0 in bf16 DeepSpeed runs the optimizer once to make it create its state: that would decay the weights.
         self._is_ready = False
         self._veto: Callable[[float], str] | None = None
@@ -196,6 +199,7 @@ class Engine:
 
     def __call__(self, **inputs: Any) -> Any:
         """The model's forward pass."""
+        self.stopwatch.start()
         return self._engine(**inputs)
 
     def train(self) -> None:
@@ -212,6 +216,7 @@ class Engine:
         DeepSpeed averages over ranks, so the loss is scaled up by their number; it does not divide by the micro-steps.
         """
         self._engine.backward(loss * self.ranks.num_ranks, scale_wrt_gas=False)
+        self.stopwatch.stop()
 
     def step(self, learning_rates: Sequence[float], veto: Callable[[float], str] | None = None) -> Update:
         """End of a micro-step; on the last one of a step the optimizer runs with one learning rate per group.

@@ -113,6 +113,7 @@ class Trainer:
             enter("forward")
             failpoints.hit("forward")
             loss = self.objective(batch)
+            self._tell("on_loss", batch, loss)
             share = failpoints.corrupt("loss", loss.total)
             enter("backward")
             engine.backward(share)
@@ -123,6 +124,7 @@ class Trainer:
                 break
             engine.step(rates)
             micro += 1
+        enter("wait for the loss")
         loss_value = engine.ranks.all_reduce_sum(total.view(1)).item()
         failpoints.hit("before-step")
         state.before_update()
