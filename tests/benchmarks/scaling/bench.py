@@ -128,16 +128,15 @@ def main():
                 {key: round(value, 4) if isinstance(value, float) else value for key, value in rows[-1].items()},
                 flush=True,
             )
+        write(arguments.out, stage, costs, sent, rows)
+
+
+def write(path, stage, costs, sent, rows):
+    """The record so far: every number of ranks adds to it."""
     machine = {"cores": os.cpu_count(), "load": os.getloadavg()[0]}
-    record = {
-        "what": __doc__.splitlines()[0],
-        "machine": machine,
-        "stage": stage,
-        "costs_s": asdict(costs),
-        "sent_s": sent,
-        "rows": rows,
-    }
-    Path(arguments.out).write_text(json.dumps(record, indent=1) + "\n")
+    record = {"what": __doc__.splitlines()[0], "machine": machine, "stage": stage}
+    record |= {"costs_s": asdict(costs), "sent_s": sent, "rows": rows}
+    Path(path).write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
