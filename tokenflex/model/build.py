@@ -266,6 +266,7 @@ def _composed_config(model, budget, num_tokens, dtype, **token_ids):
         image_height=height,
         image_width=width,
         pooling_mode=model.pooling_mode,
+        pooling_detail=model.pooling_detail,
         projector_multiplier=model.projector_multiplier,
         vision_position_embedding=model.vision_position_embedding,
         vision_feature_layer=model.vision_feature_layer,
@@ -308,6 +309,7 @@ def _check_same_model(model, config):
     has = {
         "image_size": (config.image_height, config.image_width),
         "pooling_mode": config.pooling_mode,
+        "pooling_detail": config.pooling_detail,
         "projector_multiplier": config.projector_multiplier,
         "vision_position_embedding": config.vision_position_embedding,
         "vision_feature_layer": config.vision_feature_layer,
