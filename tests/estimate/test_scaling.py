@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -224,3 +224,14 @@ def test_a_plot_that_cannot_be_written_is_named(config, lengths, tmp_path):
     assert "simulate" in describe(scales, setting(), "tiny")
     with pytest.raises(UserError, match="wanted a file ending in .svg or .png"):
         plot(scales, tmp_path / "plot.nothing", "tiny")
+
+
+def test_the_committed_runs_agree_with_what_the_page_says():
+    """Of docs/results/scaling.json: what was not in the calibration is predicted within 10 %, and the page has every row."""
+    rows = json.loads((ROOT / "docs" / "results" / "scaling.json").read_text())["rows"]
+    predicted = [row for row in rows if not row["is_calibration"]]
+    assert {row["ranks"] for row in predicted} == {1, 2, 4}
+    assert max(abs(row[name]) for row in predicted for name in ("error", "all_ranks_error")) < 0.1
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    for row in rows:
+        assert f"{row['cpu_ms']:.1f} / {row['predicted_cpu_ms']:.1f}" in page, row
