@@ -93,7 +93,8 @@ def test_a_run_logs_its_utilisation_by_the_same_flops(parts, tiny_config, shaped
     parameter_groups(shaped, frozen(tiny_config, *parts))
     ours, theirs = unit_costs(shaped), model_flops(shaped)
     assert theirs.per_pair == pytest.approx(ours.pair.total, rel=0.01)
-    assert theirs.per_tile == pytest.approx(ours.tile.total, rel=0.1)
+    passes = 1 if "vision" in parts else 3  # pixels need no gradient, which a formula of passes leaves out of account
+    assert theirs.per_tile == pytest.approx(passes * ours.tile.forward, rel=0.01) and theirs.per_tile >= ours.tile.total
     assert theirs.per_token == pytest.approx(ours.token.total, rel=0.02)
     assert theirs.per_learned == pytest.approx(ours.learned_token.total, rel=0.02)
 
