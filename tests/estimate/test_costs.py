@@ -282,7 +282,7 @@ def test_the_command_prints_tables_and_json(tiny_config, cache_dir, capsys, tmp_
     (["--gpu", "h900"], "--gpu h900: not in the table; wanted one of a100"),
     (["--text-tokens", "9000"], "a sample has 9004 tokens at 4 per tile, a pack holds 640"),
     (["--set", "model.text=nobody/nothing"], "model.text nobody/nothing: its config.json is neither in the cache nor to be had"),
-    (["--set", "model.init_from=/nowhere"], "model.init_from: hub id or folder /nowhere cannot be loaded"),
+    (["--set", "model.init_from=/nowhere"], "model.init_from: /nowhere is no folder here"),
     (["--lengths", "/nowhere.npz"], "--lengths /nowhere.npz: No such file"),
 ])  # fmt: skip
 def test_what_cannot_be_estimated_is_named(words, part, cache_dir, capsys, monkeypatch):
