@@ -114,7 +114,7 @@ class Run:
     """
 
     data: DataRun
-    held_out: HeldOut | None
+    held_out: HeldOut | None = None
     engine: parallel.Engine
     objective: Objective
     state: RunState
@@ -165,7 +165,6 @@ class Run:
         self._accepts_new_data = accept_new_data
         self._data_before = json.loads(identity.read_text()) if identity and identity.exists() else None
         self.open_data(self._data_before["render_date"] if self._data_before else "")
-        self.held_out = None
         if self.config.evaluate.every:
             with self._stage("held out", "samples to validate on"):
                 self.held_out = open_held_out(self.config, self.data.processor, self.ranks, self.say)
