@@ -241,6 +241,9 @@ class DataConfig(Section):
         return self
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class PartConfig(Section):
     """How one part of the model is trained."""
 
@@ -263,7 +266,7 @@ class OptimizerConfig(Section):
     """Of a frozen language model, train the rows of `model.image_tokens` in embedding and output layer, at its learning rate."""
     weight_decay: NonNegativeFloat = 0.05
     """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
-    betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay rates of the two moments."""
     eps: PositiveFloat = 1e-8
     """Added to the denominator."""
