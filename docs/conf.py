@@ -46,6 +46,7 @@ ROOMS = (
     ("Training", ("train",)),
     ("Preparing data", ("prepare",)),
     ("The quick start's corpus", ("corpus",)),
+    ("Telemetry and reports", ("telemetry",)),
     ("Evaluation, inference, export", ("evaluate", "infer", "export")),
     ("Command lines and jobs", ("cli", "slurm")),
 )

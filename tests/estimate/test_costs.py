@@ -24,7 +24,7 @@ from tokenflex.model import build_model
 from tokenflex.model.build import recompute_activations, shaped_model
 from tokenflex.parallel import load_ds_config
 from tokenflex.plan import Position
-from tokenflex.train.loss import weighted_cross_entropy
+from tokenflex.train.loss import cross_entropies, weighted_sum
 from tokenflex.train.objective import Objective, model_inputs
 from tokenflex.train.optimizer import parameter_groups
 
@@ -135,7 +135,7 @@ def test_logits_of_a_real_loss(model):
     hidden = torch.zeros(num_learned, width, requires_grad=True)
     targets, weights = torch.zeros(num_learned, dtype=torch.long), torch.ones(num_learned)
     with LiveBytes([hidden, targets, weights, head.weight]) as live:
-        weighted_cross_entropy(head(hidden), targets, weights, 1.0).backward()
+        weighted_sum(cross_entropies(head(hidden), targets), weights, 1.0).backward()
     assert logits_bytes(model.to("meta"), num_learned, is_fused=False) == pytest.approx(live.peak, rel=0.1)
 
 
