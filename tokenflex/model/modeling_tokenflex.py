@@ -139,14 +139,35 @@ class _TokenFlexBase(PreTrainedModel):
 
         A `pool_plan` says the same to the fused kernels; `sides` may then be None.
         """
-        config = self.config
-        layer, position = config.vision_feature_layer, config.vision_position_embedding
-        features_PC, outputs = patch_outputs(self.vision_tower, pixel_values, layer, position, **options)
-        grid = patch_grid(config.vision_config, *pixel_values.shape[-2:])
+        features_PC, grid, outputs = self._features(pixel_values, options)
         to_pool, num_pooled = features_PC, len(pixel_values)
         if tile_index is not None:
             to_pool, num_pooled = features_PC.unflatten(0, (num_pooled, -1))[tile_index].flatten(0, 1), len(tile_index)
         return features_PC, self.projector(to_pool, [grid] * num_pooled, sides, pool_plan), outputs
+
+    def _features(self, pixel_values, options):
+        """(patch features [P, C], the grid of a tile, the encoder's output) of pixel values, or of features that are there."""
+        config = self.config
+        if pixel_values.dim() == 3:
+            rows, columns = self.patch_grid
+            if pixel_values.shape[1:] != (rows * columns, self.projector.norm.normalized_shape[0]):
+                raise ValueError(
+                    f"features of {tuple(pixel_values.shape[1:])} came for images; wanted {rows * columns} patches of width "
+                    f"{self.projector.norm.normalized_shape[0]}, as encode_images gives them"
+                )
+            return pixel_values.flatten(0, 1), (rows, columns), ModelOutput()
+        layer, position = config.vision_feature_layer, config.vision_position_embedding
+        features_PC, outputs = patch_outputs(self.vision_tower, pixel_values, layer, position, **options)
+        return features_PC, patch_grid(config.vision_config, *pixel_values.shape[-2:]), outputs
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Patch features [tiles, patches, C] of tiles [tiles, 3, H, W], one pass of the vision encoder.
+
+        They stand for `pixel_values` wherever this model takes those, and are pooled to any count there: several counts,
+        questions or turns about an image need the encoder once.
+        """
+        features_PC, _, _ = self._features(pixel_values, {})
+        return features_PC.unflatten(0, (len(pixel_values), -1))
 
     def _embedded(
         self, input_ids, inputs_embeds, pixel_values, num_visual_tokens, num_tiles, visual_positions, is_dummy_image, pool_plan,
@@ -299,7 +320,8 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         Args:
             input_ids: [B, T]; each image is one run of its visual tokens' placeholders, tile after tile.
             inputs_embeds: [B, T, D] in place of it; placeholders are then found by their embedding.
-            pixel_values: [tiles, 3, H, W], in the order of the runs, row by row.
+            pixel_values: [tiles, 3, H, W], in the order of the runs, row by row; or their features, [tiles, patches, C], from
+                `encode_images`.
             num_tiles: [images] tiles of each image; by default every image is one tile.
             num_visual_tokens: an int, or one int or (rows, columns) per image (with `num_tiles`) or tile (without); by default
                 what the runs' lengths say.
