@@ -282,7 +282,11 @@ class Run:
         if self.ranks.is_main:
             observers.append(MetricLog(sinks, config.train.num_steps, step, self._peak_flops()))
         observers.append(BadSampleLog(self.layout, self.state, data.max_bad_fraction))
-        if self.profiled and self.ranks.rank in self.profiled.ranks:
+        if self.profiled and self.profiled.first <= step:
+            self.say(
+                f"note      --profile {self.profiled.first}-{self.profiled.last}: step {step} is done, nothing is profiled"
+            )
+        elif self.profiled and self.ranks.rank in self.profiled.ranks:
             folder, limit_s = self.layout.profile, config.train.startup_timeout_s
             observers.append(Profiler(self.profiled, folder, self.ranks.device, self.heartbeat, limit_s, self.say))
         observers.append(FirstStep(self.say))
