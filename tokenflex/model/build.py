@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -430,7 +430,7 @@ def _loading_error(key, source, error):
     return UserError(f"{key}: {kind} {source} cannot be loaded: {' '.join(str(error).split())[:300]}")
 
 
-def check_counts(counts: Iterable[int], grid: tuple[int, int], pooling_mode: str, key: str) -> None:
+def check_counts(counts: Iterable[int], grid: Sequence[int], pooling_mode: str, key: str) -> None:
     """See that pooling gives each of `counts` tokens of its own.
 
     `resize` averages a grid that was stretched: above the patches there are, tokens would be made up between them.
