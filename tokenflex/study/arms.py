@@ -69,7 +69,7 @@ def further_arms(recipe: RunConfig) -> list[Arm]:
     num_samples = recipe.train.num_steps * recipe.data.packs_per_step * recipe.data.max_images_per_pack
     small, large = _leaning(len(counts)), _leaning(len(counts))[::-1]
     views = {"data.pack_length": recipe.data.pack_length * (len(counts) + 1)}
-    arms = [
+    arms: list[tuple[str, str, dict[str, Any]]] = [
         ("uniform", "uniform per batch", {"budget.probabilities": [1] * len(counts)}),
         ("per-sample", "drawn per sample", {"data.mixing": "free"}),
         ("all", "all counts of each sample (M3)", {"budget.per_sample": "all", **views}),

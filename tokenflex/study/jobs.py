@@ -138,7 +138,8 @@ class Workers:
 
         A job that fails does not stop the others.
         """
-        waiting, running, left = list(jobs), [], []
+        waiting, left = list(jobs), []
+        running: list[_Running] = []
         previous = {name: signal.signal(name, self._stop) for name in STOP_SIGNALS}
         try:
             while waiting or running:
