@@ -140,7 +140,7 @@ class Workers:
         """
         waiting, left = list(jobs), []
         running: list[_Running] = []
-        previous = {name: signal.signal(name, self._stop) for name in STOP_SIGNALS}
+        previous = {name: signal.signal(name, self._stop) for name in (*STOP_SIGNALS, signal.SIGALRM)}
         try:
             while waiting or running:
                 while waiting and len(running) < self.number and not self.is_stopped:
