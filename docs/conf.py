@@ -47,6 +47,7 @@ ROOMS = (
     ("Before a run", ("estimate", "doctor")),
     ("Preparing data", ("prepare",)),
     ("The quick start's corpus", ("corpus",)),
+    ("Telemetry and reports", ("telemetry",)),
     ("Evaluation, inference, export", ("evaluate", "infer", "export")),
     ("Command lines and jobs", ("cli", "slurm")),
 )
