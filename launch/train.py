@@ -81,7 +81,10 @@ def main(arguments: argparse.Namespace, say: Say) -> int:
 
         say(dry_run(recipe, config, ds_config, ranks, say=say))
         return DONE
-    profiled = ProfilePlan(*arguments.profile, tuple(arguments.profile_ranks)) if arguments.profile else None
+    profiled: ProfilePlan | None = None
+    if arguments.profile:
+        first, last = arguments.profile
+        profiled = ProfilePlan(first, last, tuple(arguments.profile_ranks))
     options = {"fresh": arguments.fresh, "accept_new_data": arguments.accept_new_data, "profiled": profiled, "say": say}
     if not run_training(recipe, config, ds_config, ranks, **options):
         say(f"stopped   and saved in {RunLayout.of(config).checkpoints}; the same command goes on from there")

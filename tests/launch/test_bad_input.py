@@ -101,6 +101,22 @@ WRONG_RUNS = {
         "does not know 'enable_thinking'",
     ),
     "a template that is not there": (["model.chat_template=short"], "neither a file nor a template of the tokenizer"),
+    "validation without shards": (
+        ["evaluate.every=2", "data.evaluation=[]"],
+        "data.evaluation is empty; name held-out",
+    ),
+    "validation at a count that fits no pack": (
+        ["evaluate.every=2", "evaluate.num_visual_tokens=[640]"],
+        "fit no pack",
+    ),
+    "trained counts above the grid": (
+        ["model.pooling_mode=resize", "budget.num_visual_tokens=[4,192]"],
+        "budget.num_visual_tokens: 192 visual tokens are 12 x 16, the image has 6 x 8 patches",
+    ),
+    "validated counts above the grid": (
+        ["model.pooling_mode=resize", "evaluate.every=2", "evaluate.num_visual_tokens=[4,49]"],
+        "evaluate.num_visual_tokens: 49 visual tokens are 7 x 7",
+    ),
     "all frozen": (
         ["optimizer.vision.train=false", "optimizer.text.train=false", "optimizer.projector.train=false"],
         "vision, projector and text are all frozen",

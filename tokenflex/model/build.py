@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -477,7 +477,7 @@ def _brief(error):
     return " ".join(str(error).split())[:300]
 
 
-def check_counts(counts: Iterable[int], grid: tuple[int, int], pooling_mode: str, key: str) -> None:
+def check_counts(counts: Iterable[int], grid: Sequence[int], pooling_mode: str, key: str) -> None:
     """See that pooling gives each of `counts` tokens of its own.
 
     `resize` averages a grid that was stretched: above the patches there are, tokens would be made up between them.

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import cast
 
 import torch
 import yaml
@@ -22,7 +23,7 @@ from ..errors import UserError
 from ..export import export_model
 from ..files import write_whole
 from ..layout import RunLayout, step_of
-from ..model import build_model, build_processor, check_counts, check_template
+from ..model import TokenFlexProcessor, build_model, build_processor, check_counts, check_template
 from ..model.probe import probe
 from ..parallel import Heartbeat, Ranks
 from ..plan.planner import PLANNER_VERSION
@@ -114,7 +115,7 @@ class Run:
     """
 
     data: DataRun
-    held_out: HeldOut | None
+    held_out: HeldOut | None = None
     engine: parallel.Engine
     objective: Objective
     state: RunState
@@ -165,7 +166,6 @@ class Run:
         self._accepts_new_data = accept_new_data
         self._data_before = json.loads(identity.read_text()) if identity and identity.exists() else None
         self.open_data(self._data_before["render_date"] if self._data_before else "")
-        self.held_out = None
         if self.config.evaluate.every:
             with self._stage("held out", "samples to validate on"):
                 self.held_out = open_held_out(self.config, self.data.processor, self.ranks, self.say)
@@ -282,7 +282,11 @@ class Run:
         if self.ranks.is_main:
             observers.append(MetricLog(sinks, config.train.num_steps, step, self._peak_flops()))
         observers.append(BadSampleLog(self.layout, self.state, data.max_bad_fraction))
-        if self.profiled and self.ranks.rank in self.profiled.ranks:
+        if self.profiled and self.profiled.first <= step:
+            self.say(
+                f"note      --profile {self.profiled.first}-{self.profiled.last}: step {step} is done, nothing is profiled"
+            )
+        elif self.profiled and self.ranks.rank in self.profiled.ranks:
             folder, limit_s = self.layout.profile, config.train.startup_timeout_s
             observers.append(Profiler(self.profiled, folder, self.ranks.device, self.heartbeat, limit_s, self.say))
         observers.append(FirstStep(self.say))
@@ -295,7 +299,8 @@ class Run:
         answers = None
         if self.config.evaluate.answers:
             model, limit_s = self.engine.model, self.config.train.startup_timeout_s
-            answers = HeldOutAnswers(model, self.data.processor, held_out, self.config.evaluate, self.ranks, limit_s)
+            processor = cast(TokenFlexProcessor, self.data.processor)
+            answers = HeldOutAnswers(model, processor, held_out, self.config.evaluate, self.ranks, limit_s)
         return Validation(self.config, held_out, self.objective, self.state, sinks, is_stopped, answers=answers)
 
     def _peak_flops(self) -> float | None:
