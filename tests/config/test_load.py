@@ -25,6 +25,17 @@ WRONG = {
     "train": ["wanted section.key=value"],
     "train.num_steps.deep=1": ["train.num_steps"],
     "optimizer.betas=[0.9,nan]": ["optimizer.betas.1", "finite"],
+    "optimizer.betas=[0.9,1.0]": ["optimizer.betas.1", "less than 1"],
+    "optimizer.text.betas=often": ["optimizer.text.betas", "'often'"],
+    "optimizer.text.layer_decay=1.5": ["optimizer.text.layer_decay", "less than or equal to 1"],
+    "optimizer.schedule=wds": ["optimizer.schedule", "'wds'", "'wsd'"],
+    "optimizer.warmup_steps=2000": ["warmup_steps=2000", "train.num_steps=1000", "shorten the warm-up"],
+    "train.ema_decay=1": ["train.ema_decay", "less than 1"],
+    "model.projector_adapter.rank=4": ["unknown key model.projector_adapter"],
+    "model.text_adapter.rank=-1": ["model.text_adapter.rank", "greater than or equal to 0"],
+    "model.text_adapter.dropout=1": ["model.text_adapter.dropout", "less than 1"],
+    "train.export_adapter=true": ["needs an adapter", "model.init_from"],
+    "train.export_average=true": ["train.ema_decay is 0", "no average is kept"],
 }
 
 
@@ -35,6 +46,12 @@ def test_a_mistake_is_one_line_that_names_it(override):
     assert "\n" not in str(error.value)
     for part in WRONG[override]:
         assert part in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("part", ["text", "vision"])
+def test_an_adapter_on_a_frozen_part_is_refused(part):
+    with pytest.raises(UserError, match=f"model.{part}_adapter .* but optimizer.{part}.train=false; set it"):
+        load_config(None, [f"model.{part}_adapter.rank=4", f"optimizer.{part}.train=false"])
 
 
 def test_overrides_reach_every_depth_and_keep_their_neighbours(tmp_path):

@@ -27,6 +27,7 @@ from .manifest import Damaged, FileEntry, Manifest, encode
 from .shard import ShardReader, shard_name, slice_name, write_shard
 
 WEIGHT = "weight"
+AVERAGE = "average"
 T = TypeVar("T")
 
 
@@ -381,7 +382,9 @@ def read_slices(folder: str | PathLike, manifest: Manifest, slices: Sequence[Hel
                 if missing[id(target)]:
                     missing[id(target)] -= reader.copy_into(target, kind, piece.name, piece.start)
     for piece, kind, target in wanted:
-        if missing[id(target)]:
+        if kind == AVERAGE and missing[id(target)] == target.numel():  # the run kept none until now: it begins here
+            target.copy_(piece.tensors[WEIGHT])
+        elif missing[id(target)]:
             raise UserError(
                 f"checkpoint {folder}: lacks {missing[id(target)]} elements of {kind} of {piece.name}; it was written incompletely"
             )

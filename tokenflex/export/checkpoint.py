@@ -11,6 +11,7 @@ from ..corpus import resolve_embedded
 from ..errors import UserError
 from ..layout import MANIFEST, RunLayout
 from ..model import TokenFlexForConditionalGeneration, build_processor
+from ..model.adapters import merged
 from ..model.configuration_tokenflex import TokenFlexConfig
 from ..model.generation import generation_settings
 from .export import export_model
@@ -39,7 +40,7 @@ def export_checkpoint(folder: str | os.PathLike, target: str | os.PathLike) -> M
     with torch.device("meta"):
         model = TokenFlexForConditionalGeneration(TokenFlexConfig.from_dict(manifest.model))
     model.generation_config = generation_settings(config.model, processor)
-    export_model(model, state, processor, target)
+    export_model(model, merged(state, config.model), processor, target)
     return manifest
 
 

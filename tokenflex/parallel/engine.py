@@ -16,7 +16,17 @@ import torch
 from ..errors import UserError
 from .environment import Launch
 from .ranks import Ranks
-from .slices import Slice, before_loading, held_slices, num_updates, publish_weights, set_num_updates
+from .slices import (
+    AVERAGE,
+    WEIGHT,
+    Slice,
+    before_loading,
+    held_slices,
+    matrices_of,
+    num_updates,
+    publish_weights,
+    set_num_updates,
+)
 
 OURS = {
     "train_batch_size": "data.packs_per_step",
@@ -157,30 +167,34 @@ class Engine:
 
     Args:
         model: its weights may be sharded already.
-        make_optimizer: (should_skip) -> an optimizer that, before it moves anything, asks `should_skip()` whether to.
+        make_optimizer: (should_skip, map_matrices) -> an optimizer that, before it moves anything, asks `should_skip()` whether
+            to; what needs whole matrices has them by `map_matrices` (see the method).
         ds_config: from `resolve_ds_config`.
         ranks: the job.
+        with_average: keep an average of the trained weights (`update_average`), which `slices` have and checkpoints with them.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
-        make_optimizer: Callable[[Callable[[], bool]], torch.optim.Optimizer],
+        make_optimizer: Callable[[Callable[[], bool], Callable[..., None]], torch.optim.Optimizer],
         ds_config: dict[str, Any],
         ranks: Ranks,
+        with_average: bool = False,
     ):
         import deepspeed
 
         from . import bends
 
         self._bends = bends
+        self.with_average = with_average
         self.ranks, self.device, self.ds_config = ranks, ranks.device, ds_config
         # At stage 0 in bf16 DeepSpeed runs the optimizer once to make it create its state: that would decay the weights.
         self._is_ready = False
         self._veto: Callable[[float], str] | None = None
         self._answer: str | None = None
         self._norm = float("nan")
-        self._optimizer = make_optimizer(self._should_skip)
+        self._optimizer = make_optimizer(self._should_skip, self.map_matrices)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=ds_config)
         self._is_ready = True
 
@@ -245,7 +259,63 @@ class Engine:
 
     def slices(self) -> list[Slice]:
         """What this rank holds of every parameter and its optimizer state: a list of `Slice`s, live."""
-        return held_slices(self._engine, self._optimizer, self.ranks.rank)
+        return held_slices(self._engine, self._optimizer, self.ranks.rank, self.with_average)
+
+    def map_matrices(
+        self, flat: torch.Tensor, values: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """In place: `function(matrix)` for each matrix of `values`, which are laid out as the optimizer's weights `flat`.
+
+        Below stage 1 the optimizer has matrices. Above, a rank has stretches of them: each matrix is put together on one rank,
+        in turn, so the work is shared out; every rank must call it for the same weights in the same order.
+        """
+        if zero_stage(self.ds_config) == 0:
+            values.copy_(function(values))
+            return
+        found, num_ranks = matrices_of(self._engine, self._optimizer, flat, self.ranks.rank), self.ranks.num_ranks
+        for begin in range(0, len(found), num_ranks):
+            several, mine = found[begin : begin + num_ranks], torch.empty(0)
+            for owner, (shape, part) in enumerate(several):
+                whole = torch.zeros(torch.Size(shape).numel(), dtype=values.dtype, device=self.device)
+                if part is not None:
+                    start, offset, length = part
+                    whole[start : start + length] = values[offset : offset + length]
+                torch.distributed.reduce(whole, owner)
+                if owner == self.ranks.rank:
+                    mine = function(whole.view(shape)).flatten()
+            for owner, (shape, part) in enumerate(several):
+                is_mine = owner == self.ranks.rank
+                whole = (
+                    mine if is_mine else torch.empty(torch.Size(shape).numel(), dtype=values.dtype, device=self.device)
+                )
+                torch.distributed.broadcast(whole, owner)
+                if part is not None:
+                    start, offset, length = part
+                    values[offset : offset + length] = whole[start : start + length]
+
+    def update_average(self, decay: float) -> None:
+        """Move the average of the trained weights towards them: average = decay x average + (1 - decay) x weights."""
+        for piece in self.slices():
+            if AVERAGE in piece.tensors:
+                piece.tensors[AVERAGE].lerp_(piece.tensors[WEIGHT], 1 - decay)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this context the model's trained weights are their average; every rank must enter it."""
+        self._exchange_average()
+        try:
+            yield
+        finally:
+            self._exchange_average()
+
+    def _exchange_average(self):
+        before_loading(self._engine)
+        for piece in self.slices():
+            if AVERAGE in piece.tensors:
+                weight = piece.tensors[WEIGHT].clone()
+                piece.tensors[WEIGHT].copy_(piece.tensors[AVERAGE])
+                piece.tensors[AVERAGE].copy_(weight)
+        publish_weights(self._engine)
 
     @property
     def num_updates(self) -> int:

@@ -18,14 +18,17 @@ if TYPE_CHECKING:
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Moments of a trained parameter, unless it says otherwise itself (`parameter.moments`)."""
+AVERAGE = "average"
+"""The average of a trained weight over the steps, where one is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
     """What this rank holds of one parameter.
 
-    tensors: {"weight" and, if trained, "exp_avg" and "exp_avg_sq": 1-D live view of the elements from `start` on}. The
-    weight is the fp32 master where there is one. is_shared: every rank holds the same elements, so each saves its share.
+    tensors: {"weight" and, if trained, its moments and "average" where there is one: 1-D live view of the elements from `start`
+    on}. The weight is the fp32 master where there is one. is_shared: every rank holds the same elements, so each saves its share.
     """
 
     name: str
@@ -43,10 +46,13 @@ class Slice:
         return self.start + begin, {kind: tensor[begin:end] for kind, tensor in self.tensors.items()}
 
 
-def held_slices(engine: "DeepSpeedEngine", optimizer: torch.optim.Optimizer, rank: int) -> list[Slice]:
+def held_slices(
+    engine: "DeepSpeedEngine", optimizer: torch.optim.Optimizer, rank: int, with_average: bool = False
+) -> list[Slice]:
     """The `Slice`s of every parameter of which this rank holds a part, by name.
 
-    Optimizer state that does not exist before the first step is created as zeros, as the first step would.
+    Optimizer state that does not exist before the first step is created as zeros, as the first step would, and an average as
+    the weights.
     """
     find = _finder(engine.optimizer, optimizer)
     found: list[Slice] = []
@@ -54,8 +60,38 @@ def held_slices(engine: "DeepSpeedEngine", optimizer: torch.optim.Optimizer, ran
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         part = find(parameter, rank) if parameter.requires_grad else _frozen_part(parameter, rank)
         if part is not None:
+            if with_average and AVERAGE not in part.state and parameter.requires_grad:
+                part.state[AVERAGE] = part.flat.detach().clone()
             found += part.slices(name, shape)
     return found
+
+
+def matrices_of(
+    engine: "DeepSpeedEngine", optimizer: torch.optim.Optimizer, flat: torch.Tensor, rank: int
+) -> list[tuple[tuple[int, ...], tuple[int, int, int] | None]]:
+    """The parameters that a flat tensor of DeepSpeed's optimizer (stages 1 to 3) has parts of, over all ranks, in one order.
+
+    Each is (shape, where this rank's part lies), the latter as (start in the parameter, offset in `flat`, length) or None.
+    """
+    wrapper = engine.optimizer
+    flats, groups, find = _flat_groups(wrapper)
+    (number,) = (number for number, other in enumerate(flats) if other is flat)
+    found: list[tuple[tuple[int, ...], tuple[int, int, int] | None]] = []
+    for parameter in groups[number]:
+        shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+        part = find(wrapper, optimizer, parameter, rank)
+        length = min(part.length, shape.numel() - part.start) if part else 0
+        found.append((tuple(shape), (part.start, part.offset, length) if part and length > 0 else None))
+    return found
+
+
+def _flat_groups(wrapper: Any) -> tuple[Any, Any, Callable]:
+    """(flat tensors, the parameters of each, how one is found in them) of DeepSpeed's wrapper of stages 1 to 3."""
+    if hasattr(wrapper, "fp32_partitioned_groups_flat"):
+        return wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, _stage3_part
+    if hasattr(wrapper, "bf16_groups"):
+        return wrapper.fp32_groups_flat_partition, wrapper.bf16_groups, _mapped_part
+    return wrapper.single_partition_of_fp32_groups, wrapper.bit16_groups, _mapped_part
 
 
 def _finder(wrapper: Any, optimizer: torch.optim.Optimizer) -> "Callable[[torch.nn.Parameter, int], _Part | None]":
@@ -86,7 +122,8 @@ class _Part:
         length = max(0, min(self.length, torch.Size(shape).numel() - self.start))
         if not length and not self.is_shared:
             return []
-        sources = {WEIGHT: self.flat.data, **{kind: self.state[kind] for kind in MOMENTS if self.state}}
+        kinds = [kind for kind in (*MOMENTS, AVERAGE) if kind in self.state]
+        sources = {WEIGHT: self.flat.data, **{kind: self.state[kind] for kind in kinds}}
         tensors = {kind: source.view(-1).narrow(0, self.offset, length) for kind, source in sources.items()}
         return [Slice(name=name, shape=shape, start=self.start, tensors=tensors, is_shared=self.is_shared)]
 
@@ -127,7 +164,7 @@ def set_num_updates(optimizer: torch.optim.Optimizer, number: int) -> None:
 def _stage3_part(wrapper: Any, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, rank: int) -> _Part:
     group, offset, length = wrapper.grad_position[wrapper.get_param_id(parameter)]
     flat = wrapper.fp32_partitioned_groups_flat[group]
-    return _Part(flat, offset, length, length * rank, _state_of(optimizer, flat))
+    return _Part(flat, offset, length, length * rank, _state_of(optimizer, flat, parameter))
 
 
 def _mapped_part(wrapper: Any, optimizer: torch.optim.Optimizer, parameter: Any, rank: int) -> _Part | None:
@@ -137,7 +174,7 @@ def _mapped_part(wrapper: Any, optimizer: torch.optim.Optimizer, parameter: Any,
     flats = getattr(wrapper, "single_partition_of_fp32_groups", None) or wrapper.fp32_groups_flat_partition
     flat, address = flats[mapping.param_group_index], mapping.hp_fragment_address
     start = mapping.lp_fragment_address.start
-    return _Part(flat, address.start, address.numel, start, _state_of(optimizer, flat))
+    return _Part(flat, address.start, address.numel, start, _state_of(optimizer, flat, parameter))
 
 
 def _whole_part(
@@ -147,7 +184,7 @@ def _whole_part(
     rank: int,
 ) -> _Part:
     master = masters.get(parameter, parameter)
-    return _Part(master, 0, master.numel(), 0, _state_of(optimizer, master), is_shared=True)
+    return _Part(master, 0, master.numel(), 0, _state_of(optimizer, master, parameter), is_shared=True)
 
 
 def _frozen_part(parameter: Any, rank: int) -> _Part:
@@ -157,11 +194,13 @@ def _frozen_part(parameter: Any, rank: int) -> _Part:
     return _Part(flat, 0, flat.numel(), flat.numel() * rank, {})
 
 
-def _state_of(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+def _state_of(optimizer: torch.optim.Optimizer, tensor: torch.Tensor, parameter: Any) -> dict[str, torch.Tensor]:
     state = optimizer.state[tensor]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
-        state.update({kind: torch.zeros_like(tensor, requires_grad=False) for kind in MOMENTS})
+        state.update(
+            {kind: torch.zeros_like(tensor, requires_grad=False) for kind in getattr(parameter, "moments", MOMENTS)}
+        )
     return state
 
 

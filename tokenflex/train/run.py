@@ -1,5 +1,6 @@
 """A whole run, stage by stage: prepare, build, resume, train, export. What `launch/train.py` calls once a recipe is read."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -21,6 +22,7 @@ from ..export import export_model
 from ..files import write_whole
 from ..layout import RunLayout, step_of
 from ..model import build_model, build_processor, check_template
+from ..model.adapters import check_adapters, merged, save_adapters
 from ..model.probe import probe
 from ..parallel import Heartbeat, Ranks
 from ..plan.planner import PLANNER_VERSION
@@ -32,8 +34,8 @@ from .loss import fused_loss_head
 from .metric_log import EventLog, MetricLog, SampleTrace
 from .metrics import Metrics
 from .objective import Objective
-from .observers import Observer, StepFigures
-from .optimizer import make_adamw, parameter_groups
+from .observers import Observer, StepFigures, WeightAverage
+from .optimizer import make_optimizer, parameter_groups
 from .progress import Progress
 from .schedule import Schedule
 from .start import other_run, start
@@ -131,6 +133,7 @@ class Run:
             UserError: the folder's checkpoints were made with other data, or the data cannot be read or planned.
         """
         source_configs(self.config.data)  # a run without data is refused before anything else
+        check_adapters(self.config.model)
         for line in self.ranks.on_main(lambda: prepare_folder(self.layout, self.recipe, fresh)):
             self.say(line)
         # reads the newest checkpoint's bytes while the model is being built
@@ -159,7 +162,10 @@ class Run:
         groups = parameter_groups(model, config.optimizer)
         num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         self.rates = Schedule([group["lr"] for group in groups], config.train.num_steps, config.optimizer)
-        self.engine = parallel.Engine(model, make_adamw(groups, config.optimizer), self.ds_config, self.ranks)
+        with_average = config.train.ema_decay > 0
+        self.engine = parallel.Engine(
+            model, make_optimizer(groups, config.optimizer), self.ds_config, self.ranks, with_average
+        )
         projector, on_device = self.engine.model.projector, torch.empty(0, device=self.ranks.device)
         self.data.dataset.plan_of = projector.plan_maker(self.engine.model.patch_grid, on_device)
         failpoints.install_hooks(self.engine.model)
@@ -222,6 +228,8 @@ class Run:
         observers.append(StepFigures(self.metrics, counts, self.objective.part_names))
         if self.ranks.is_main:
             observers.append(MetricLog(self.layout, self.recipe, self.state.progress.step))
+        if config.train.ema_decay:
+            observers.append(WeightAverage(self.engine, config.train.ema_decay))
         observers.append(BadSampleLog(self.layout, self.state, config.data.max_bad_fraction))
         return observers
 
@@ -263,13 +271,20 @@ class Run:
         return batch_loader(self.data.dataset, plans, data.num_workers, self.ranks.device.type == "cuda")
 
     def export(self) -> None:
-        """Write the model as a folder that transformers loads."""
-        full = self.engine.full_state()
+        """Write the model (or its average: `train.export_average`) as a folder that transformers loads."""
+        with self.engine.averaged() if self.config.train.export_average else contextlib.nullcontext():
+            state = self.engine.full_state()
         planner = self.data.planner
         data = f"{planner.epoch_size} samples per epoch from {len(planner.mixture.sources)} sources; name them here"
         card = {"name": self.config.name, "data": data}
         model, processor = self.engine.model, self.data.processor
-        self.ranks.on_main(lambda: export_model(model, full, processor, self.layout.model, card))
+        self.ranks.on_main(
+            lambda: export_model(model, merged(state, self.config.model), processor, self.layout.model, card)
+        )
+        if self.config.train.export_adapter:
+            whole = ("vision_tower", "language_model", "projector")
+            trained = [m for m in whole if all(p.requires_grad for p in getattr(model, m).parameters())]
+            self.ranks.on_main(lambda: save_adapters(state, self.config.model, trained, self.layout.adapter))
 
     def close(self) -> None:
         """Free what the engine holds; the process group stays."""
