@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import Damaged, Manifest, check_files, checked_manifest, read_whole, tags
+from ..checkpoint import Damaged, Manifest, checked_and_repaired, read_whole, tags
 from ..config import RunConfig
 from ..corpus import resolve_embedded
 from ..errors import UserError
@@ -28,8 +28,7 @@ def export_checkpoint(folder: str | os.PathLike, target: str | os.PathLike) -> M
     """
     folder = checkpoint_folder(folder)
     try:
-        manifest = checked_manifest(folder)
-        check_files(folder, manifest)
+        manifest, _ = checked_and_repaired(folder)
         state = read_whole(folder, manifest)
     except Damaged as damage:
         raise UserError(

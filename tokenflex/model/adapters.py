@@ -57,15 +57,10 @@ def add_adapters(built: TokenFlexForConditionalGeneration, model: ModelConfig) -
             raise UserError(
                 f"{key}: {' '.join(str(error).split())[:200]}; name linear layers in {key}.layers"
             ) from None
-        others = [
-            name
-            for name, m in tower.named_modules()
-            if BASE.strip(".") == name.rpartition(".")[2] and not _is_linear(m)
-        ]
-        if others:
-            raise UserError(
-                f"{key}: {others[0]} is a {type(tower.get_submodule(others[0])).__name__}; only linear layers have one"
-            )
+        for name, module in tower.named_modules():
+            if name.endswith(".base_layer") and not isinstance(module, torch.nn.Linear):
+                layer = name.removesuffix(".base_layer")
+                raise UserError(f"{key}: {layer} is a {type(module).__name__}; name linear layers in {key}.layers")
 
 
 def merged(state: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
@@ -111,10 +106,6 @@ def save_adapters(
     settings = json.loads((folder / "adapter_config.json").read_text())
     settings["target_modules"] = names  # a set to peft, whose order would be another every time
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True))
-
-
-def _is_linear(module):
-    return isinstance(module, torch.nn.Linear)
 
 
 def _peft(part):

@@ -155,11 +155,12 @@ class Update:
     """How the update of an optimizer step ended.
 
     grad_norm: global norm of the gradients before clipping, NaN where it is not finite. vetoed: why the weights did not
-    move, in words; empty where they did.
+    move, in words; empty where they did. beside: what was read from the device with the norm.
     """
 
     grad_norm: float
     vetoed: str = ""
+    beside: tuple[float, ...] = ()
 
 
 class Engine:
@@ -191,7 +192,9 @@ class Engine:
         self.ranks, self.device, self.ds_config = ranks, ranks.device, ds_config
         # At stage 0 in bf16 DeepSpeed runs the optimizer once to make it create its state: that would decay the weights.
         self._is_ready = False
-        self._veto: Callable[[float], str] | None = None
+        self._veto: Callable[..., str] | None = None
+        self._beside: Sequence[torch.Tensor] = ()
+        self._read: tuple[float, ...] = ()
         self._answer: str | None = None
         self._norm = float("nan")
         self._optimizer = make_optimizer(self._should_skip, self.map_matrices)
@@ -227,25 +230,30 @@ class Engine:
         """
         self._engine.backward(loss * self.ranks.num_ranks, scale_wrt_gas=False)
 
-    def step(self, learning_rates: Sequence[float], veto: Callable[[float], str] | None = None) -> Update:
+    def step(
+        self,
+        learning_rates: Sequence[float],
+        veto: Callable[..., str] | None = None,
+        beside: Sequence[torch.Tensor] = (),
+    ) -> Update:
         """End of a micro-step; on the last one of a step the optimizer runs with one learning rate per group.
 
-        `veto(grad_norm)` is given on the last one: where it answers with a reason the optimizer does not run, and weights
-        and moments keep every bit. DeepSpeed itself leaves the optimizer out where the norm is not finite; `veto` is then
-        asked about NaN.
+        `veto(grad_norm, *beside)` is given on the last one: where it answers with a reason the optimizer does not run, and
+        weights and moments keep every bit. The norm and the scalars `beside` it are read from the device together: the one time
+        that a step waits for it. DeepSpeed itself leaves the optimizer out where the norm is not finite; `veto` is then asked
+        about NaN.
         """
         for group, rate in zip(self._engine.optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = rate
-        self._veto, self._answer = veto, None
+        self._veto, self._answer, self._beside = veto, None, beside
         if veto is not None and zero_stage(self.ds_config) == 0:
-            self._norm = self._bends.grad_norm_without_zero(self.model)
+            self._norm_on_device = self._bends.grad_norm_without_zero(self.model)
         self._engine.step()
         if veto is None:
             return Update(self._norm)
         if self._answer is None:  # DeepSpeed left the optimizer out
-            self._norm = float("nan")
-            self._answer = veto(self._norm)
-        return Update(self._norm, self._answer)
+            self._ask(torch.tensor(float("nan")))
+        return Update(self._norm, self._answer or "", self._read)
 
     def _should_skip(self) -> bool:
         """The optimizer asks this before it runs, once per group of parameters; the answer is found once per step."""
@@ -253,9 +261,19 @@ class Engine:
             return True
         if self._answer is None and self._veto is not None:
             if zero_stage(self.ds_config) > 0:
-                self._norm = self._bends.grad_norm_before_update(self._engine)
-            self._answer = self._veto(self._norm)
+                self._norm_on_device = self._bends.grad_norm_before_update(self._engine)
+            self._ask(self._norm_on_device)
         return bool(self._answer)
+
+    def _ask(self, norm: torch.Tensor) -> None:
+        """Read the norm and what goes beside it in one go, and ask the veto."""
+        device = self._beside[0].device if self._beside else norm.device
+        scalars = torch.stack([x.detach().double().to(device).view(()) for x in (norm, *self._beside)])
+        self._norm, *read = scalars.tolist()
+        self._norm = float("nan") if self._norm < 0 else self._norm
+        self._read = tuple(read)
+        assert self._veto is not None
+        self._answer = self._veto(self._norm, *read)
 
     def slices(self) -> list[Slice]:
         """What this rank holds of every parameter and its optimizer state: a list of `Slice`s, live."""

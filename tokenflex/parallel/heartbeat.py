@@ -29,7 +29,7 @@ class Heartbeat:
     and in phases that say so, after `startup_s`.
 
     Args:
-        folder: where the watchdogs of this start of the run meet; shared by all ranks.
+        folder: where the watchdogs of this start of the run meet; shared by all ranks. Its name is the start's own.
     """
 
     def __init__(self, launch: Launch, folder: str | PathLike, min_s: float, startup_s: float):
@@ -39,11 +39,13 @@ class Heartbeat:
         self._begin: float | None = None
         self._limit = startup_s
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.local = Path(tempfile.gettempdir()) / f"tokenflex-{os.getuid()}-{self.folder.name}"
+        self.local.mkdir(mode=0o700, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix="tokenflex-pulse-") as file:
             file.truncate(watchdog.PULSE.size)
             self._pulse = mmap.mmap(file.fileno(), watchdog.PULSE.size)
             self.phase("start", startup_s)
-            self._stacks = open(self.folder / f"stacks-{self.rank}", "w")  # noqa: SIM115  faulthandler writes to it later
+            self._stacks = open(self.local / f"stacks-{self.rank}", "w")  # noqa: SIM115  faulthandler writes to it later
             faulthandler.register(watchdog.STACK_SIGNAL, self._stacks, all_threads=True)
             self.label = f"{socket.gethostname()}, process {os.getpid()}"
             arguments = [
@@ -52,6 +54,7 @@ class Heartbeat:
                 os.getpid(),
                 f"/proc/self/fd/{file.fileno()}",
                 self.folder,
+                self.local,
                 self.label,
             ]
             self._process = subprocess.Popen(
@@ -102,9 +105,10 @@ class Heartbeat:
         self._process.kill()
         self._process.wait()
         self._stacks.close()
+        watchdog.leave(self.local, self.rank)
 
     def _first_failure(self) -> str:
-        for name in sorted(os.listdir(self.folder)):
+        for name in sorted(watchdog.left_names(self.local, set())):
             kind, _, rank = name.partition("-")
             if kind in ("dead", "failed") and rank != str(self.rank):
                 return watchdog.describe_loss(self.folder, name)

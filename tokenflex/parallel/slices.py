@@ -21,6 +21,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """Moments of a trained parameter, unless it says otherwise itself (`parameter.moments`)."""
 AVERAGE = "average"
 """The average of a trained weight over the steps, where one is kept."""
+MAX_SHARERS = 16
+"""Ranks over which the saving of what all of them hold is shared out, at most: so many files must be read to have it again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,8 @@ class Slice:
     """What this rank holds of one parameter.
 
     tensors: {"weight" and, if trained, its moments and "average" where there is one: 1-D live view of the elements from `start`
-    on}. The weight is the fp32 master where there is one. is_shared: every rank holds the same elements, so each saves its share.
+    on}. The weight is the fp32 master where there is one. is_shared: every rank holds the same elements, so some of them save a
+    share each. is_block: every rank holds one of equal blocks (rounded up), this one the block of its number.
     """
 
     name: str
@@ -36,14 +39,21 @@ class Slice:
     start: int
     tensors: dict[str, torch.Tensor]
     is_shared: bool
+    is_block: bool = False
 
     def share(self, rank: int, num_ranks: int) -> tuple[int, dict[str, torch.Tensor]]:
-        """(start, tensors) of what this rank saves: all of it, or an even part of what all ranks hold."""
+        """(start, tensors) of what this rank saves: all of it, or an even part of what all ranks hold (or nothing)."""
         if not self.is_shared:
             return self.start, self.tensors
-        length = self.tensors[WEIGHT].numel()
-        begin, end = length * rank // num_ranks, length * (rank + 1) // num_ranks
+        length, num_sharers = self.tensors[WEIGHT].numel(), min(num_ranks, MAX_SHARERS)
+        begin, end = (length * min(number, num_sharers) // num_sharers for number in (rank, rank + 1))
         return self.start + begin, {kind: tensor[begin:end] for kind, tensor in self.tensors.items()}
+
+    def place(self, rank: int, num_ranks: int) -> str | int | list[list[int]]:
+        """Where the parameter lies over all ranks' files, as far as this rank can say (see `checkpoint.places`)."""
+        if self.is_shared:
+            return min(num_ranks, MAX_SHARERS)
+        return "blocks" if self.is_block else [[rank, self.start, self.tensors[WEIGHT].numel()]]
 
 
 def held_slices(
@@ -116,6 +126,7 @@ class _Part:
     start: int
     state: dict[str, torch.Tensor]
     is_shared: bool = False
+    is_block: bool = False
 
     def slices(self, name: str, shape: tuple[int, ...]) -> list[Slice]:
         """The slice, without the padding at the end; none where nothing is left."""
@@ -125,7 +136,8 @@ class _Part:
         kinds = [kind for kind in (*MOMENTS, AVERAGE) if kind in self.state]
         sources = {WEIGHT: self.flat.data, **{kind: self.state[kind] for kind in kinds}}
         tensors = {kind: source.view(-1).narrow(0, self.offset, length) for kind, source in sources.items()}
-        return [Slice(name=name, shape=shape, start=self.start, tensors=tensors, is_shared=self.is_shared)]
+        cut = {"is_shared": self.is_shared, "is_block": self.is_block}
+        return [Slice(name=name, shape=shape, start=self.start, tensors=tensors, **cut)]
 
 
 def publish_weights(engine: "DeepSpeedEngine") -> None:
@@ -164,7 +176,7 @@ def set_num_updates(optimizer: torch.optim.Optimizer, number: int) -> None:
 def _stage3_part(wrapper: Any, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, rank: int) -> _Part:
     group, offset, length = wrapper.grad_position[wrapper.get_param_id(parameter)]
     flat = wrapper.fp32_partitioned_groups_flat[group]
-    return _Part(flat, offset, length, length * rank, _state_of(optimizer, flat, parameter))
+    return _Part(flat, offset, length, length * rank, _state_of(optimizer, flat, parameter), is_block=True)
 
 
 def _mapped_part(wrapper: Any, optimizer: torch.optim.Optimizer, parameter: Any, rank: int) -> _Part | None:
@@ -191,7 +203,7 @@ def _frozen_part(parameter: Any, rank: int) -> _Part:
     if not hasattr(parameter, "ds_tensor"):
         return _Part(parameter, 0, parameter.numel(), 0, {}, is_shared=True)
     flat = parameter.ds_tensor.data.view(-1)
-    return _Part(flat, 0, flat.numel(), flat.numel() * rank, {})
+    return _Part(flat, 0, flat.numel(), flat.numel() * rank, {}, is_block=True)
 
 
 def _state_of(optimizer: torch.optim.Optimizer, tensor: torch.Tensor, parameter: Any) -> dict[str, torch.Tensor]:

@@ -1,6 +1,5 @@
 """The training loop, on one screen: fetch, forward, backward, step, log, agree, save."""
 
-import functools
 import math
 import signal
 from collections.abc import Callable, Generator, Sequence
@@ -109,6 +108,7 @@ class Trainer:
             failpoints.hit("fetch")
             plan, batch = next(batches)
             self._tell("on_batch", step, batch)
+            ids += batch.sample_ids.tolist()  # while they are on the host: reading them back would wait for the device
             batch = batch.to(engine.device)
             enter("forward")
             failpoints.hit("forward")
@@ -118,23 +118,22 @@ class Trainer:
             engine.backward(share)
             total += share.detach()
             parts = {name: parts.get(name, 0.0) + part for name, part in loss.parts.items()}
-            ids += batch.sample_ids.tolist()
             if plan.is_last:
                 break
             engine.step(rates)
             micro += 1
-        loss_value = engine.ranks.all_reduce_sum(total.view(1)).item()
+        loss = engine.ranks.all_reduce_sum(total.view(1))
         failpoints.hit("before-step")
         state.before_update()
         enter("step")
-        update = engine.step(rates, functools.partial(state.spike_filter.judge, loss_value))
+        update = engine.step(rates, lambda norm, loss: state.spike_filter.judge(loss, norm), [loss])
         failpoints.hit("after-step")
         return StepOutcome(
             step=step,
             position=plan.position,
             next_position=plan.next_position,
             sample_ids=ids,
-            loss=loss_value,
+            loss=update.beside[0],
             loss_parts=parts,
             grad_norm=update.grad_norm,
             problem=update.vetoed,
