@@ -74,7 +74,9 @@ def processor(tiny_config):
 def index(corpus, processor):
     from tokenflex.data import Limits, find_shards, load_or_build_index
 
-    return load_or_build_index(find_shards([str(corpus / "train")]), processor, corpus / "train" / "index", Limits())
+    return load_or_build_index(
+        find_shards([str(corpus / "train")]), processor, corpus / "index", Limits()
+    )  # beside, not among, those of the runs
 
 
 @pytest.fixture(scope="session")

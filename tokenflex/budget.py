@@ -45,23 +45,58 @@ class BudgetSettings(Protocol):
     def schedule(self) -> tuple[tuple[int, tuple[float, ...]], ...]:
         """Points (samples seen, probabilities)."""
 
+    @property
+    def per_sample(self) -> str:
+        """`one`, `all` or `largest_and_one`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisualTokenBudget:
     """Distribution over visual-token counts, possibly changing with the number of samples seen.
 
-    counts: the trained counts. probabilities: one per count. schedule: points (samples seen, probabilities), linear in
-    between and constant outside; empty keeps `probabilities`.
+    counts: the counts that are drawn. probabilities: one per count. schedule: points (samples seen, probabilities), linear
+    in between and constant outside; empty keeps `probabilities`. others: counts at which every image is shown besides the
+    drawn one, the largest first.
     """
 
     counts: tuple[int, ...]
     probabilities: tuple[float, ...]
     schedule: tuple[tuple[int, tuple[float, ...]], ...] = ()
+    others: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, config: BudgetSettings) -> "VisualTokenBudget":
-        """The distribution that a configuration's budget section states."""
-        return cls(counts=config.num_visual_tokens, probabilities=config.probabilities, schedule=config.schedule)
+        """The distribution that a configuration's budget section states.
+
+        With `per_sample=all` the smallest count is always "drawn" and the others come with it; with `largest_and_one` the
+        draw is among those below the largest, by their probabilities.
+        """
+        counts, probabilities, schedule = config.num_visual_tokens, config.probabilities, config.schedule
+        if config.per_sample == "one":
+            return cls(counts=counts, probabilities=probabilities, schedule=schedule)
+        if config.per_sample == "all":
+            smallest, *others = sorted(counts)
+            return cls(counts=(smallest,), probabilities=(1.0,), others=tuple(others[::-1]))
+        largest = counts.index(max(counts))
+        return cls(
+            counts=_without(counts, largest),
+            probabilities=_shares_without(probabilities, largest),
+            schedule=tuple((at, _shares_without(shares, largest)) for at, shares in schedule),
+            others=(counts[largest],),
+        )
+
+    @property
+    def num_views(self) -> int:
+        """How many times a sample with images is in its pack, each time at another count."""
+        return 1 + len(self.others)
+
+    def views(self, count: int) -> tuple[int, ...]:
+        """The counts at which a sample that drew `count` is shown, the largest first; (0,) for one without images."""
+        return (*self.others, count) if count else (0,)
+
+    def visual_tokens(self, counts: np.ndarray) -> np.ndarray:
+        """Visual tokens per tile over all views of samples that drew `counts`: [S] -> [S]; 0 stays 0."""
+        return np.where(counts > 0, counts + sum(self.others), 0)
 
     def probabilities_at(self, samples_seen: ArrayLike) -> np.ndarray:
         """Probability of each count after `samples_seen` samples: [S] -> [S, counts]."""
@@ -80,3 +115,12 @@ class VisualTokenBudget:
         cumulative = np.cumsum(self.probabilities_at(samples_seen), axis=-1)[..., :-1]
         uniform = keyed_uniform(seed, epoch, sample_ids)
         return np.asarray(self.counts, dtype=np.int64)[(uniform[:, None] >= cumulative).sum(-1)]
+
+
+def _without(values: tuple, place: int) -> tuple:
+    return values[:place] + values[place + 1 :]
+
+
+def _shares_without(shares: tuple[float, ...], place: int) -> tuple[float, ...]:
+    rest = _without(shares, place)
+    return tuple(share / sum(rest) for share in rest)

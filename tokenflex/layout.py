@@ -127,6 +127,11 @@ class RunLayout:
         return self.root / "accuracy.json"
 
     @property
+    def answers(self) -> Path:
+        """Question by question, which are answered exactly at which count."""
+        return self.root / "answers.json"
+
+    @property
     def accuracy_plot(self) -> Path:
         """The accuracy table drawn."""
         return self.root / "accuracy.png"

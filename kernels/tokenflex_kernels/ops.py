@@ -176,12 +176,14 @@ _WEIGHTS = (
 )
 
 
-def _operator(name: str, schema: str) -> Callable[[Callable], Callable]:
+def _operator(name: str, schema: str, fake: Callable) -> Callable[[Callable], Callable]:
     """Register a function as an operator that changes none of its inputs, for CPU and CUDA tensors alike.
 
-    Under autocast it runs with autocast off: the bodies' own products must not be cast again.
+    ``fake`` makes empty outputs of the same arguments. Under autocast the function runs with autocast off: its own
+    products must not be cast again.
     """
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
 
     def register(function: Callable) -> Callable:
         def without_autocast(device_type: str) -> Callable:
@@ -199,11 +201,11 @@ def _operator(name: str, schema: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def _fake(name: str) -> Callable[[Callable], Callable]:
-    return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=_LIBRARY)
+def _pool_like(source, table, num_patches, num_tokens, cells, patch_cells, is_resize, transposed):
+    return source.new_empty(num_patches if transposed else num_tokens, source.shape[1])
 
 
-@_operator("pool", f"(Tensor source, Tensor table, {_PLAN}, bool transposed) -> Tensor")
+@_operator("pool", f"(Tensor source, Tensor table, {_PLAN}, bool transposed) -> Tensor", _pool_like)
 def _pool(source, table, num_patches, num_tokens, cells, patch_cells, is_resize, transposed):
     plan = PoolPlan(table, num_patches, num_tokens, cells, patch_cells, is_resize)
     if not target.runs_kernels(source):
@@ -213,88 +215,75 @@ def _pool(source, table, num_patches, num_tokens, cells, patch_cells, is_resize,
     return pool.pool(source, plan, transposed)[0]
 
 
-@_fake("pool")
-def _(source, table, num_patches, num_tokens, cells, patch_cells, is_resize, transposed):
-    return source.new_empty(num_patches if transposed else num_tokens, source.shape[1])
+def _parts(arguments: tuple) -> tuple[mlp.Weights, PoolPlan | None, tuple]:
+    """(weights, plan, what follows) of the projector's operators' arguments from ``norm_weight`` on."""
+    plan = None if arguments[6] is None else PoolPlan(*arguments[6:12])
+    return mlp.Weights(*arguments[:6]), plan, arguments[12:]
 
 
-@_operator("project", f"(Tensor features, {_WEIGHTS}, Tensor? table, {_PLAN}, bool has_norm, float eps) -> Tensor")
-def _project_only(
-    features, norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias,
-    table, num_patches, num_tokens, cells, patch_cells, is_resize, has_norm, eps,
-):  # fmt: skip
-    weights = mlp.Weights(norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias)
-    plan = None if table is None else PoolPlan(table, num_patches, num_tokens, cells, patch_cells, is_resize)
+def _project_like(features, *arguments):
+    weights, plan, _ = _parts(arguments)
+    return features.new_empty(features.shape[0] if plan is None else plan.num_tokens, weights.down_weight.shape[0])
+
+
+@_operator(
+    "project",
+    f"(Tensor features, {_WEIGHTS}, Tensor? table, {_PLAN}, bool has_norm, float eps) -> Tensor",
+    _project_like,
+)
+def _project_only(features, *arguments):
+    weights, plan, (has_norm, eps) = _parts(arguments)
     return mlp.forward(features, plan, weights, has_norm, eps, False, False)[0]
 
 
-@_fake("project")
-def _(
-    features, norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias,
-    table, num_patches, num_tokens, cells, patch_cells, is_resize, has_norm, eps,
-):  # fmt: skip
-    return features.new_empty(features.shape[0] if table is None else num_tokens, down_weight.shape[0])
+def _project_training_like(features, *arguments):
+    weights, plan, (has_norm, _, recompute) = _parts(arguments)
+    num_rows = features.shape[0] if plan is None else plan.num_tokens
+    rstd = torch.float64 if features.dtype == torch.float64 else torch.float32
+    return (
+        features.new_empty(num_rows, weights.down_weight.shape[0]),
+        features.new_empty(num_rows, features.shape[1]) if has_norm or plan is not None else features.new_empty(0),
+        features.new_empty(num_rows, dtype=rstd) if has_norm else features.new_empty(0),
+        features.new_empty(0) if recompute else features.new_empty(num_rows, weights.gate_up_weight.shape[0]),
+    )
 
 
 @_operator(
     "project_training",
     f"(Tensor features, {_WEIGHTS}, Tensor? table, {_PLAN}, bool has_norm, float eps, bool recompute) "
     "-> (Tensor out, Tensor rows, Tensor rstd, Tensor gate_up)",
+    _project_training_like,
 )
-def _project_training(
-    features, norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias,
-    table, num_patches, num_tokens, cells, patch_cells, is_resize, has_norm, eps, recompute,
-):  # fmt: skip
-    weights = mlp.Weights(norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias)
-    plan = None if table is None else PoolPlan(table, num_patches, num_tokens, cells, patch_cells, is_resize)
+def _project_training(features, *arguments):
+    weights, plan, (has_norm, eps, recompute) = _parts(arguments)
     out, kept = mlp.forward(features, plan, weights, has_norm, eps, True, recompute)
     return (out, *kept)
 
 
-@_fake("project_training")
-def _(
-    features, norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias,
-    table, num_patches, num_tokens, cells, patch_cells, is_resize, has_norm, eps, recompute,
-):  # fmt: skip
-    num_rows = features.shape[0] if table is None else num_tokens
-    rstd = torch.float64 if features.dtype == torch.float64 else torch.float32
-    return (
-        features.new_empty(num_rows, down_weight.shape[0]),
-        features.new_empty(num_rows, features.shape[1]) if has_norm or table is not None else features.new_empty(0),
-        features.new_empty(num_rows, dtype=rstd) if has_norm else features.new_empty(0),
-        features.new_empty(0) if recompute else features.new_empty(num_rows, gate_up_weight.shape[0]),
-    )
+def _project_backward_like(grad, rows, rstd, gate_up, *arguments):
+    weights, plan, (_, needs) = _parts(arguments)
+    num_rows = rows.shape[0] if plan is None else plan.num_patches
+    sizes = [(num_rows, rows.shape[1]), *((0,) if x is None else x.shape for x in weights)]
+    return tuple(rows.new_empty(size if needs >> i & 1 else (0,)) for i, size in enumerate(sizes))
 
 
 @_operator(
     "project_backward",
     f"(Tensor grad, Tensor rows, Tensor rstd, Tensor gate_up, {_WEIGHTS}, Tensor? table, {_PLAN}, bool has_norm, "
     "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _project_backward_like,
 )
-def _project_backward(
-    grad, rows, rstd, gate_up, norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias,
-    table, num_patches, num_tokens, cells, patch_cells, is_resize, has_norm, needs,
-):  # fmt: skip
+def _project_backward(grad, rows, rstd, gate_up, *arguments):
     """``needs`` has bit i for the i-th of the seven inputs; the gradients of the others are empty."""
-    weights = mlp.Weights(norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias)
-    plan = None if table is None else PoolPlan(table, num_patches, num_tokens, cells, patch_cells, is_resize)
+    weights, plan, (has_norm, needs) = _parts(arguments)
     wanted = mlp.Needs(*(bool(needs >> i & 1) for i in range(7)))
     grads = mlp.backward(grad, mlp.Kept(rows, rstd, gate_up), plan, weights, has_norm, wanted)
     return tuple(rows.new_empty(0) if x is None else x for x in grads)
 
 
-@_fake("project_backward")
-def _(
-    grad, rows, rstd, gate_up, norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias,
-    table, num_patches, num_tokens, cells, patch_cells, is_resize, has_norm, needs,
-):  # fmt: skip
-    num_rows = rows.shape[0] if table is None else num_patches
-    weights = (norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias)
-    sizes = [(num_rows, rows.shape[1]), *(x.shape if x is not None else (0,) for x in weights)]
-    return tuple(rows.new_empty(size if needs >> i & 1 else (0,)) for i, size in enumerate(sizes))
-
-
-@_operator("splice", "(Tensor text, Tensor visual, Tensor positions) -> Tensor")
+@_operator(
+    "splice", "(Tensor text, Tensor visual, Tensor positions) -> Tensor", lambda text, *_: text.new_empty(text.shape)
+)
 def _splice(text, visual, positions):
     if visual.shape[1] != text.shape[1]:
         raise ValueError(f"visual rows are {visual.shape[1]} wide, text rows {text.shape[1]}")
@@ -311,27 +300,23 @@ def _splice(text, visual, positions):
     return splice.splice(text, visual, positions)
 
 
-@_fake("splice")
-def _(text, visual, positions):
-    return text.new_empty(text.shape)
-
-
-@_operator("splice_backward", "(Tensor grad, Tensor positions, bool need_text, bool need_visual) -> (Tensor, Tensor)")
-def _splice_backward(grad, positions, need_text, need_visual):
+@_operator(
+    "splice_backward",
+    "(Tensor grad, Tensor positions, int needs) -> (Tensor, Tensor)",
+    lambda grad, positions, needs: (
+        grad.new_empty(grad.shape if needs & 1 else (0,)),
+        grad.new_empty((positions.shape[0], grad.shape[1]) if needs & 2 else (0,)),
+    ),
+)
+def _splice_backward(grad, positions, needs):
     if target.runs_kernels(grad):
         from . import splice
 
-        return splice.splice_backward(grad, positions, need_text, need_visual)
+        return splice.splice_backward(grad, positions, bool(needs & 1), bool(needs & 2))
     return (
-        grad.index_fill(0, positions, 0.0) if need_text else grad.new_empty(0),
-        grad.index_select(0, positions) if need_visual else grad.new_empty(0),
+        grad.index_fill(0, positions, 0.0) if needs & 1 else grad.new_empty(0),
+        grad.index_select(0, positions) if needs & 2 else grad.new_empty(0),
     )
-
-
-@_fake("splice_backward")
-def _(grad, positions, need_text, need_visual):
-    d_text = grad.new_empty(grad.shape) if need_text else grad.new_empty(0)
-    return d_text, grad.new_empty(positions.shape[0], grad.shape[1]) if need_visual else grad.new_empty(0)
 
 
 _OPS = torch.ops.tokenflex_kernels
@@ -343,6 +328,13 @@ def _refuse_second_derivative() -> None:
     # torch's once_differentiable lets one through where the gradient that comes in is a constant.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("the projector and the splice have no second derivative: do without create_graph=True")
+
+
+def _bits(flags: tuple[bool, ...]) -> int:
+    bits = 0
+    for i, flag in enumerate(flags):
+        bits |= flag << i
+    return bits
 
 
 class _Pool(torch.autograd.Function):
@@ -362,40 +354,47 @@ class _Pool(torch.autograd.Function):
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, features, norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias,
-        table, num_patches, num_tokens, cells, patch_cells, is_resize, has_norm, eps, recompute,
-    ):  # fmt: skip
-        weights = (norm_weight, norm_bias, gate_up_weight, gate_up_bias, down_weight, down_bias)
-        numbers = (num_patches, num_tokens, cells, patch_cells, is_resize, has_norm)
-        out, rows, rstd, gate_up = _OPS.project_training(features, *weights, table, *numbers, eps, recompute)
-        if table is None and not has_norm:
+    def forward(ctx, features, *arguments):
+        *arguments, eps, recompute = arguments
+        out, rows, rstd, gate_up = _OPS.project_training(features, *arguments, eps, recompute)
+        weights, table, ctx.numbers = arguments[:6], arguments[6], arguments[7:]
+        if table is None and not ctx.numbers[-1]:  # neither pooled nor normalised: the rows are the features
             rows = features
         # The inputs themselves: for a Parameter that means the Parameter, whatever storage it has by then.
         ctx.save_for_backward(rows, rstd, gate_up, *weights, table)
-        ctx.numbers = numbers
         return out
 
     @staticmethod
     def backward(ctx, grad):
         _refuse_second_derivative()
-        needs = 0
-        for i in range(7):
-            needs |= ctx.needs_input_grad[i] << i
+        needs = _bits(ctx.needs_input_grad[:7])
         grads = _OPS.project_backward(grad, *ctx.saved_tensors, *ctx.numbers, needs)
         return (*(x if needs >> i & 1 else None for i, x in enumerate(grads)), *(None,) * 9)
 
 
-class _Splice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, text, visual, positions):
-        ctx.save_for_backward(positions)
-        return _OPS.splice(text, visual, positions)
+def _with_gradient(name: str, num_inputs: int, kept: tuple[int, ...]) -> type[torch.autograd.Function]:
+    """The operator ``name``, whose first ``num_inputs`` arguments have gradients.
 
-    @staticmethod
-    def backward(ctx, grad):
-        _refuse_second_derivative()
-        need_text, need_visual, _ = ctx.needs_input_grad
-        (positions,) = ctx.saved_tensors
-        d_text, d_visual = _OPS.splice_backward(grad, positions, need_text, need_visual)
-        return d_text if need_text else None, d_visual if need_visual else None, None
+    They come from the operator ``{name}_backward(grad, *kept, needs)``: ``kept`` are the numbers of the arguments that it
+    reads, ``needs`` has bit i where the i-th gradient is asked for, the others are empty.
+    """
+    forward_of, backward_of = getattr(_OPS, name), getattr(_OPS, f"{name}_backward")
+
+    class WithGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            ctx.save_for_backward(*(args[i] for i in kept))
+            ctx.num_others = len(args) - num_inputs
+            return forward_of(*args)
+
+        @staticmethod
+        def backward(ctx, grad):
+            _refuse_second_derivative()
+            needs = _bits(ctx.needs_input_grad[:num_inputs])
+            grads = backward_of(grad, *ctx.saved_tensors, needs)
+            return (*(x if needs >> i & 1 else None for i, x in enumerate(grads)), *(None,) * ctx.num_others)
+
+    return WithGradient
+
+
+_Splice = _with_gradient("splice", 2, kept=(2,))

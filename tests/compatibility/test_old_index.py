@@ -9,7 +9,7 @@ import pytest
 
 from tokenflex.config import DataConfig
 from tokenflex.data import Limits, PackDataset, load_index, load_or_build_index
-from tokenflex.data.index import builder, fingerprint, open_index
+from tokenflex.data.index import fingerprint, open_index
 from tokenflex.data.loader import MicroBatchPlan
 from tokenflex.data.sources import build_indexes, locate_sources
 from tokenflex.model import TokenFlexProcessor
@@ -22,7 +22,7 @@ RELEASES = sorted(path for path in Path(__file__).parent.iterdir() if path.is_di
 def release(request, tmp_path, monkeypatch):
     """A copy of what a release wrote, of which no shard may be scanned."""
     shutil.copytree(request.param, tmp_path / "release")
-    monkeypatch.setattr(builder, "scan_shard", lambda path, limits: pytest.fail(f"{path} is read again"))
+    monkeypatch.setattr("tokenflex.data.shards.scan_shard", lambda path, limits: pytest.fail(f"{path} is read again"))
     return tmp_path / "release"
 
 

@@ -21,13 +21,13 @@ from tokenflex.data.index import (
     RAGGED,
     ShardScanner,
     build_index,
-    builder,
     fingerprint,
     freshness,
     parts_folder,
 )
 from tokenflex.data.loader import micro_batches
 from tokenflex.data.remote import RemoteShard, locate_shards
+from tokenflex.data.scan import scan_shard
 from tokenflex.errors import UserError
 from tokenflex.plan import Mixture, Planner, Position, Source
 
@@ -112,8 +112,7 @@ def test_a_stopped_build_goes_on_where_it_was(shards, tmp_path, processor, monke
             raise KeyboardInterrupt
         return scan_shard(path, limits)
 
-    scan_shard = builder.scan_shard
-    monkeypatch.setattr(builder, "scan_shard", scan)
+    monkeypatch.setattr("tokenflex.data.shards.scan_shard", scan)
     with pytest.raises(KeyboardInterrupt):
         build_index(shards, processor, folder, LIMITS)
     assert not folder.exists()

@@ -17,7 +17,6 @@ from tokenflex import cli
 from tokenflex.config import DataConfig
 from tokenflex.data.index import (
     Alone,
-    builder,
     fingerprint,
     index_folder,
     load_or_build_index,
@@ -25,6 +24,7 @@ from tokenflex.data.index import (
     parts_folder,
     sole_builder,
 )
+from tokenflex.data.scan import scan_shard
 from tokenflex.data.sources import build_indexes, index_sources, locate_sources
 from tokenflex.errors import UserError
 
@@ -64,8 +64,10 @@ def data(tmp_path):
 @pytest.fixture
 def scans(monkeypatch):
     """Names of the shards that were read, as they are."""
-    read, scan = [], builder.scan_shard
-    monkeypatch.setattr(builder, "scan_shard", lambda path, limits: read.append(path.name) or scan(path, limits))
+    read, scan = [], scan_shard
+    monkeypatch.setattr(
+        "tokenflex.data.shards.scan_shard", lambda path, limits: read.append(path.name) or scan(path, limits)
+    )
     return read
 
 

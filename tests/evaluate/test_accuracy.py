@@ -11,7 +11,7 @@ from PIL import Image
 
 from tokenflex.data import Limits, find_shards
 from tokenflex.data.shards import as_shards
-from tokenflex.evaluate import accuracy_table, evaluate_model, exact_match, plot_accuracy
+from tokenflex.evaluate import Answers, accuracy_table, evaluate_model, exact_match, plot_accuracy
 from tokenflex.evaluate.questions import read_questions
 from tokenflex.export import export_model
 from tokenflex.model import build_model
@@ -70,13 +70,21 @@ class Oracle:
 def test_a_model_of_known_score_gets_that_score(corpus, processor):
     samples = read_questions(as_shards(find_shards([str(corpus / "eval")])), 2, Limits()).samples
     settings = SimpleNamespace(num_visual_tokens=(4, 12), batch_size=3, max_new_tokens=8)
-    right, asked = evaluate_model(Oracle(processor, samples), processor, samples, settings)
+    answers = evaluate_model(Oracle(processor, samples), processor, samples, settings)
+    accuracy, totals = answers.accuracy()
     with_images = {sample.task for sample in samples if sample.images}
     assert with_images and {sample.task for sample in samples} - with_images
-    for sample in samples:
-        assert asked[sample.task, 4] == asked[sample.task, 12] == 2
-        assert right[sample.task, 12] == 2
-        assert right[sample.task, 4] == (0 if sample.images else 2)
+    assert set(totals.values()) == {2}
+    for task, row in accuracy.items():
+        assert row == {"4": 0.0 if task in with_images else 1.0, "12": 1.0}
+    for sample, *rights in zip(samples, answers.right[4], answers.right[12], strict=True):
+        assert rights == [not sample.images, True]
+    halves = [
+        evaluate_model(Oracle(processor, part), processor, part, settings) for part in (samples[1::2], samples[::2])
+    ]
+    whole = Answers.join(halves)
+    assert whole.accuracy() == (accuracy, totals) and whole.keys == sorted(answers.keys)
+    assert whole.as_dict()["right"] == {"4": "".join(str(int(r)) for r in whole.right[4]), "12": "1" * len(samples)}
 
 
 def test_two_ranks_measure_what_one_does(tmp_path, tiny_config, processor, cache_dir, corpus):
@@ -93,5 +101,7 @@ def test_two_ranks_measure_what_one_does(tmp_path, tiny_config, processor, cache
         assert "AutoModelForImageTextToText.from_pretrained" in ends[0].output and "| coarse" in ends[0].output
         records.append(json.loads((folder / "tiny" / "accuracy.json").read_text()))
         assert (folder / "tiny" / "accuracy.png").exists()
+        records[-1]["answers"] = json.loads((folder / "tiny" / "answers.json").read_text())
     assert records[0] == records[1]
+    assert len(records[0]["answers"]["keys"]) == sum(records[0]["num_questions"].values())
     assert list(records[0]["accuracy"]["coarse"]) == ["4", "6", "12"]

@@ -149,7 +149,7 @@ def test_opcheck():
                 check(OPS.project_backward.default, (grad, kept, rstd, gate_up, *some, *plan, has_norm, needs))
     text, visual = torch.randn(5, 4), torch.randn(2, 4)
     check(OPS.splice.default, (text, visual, torch.tensor([3, 1])))
-    check(OPS.splice_backward.default, (torch.randn(5, 4), torch.tensor([3, 1]), True, False))
+    check(OPS.splice_backward.default, (torch.randn(5, 4), torch.tensor([3, 1]), 1))
 
 
 def ragged_batch(num_images, generator):

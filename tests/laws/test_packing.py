@@ -91,7 +91,7 @@ def test_gradient_of_packed_accumulated_step_equals_unpacked_batch(
         float(index.learned_tokens[i] * LOSS_WEIGHTS[weighting](index.learned_tokens[i].astype(float))) for i in ids
     )
     for sample_id, count in zip(ids, counts):
-        batch = collate([dataset.prepared(sample_id, int(count))], [sample_id], processor, weighting, total, 4)
+        batch = collate(dataset.prepared(sample_id, int(count)), [sample_id], processor, weighting, total, 4)
         loss = Objective(model, normalise)(batch).total
         loss.backward()
         plain_loss += loss.item()

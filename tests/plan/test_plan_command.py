@@ -162,7 +162,7 @@ def test_tables_are_mapped_and_compressed_ones_are_read(tmp_path):
 
 def test_an_index_can_be_planned_and_plots_are_drawn(index, corpus, tmp_path, capsys):
     arguments = ["--capacity", 640, "--max-tiles", 12, "--counts", "4,12", "--probabilities", "0.4,0.6", "--ranks", 2]
-    assert plan("--index", corpus / "train" / "index", *arguments, "--plots", tmp_path / "plots") == 0
+    assert plan("--index", corpus / "index", *arguments, "--plots", tmp_path / "plots") == 0
     assert f"{len(index)} samples" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"fill.png", "cost.png"}
     assert plan("--index", tmp_path) == 2

@@ -58,6 +58,9 @@ class BudgetConfig(Section):
     """Probability of each count: fractions that sum to 1 (rounded ones such as 0.333 are scaled), or weights in whole numbers."""
     schedule: tuple[tuple[NonNegativeInt, tuple[NonNegativeFloat, ...]], ...] = ()
     """Change of the probabilities over training: points `[samples seen, [p, ...]]`, linear in between; empty keeps them."""
+    per_sample: Literal["one", "all", "largest_and_one"] = "one"
+    """Counts at which a sample is seen when it comes: `one` that is drawn (the paper); `all` of them side by side in its pack (M3);
+    `largest_and_one`: the largest, and one of the others that is drawn (ViCO). Its images run through the encoder once."""
 
     @model_validator(mode="after")
     def _check(self) -> "BudgetConfig":
@@ -73,10 +76,27 @@ class BudgetConfig(Section):
         samples = [at for at, _ in self.schedule]
         if samples != sorted(set(samples)):
             raise ValueError(f"the schedule's points are at samples {samples}; they must rise")
+        self._check_views()
         object.__setattr__(self, "probabilities", as_probabilities(self.probabilities))
         points = tuple((at, as_probabilities(probabilities)) for at, probabilities in self.schedule)
         object.__setattr__(self, "schedule", points)
         return self
+
+    def _check_views(self) -> None:
+        if self.per_sample != "one" and len(self.num_visual_tokens) < 2:
+            raise ValueError(
+                f"per_sample={self.per_sample} with the one count {self.num_visual_tokens[0]}; give several counts, or set it "
+                "to one"
+            )
+        if self.per_sample == "all" and self.schedule:
+            raise ValueError("per_sample=all draws nothing, so a schedule has no meaning; leave it out")
+        largest = self.num_visual_tokens.index(max(self.num_visual_tokens))
+        for shares in (self.probabilities, *(p for _, p in self.schedule)):
+            if self.per_sample == "largest_and_one" and not sum(shares[:largest] + shares[largest + 1 :]) > 0:
+                raise ValueError(
+                    f"per_sample=largest_and_one draws among the counts below {max(self.num_visual_tokens)}, whose "
+                    f"probabilities in {list(shares)} are all 0; raise one"
+                )
 
 
 class AdapterConfig(Section):
@@ -295,6 +315,9 @@ class TrainConfig(Section):
     """Optimizer steps in all."""
     loss_weighting: Literal["token", "sample", "sqrt"] = "sqrt"
     """Weight of each learned token of a sample with n of them: 1, 1/n or 1/sqrt(n) (the authors' release)."""
+    consistency: NonNegativeFloat = 0.0
+    """Weight of the divergence of a sample's answers at each of its counts from those at its largest (ViCO); needs a
+    `budget.per_sample` of several, and 0 leaves it out."""
     fused_loss: Literal["auto", "on", "off"] = "auto"
     """Cross-entropy without logits in memory, torch's own (2.13 and newer); `auto`: on GPU where torch and the model allow."""
     resume_from: str = ""
@@ -395,5 +418,14 @@ class RunConfig(Section):
         if self.train.export_average and not self.train.ema_decay:
             raise ValueError(
                 "train.export_average=true, but train.ema_decay is 0: no average is kept; set it to 0.999, say"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_views(self) -> "RunConfig":
+        if self.train.consistency and self.budget.per_sample == "one":
+            raise ValueError(
+                f"train.consistency={self.train.consistency:g} compares a sample's counts, and budget.per_sample is one; set it to "
+                "all or largest_and_one"
             )
         return self

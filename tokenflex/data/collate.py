@@ -25,13 +25,17 @@ from .sample import Sample, encoded
 class PackedBatch:
     """What one rank runs through the model at once.
 
-    input_ids, position_ids: [1, T] int64, positions restart in every sample. cu_seq_lens: [S + 1] int32, where each
-    sample begins. max_length: the longest sample. images: [B, H, W, 3] bytes, one per tile. tile_counts: visual tokens of each.
-    visual_positions: [V] places of the placeholders. logits_positions: [L] places whose logits are needed.
+    input_ids, position_ids: [1, T] int64, positions restart in every view of a sample (which has one, or one per count that it
+    is seen at). cu_seq_lens: [views + 1] int32, where each begins. max_length: the longest. images: [B, H, W, 3] bytes, one per
+    tile. tile_counts: visual tokens of each tile of each view. tile_index: which of the B tiles each of those is, or None where
+    it is every one once. visual_positions: [V] places of the placeholders. logits_positions: [L] places whose logits are needed.
     targets: [L] the tokens to predict there. weights: [L] float32, the loss weight of each.
+    teacher: [L] for a learned token the place among the L of the same token in the sample's first view, at the largest count;
+    -1 in that view itself; None where no sample has several.
     is_dummy_image: there was no image; `images` holds one blank so that the vision encoder runs on every rank.
-    pool_plan: the kernels' plan of the tiles' pooling, or None. sample_ids: [S] which samples. total_weight: of the whole optimizer step, over all ranks. skipped: a record (shard, key,
-    offset, reason, detail, sample) of each sample that has a substitute.
+    pool_plan: the kernels' plan of the tiles' pooling, or None. sample_ids: [S] which samples. total_weight: of the whole
+    optimizer step, over all ranks. skipped: a record (shard, key, offset, reason, detail, sample) of each sample that has a
+    substitute.
     """
 
     input_ids: torch.Tensor
@@ -49,6 +53,8 @@ class PackedBatch:
     total_weight: float
     skipped: tuple[dict[str, Any], ...] = ()
     pool_plan: Any = None
+    tile_index: torch.Tensor | None = None
+    teacher: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The batch with its tensors on `device`; copies overlap with compute where the memory is pinned."""
@@ -67,10 +73,11 @@ class PackedBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedSample:
-    """One sample as tokens and tiles, at its visual-token count.
+    """One sample as tokens and tiles, at one visual-token count: one view of it.
 
     input_ids: list. learned: [L] places of the learned tokens. visual: [V] places of the placeholders. tiles: [B, H, W, 3]
-    bytes. count: visual tokens per tile. problem: why this is a substitute, if it is one.
+    bytes. count: visual tokens per tile. problem: why this is a substitute, if it is one. is_further_view: it has the same
+    tiles and learned tokens as the view before it.
     """
 
     input_ids: list[int]
@@ -79,24 +86,38 @@ class PreparedSample:
     tiles: np.ndarray
     count: int
     problem: BadSample | None = None
+    is_further_view: bool = False
 
 
 def prepare(sample: Sample, count: int, processor: Processor, limits: Limits) -> PreparedSample:
-    """A parsed sample, decoded and rendered at `count` visual tokens per tile -> `PreparedSample`.
+    """A parsed sample, decoded and rendered at `count` visual tokens per tile -> `PreparedSample`; see `prepare_views`."""
+    return prepare_views(sample, (count,), processor, limits)[0]
+
+
+def prepare_views(
+    sample: Sample, counts: Sequence[int], processor: Processor, limits: Limits
+) -> tuple[PreparedSample, ...]:
+    """A parsed sample, decoded once and rendered at each of `counts` visual tokens per tile.
 
     Raises:
         BadSample: an image that is refused by its header or does not decode, or turns that the chat template refuses.
     """
     tiles = [_tiled(data, i, processor.image_processor, limits) for i, data in enumerate(sample.images)]
-    lengths = [len(some) * count for some in tiles]
-    tokens = encoded(processor, sample.messages, lengths)
-    return PreparedSample(
-        input_ids=tokens.input_ids,
-        learned=np.flatnonzero(tokens.is_target),
-        visual=_concatenated([np.arange(n) + start for n, start in zip(lengths, tokens.image_starts)]),
-        tiles=np.concatenate([_no_tiles(processor), *tiles]),
-        count=count,
-    )
+    joined = np.concatenate([_no_tiles(processor), *tiles])
+    views = []
+    for number, count in enumerate(counts):
+        lengths = [len(some) * count for some in tiles]
+        tokens = encoded(processor, sample.messages, lengths)
+        view = PreparedSample(
+            input_ids=tokens.input_ids,
+            learned=np.flatnonzero(tokens.is_target),
+            visual=_concatenated([np.arange(n) + start for n, start in zip(lengths, tokens.image_starts)]),
+            tiles=joined,
+            count=count,
+            is_further_view=number > 0,
+        )
+        views.append(view)
+    return tuple(views)
 
 
 def _tiled(data: bytes, number: int, image_processor: ImageProcessor, limits: Limits) -> np.ndarray:
@@ -135,7 +156,8 @@ def collate(
     *,
     plan_of: Callable[[list[int]], Any] | None = None,
 ) -> PackedBatch:
-    """`PreparedSample`s of a micro-batch -> `PackedBatch`.
+    """`PreparedSample`s of a micro-batch -> `PackedBatch`; of a sample with several views they stand side by side, and
+    `sample_ids` has it once.
 
     `blank_count` is the visual-token count of the blank image that stands in where no sample has an image. `plan_of` makes
     a pooling plan of the tiles' counts (`TokenAdaptiveProjector.plan_maker`).
@@ -145,7 +167,8 @@ def collate(
     begins = np.cumsum([0, *lengths])
     # an empty pack at the end of an epoch: one token, nothing learned
     tokens = [token for sample in samples for token in sample.input_ids] or [processor.image_end_token_id]
-    tiles = np.concatenate([_no_tiles(processor), *(sample.tiles for sample in samples)])
+    first_views = [sample for sample in samples if not sample.is_further_view]
+    tiles = np.concatenate([_no_tiles(processor), *(sample.tiles for sample in first_views)])
     tile_counts = [sample.count for sample in samples for _ in sample.tiles]
     is_dummy_image = not len(tiles)
     if is_dummy_image:
@@ -168,13 +191,36 @@ def collate(
         is_dummy_image=is_dummy_image,
         sample_ids=torch.as_tensor(np.asarray(sample_ids, dtype=np.int64)),
         total_weight=total_weight,
-        skipped=tuple(
-            {**sample.problem.record(), "sample": int(sample_id)}
-            for sample, sample_id in zip(samples, sample_ids)
-            if sample.problem is not None
-        ),
+        skipped=_skipped(first_views, sample_ids),
         pool_plan=plan_of(tile_counts) if plan_of else None,
+        **(_relations(samples) if len(first_views) < len(samples) else {}),
     )
+
+
+def _skipped(samples: Sequence[PreparedSample], sample_ids: Sequence[int] | np.ndarray) -> tuple[dict[str, Any], ...]:
+    return tuple(
+        {**sample.problem.record(), "sample": int(sample_id)}
+        for sample, sample_id in zip(samples, sample_ids)
+        if sample.problem is not None
+    )
+
+
+def _relations(samples: Sequence[PreparedSample]) -> dict[str, torch.Tensor]:
+    """`tile_index` and `teacher` of a `PackedBatch`, where samples have several views."""
+    tile_index, teacher = [], []
+    next_tile = next_learned = first_tile = first_learned = 0
+    for sample in samples:
+        if not sample.is_further_view:
+            first_tile, first_learned = next_tile, next_learned
+            next_tile += len(sample.tiles)
+        tile_index.append(first_tile + np.arange(len(sample.tiles)))
+        places = np.arange(len(sample.learned))
+        teacher.append(first_learned + places if sample.is_further_view else np.full(len(places), -1))
+        next_learned += len(places)
+    return {
+        "tile_index": torch.from_numpy(_concatenated(tile_index)),
+        "teacher": torch.from_numpy(_concatenated(teacher)),
+    }
 
 
 def _no_tiles(processor: Processor) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,12 +13,12 @@ from .. import failpoints
 from ..errors import UserError
 from ..layout import STOP_SIGNALS
 from ..plan import Lengths, Mixture, Position, Source, StepPlan
-from .collate import PackedBatch, PreparedSample, collate, prepare, substitute
+from .collate import PackedBatch, PreparedSample, collate, prepare_views, substitute
 from .index import Index
 from .problems import BadSample, Limits
 from .processor import Processor
 from .sample import Sample, first_messages, parse_sample
-from .shards import Shard, read_sample
+from .shards import Shard
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,11 @@ def num_micro_steps(packs_per_step: int, num_ranks: int, packs_per_micro_batch: 
     return share // per_micro
 
 
+def one_view(count: int) -> tuple[int, ...]:
+    """The counts that a sample is seen at where it has one."""
+    return (count,)
+
+
 class PackDataset(Dataset):
     """`dataset[MicroBatchPlan]` -> (plan, PackedBatch or the UserError that came in its place).
 
@@ -96,21 +101,28 @@ class PackDataset(Dataset):
     MAX_OPEN_SHARDS = 96  # a block of data.shuffle_shards and the next
 
     def __init__(
-        self, index: Lengths | Mixture, processor: Processor, loss_weighting: str, blank_count: int, limits: Limits
+        self,
+        index: Lengths | Mixture,
+        processor: Processor,
+        loss_weighting: str,
+        blank_count: int,
+        limits: Limits,
+        views_of: Callable[[int], tuple[int, ...]] = one_view,
     ):
         self.mixture = index if isinstance(index, Mixture) else Mixture([Source(index=index)])
         self.processor = processor
         self.loss_weighting = loss_weighting
         self.blank_count = blank_count
         self.limits = limits
+        self.views_of = views_of
         self.plan_of: Callable[[list[int]], Any] | None = None
         """Set before the workers start: tile counts -> the plan of their pooling, which batches then carry."""
-        self._files: dict[Shard, BinaryIO] = {}
+        self._files: dict[Shard, Any] = {}
 
     def sample(self, sample_id: int, num_messages: int = 0) -> Sample:
         """One parsed sample by id; with `num_messages` the conversation ends after so many."""
         shard, offset, num_bytes = self._place(sample_id)
-        sample = parse_sample(read_sample(self._open(shard), offset, num_bytes, shard, self.limits), where=shard)
+        sample = parse_sample(shard.read(self._open(shard), offset, num_bytes, self.limits), where=shard)
         return first_messages(sample, int(num_messages)) if num_messages else sample
 
     def name_of(self, sample_id: int) -> str:
@@ -131,9 +143,9 @@ class PackDataset(Dataset):
             UserError: a shard that cannot be opened.
         """
         num_messages = np.zeros(len(plan.sample_ids), np.int64) if plan.num_messages is None else plan.num_messages
-        samples = [self.prepared(*map(int, item)) for item in zip(plan.sample_ids, plan.counts, num_messages)]
+        items = zip(plan.sample_ids, plan.counts, num_messages)
         return collate(
-            samples,
+            [view for item in items for view in self.prepared(*map(int, item))],
             plan.sample_ids,
             self.processor,
             self.loss_weighting,
@@ -142,26 +154,28 @@ class PackDataset(Dataset):
             plan_of=self.plan_of,
         )
 
-    def prepared(self, sample_id: int, count: int, num_messages: int = 0) -> PreparedSample:
-        """One sample as tokens and tiles, or the substitute in its place: a `PreparedSample`."""
+    def prepared(self, sample_id: int, count: int, num_messages: int = 0) -> tuple[PreparedSample, ...]:
+        """One sample as tokens and tiles, or the substitute in its place: a `PreparedSample` for each of its views."""
         num_text, num_tiles = self._planned(sample_id, num_messages)
+        counts = self.views_of(count)
         key = ""
         try:
             sample = self.sample(sample_id, num_messages)
             key = sample.key
-            prepared = prepare(sample, count, self.processor, self.limits)
-            came = len(prepared.input_ids) - len(prepared.visual), len(prepared.tiles)
+            views = prepare_views(sample, counts, self.processor, self.limits)
+            came = len(views[0].input_ids) - len(views[0].visual), len(views[0].tiles)
             if came != (num_text, num_tiles):
                 raise BadSample(
                     "length",
                     f"has {came[0]} text tokens and {came[1]} tiles, the index says {num_text} and {num_tiles}; "
                     "the shard has changed: index it again",
                 )
-            return prepared
+            return views
         except BadSample as problem:
             shard, offset, _ = self._place(sample_id)
             problem = problem.located(shard, key, offset)
-            return substitute(num_text, num_tiles, count, self.processor, problem)
+            views = [substitute(num_text, num_tiles, count, self.processor, problem) for count in counts]
+            return views[0], *(replace(view, is_further_view=True) for view in views[1:])
 
     def _index_of(self, sample_id: int) -> tuple[Index, int]:
         """(the index that a sample is in, its number there)."""
@@ -179,12 +193,12 @@ class PackDataset(Dataset):
             return index.text_of_cut(own, num_messages)
         return int(index.text_tokens[own]), int(index.num_tiles[own])
 
-    def _open(self, shard: Shard) -> BinaryIO:
+    def _open(self, shard: Shard) -> Any:
         if shard not in self._files:
             if len(self._files) >= self.MAX_OPEN_SHARDS:
                 self._files.pop(next(iter(self._files))).close()
             try:
-                self._files[shard] = open(shard.local_file(), "rb")  # noqa: SIM115  kept open on purpose
+                self._files[shard] = shard.open()
             except OSError as error:
                 raise UserError(
                     f"{shard}: {error.strerror}; the shard was there when it was indexed: restore it or index again"

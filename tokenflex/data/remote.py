@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from ..config import DataConfig
 from ..errors import UserError
 from ..files import only_one_inside
-from .shards import Shard, Stamp, as_shards, find_shards
+from .shards import Shard, Stamp, Tar, as_shards, find_shards
 
 SCHEMES = ("http", "https")
 TIMEOUT_S = 60
@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class RemoteShard:
+class RemoteShard(Tar):
     """A shard at a URL; `cache` is the folder that it is fetched into, of `cache_bytes` at most.
 
     expected: the stamp (`size`, `etag`) that it must have; empty for whatever is there now.

@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from ..errors import UserError
 from .problems import BadSample, Limits
-from .scan import read_lone_sample, scan_shard
+from .scan import Scanned, read_lone_sample, scan_shard
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 """What makes a source a URL. None is opened: webdataset's `pipe:`, for one, would run it as a shell command."""
@@ -22,7 +22,10 @@ Stamp = dict[str, int | str]
 
 
 class Shard(Protocol):
-    """A tar of samples, wherever it lies: what index and loader know of it. Its text names it in messages."""
+    """A file of samples, wherever it lies and whatever its format: what index and loader know of it.
+
+    Its text names it in messages. A sample's place is two whole numbers that `scan` gives and `read` takes.
+    """
 
     @property
     def name(self) -> str:
@@ -56,9 +59,46 @@ class Shard(Protocol):
             UserError: it cannot be brought here.
         """
 
+    def scan(self, limits: Limits) -> Iterator[Scanned]:
+        """Every sample in order, good or bad, with its place; see `scan_shard`.
+
+        Raises:
+            OSError: its bytes cannot be read. UserError: they cannot be brought here.
+        """
+
+    def open(self) -> Any:
+        """What `read` reads from, with a `close()`; kept open over many samples.
+
+        Raises:
+            OSError, UserError: as `scan`.
+        """
+
+    def read(self, file: Any, offset: int, num_bytes: int, limits: Limits) -> dict[str, Any]:
+        """{"__key__": key, extension: bytes}: the members of the sample at a place.
+
+        Raises:
+            BadSample: no one sample lies there, or a member of it may not be read.
+        """
+
+
+class Tar:
+    """The format of shards: a tar, as webdataset writes it. For classes with a `local_file`."""
+
+    def local_file(self) -> Path:
+        raise NotImplementedError
+
+    def scan(self, limits: Limits) -> Iterator[Scanned]:
+        return scan_shard(self.local_file(), limits)
+
+    def open(self) -> BinaryIO:
+        return open(self.local_file(), "rb")
+
+    def read(self, file: BinaryIO, offset: int, num_bytes: int, limits: Limits) -> dict[str, Any]:
+        return read_sample(file, offset, num_bytes, self, limits)
+
 
 @dataclass(frozen=True)
-class TarShard:
+class TarShard(Tar):
     """A shard on a disk of this machine, or mounted on it."""
 
     path: Path

@@ -111,7 +111,7 @@ def open_data(
     weighting = config.train.loss_weighting
     budget = VisualTokenBudget.of(config.budget)
     planner = Planner(mixture, budget, config.data, config.train.seed, weighting)
-    dataset = PackDataset(mixture, processor, weighting, min(budget.counts), limits)
+    dataset = PackDataset(mixture, processor, weighting, min(budget.counts), limits, budget.views)
     say(f"data      {planner.epoch_size} samples per epoch from {len(mixture.sources)} sources")
     names = [source.name for source in mixture.sources]
     return DataRun(planner, dataset, processor, data_identity(names, indexes, processor.render_date))

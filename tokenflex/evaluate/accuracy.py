@@ -4,6 +4,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,8 +25,39 @@ from ..parallel import Ranks
 from .questions import read_questions
 from .report import EvaluationRecord, accuracy_table, plot_accuracy
 
-Hits = Counter[tuple[str, int]]
-"""Questions by (task, visual-token count)."""
+
+@dataclass(frozen=True)
+class Answers:
+    """Question by question, whether it was answered exactly. keys, tasks: [Q]. right: {visual-token count: [Q]}."""
+
+    keys: list[str]
+    tasks: list[str]
+    right: dict[int, list[bool]]
+
+    @staticmethod
+    def join(parts: "Sequence[Answers]") -> "Answers":
+        """Those of several ranks, in the order of the keys."""
+        keys = [key for part in parts for key in part.keys]
+        tasks = [task for part in parts for task in part.tasks]
+        right = {count: [hit for part in parts for hit in part.right[count]] for count in parts[0].right}
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        ordered = {count: [hits[place] for place in order] for count, hits in right.items()}
+        return Answers([keys[place] for place in order], [tasks[place] for place in order], ordered)
+
+    def accuracy(self) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+        """{task: {count: share that is right}} and {task: questions}."""
+        totals = dict(sorted(Counter(self.tasks).items()))
+        accuracy: dict[str, dict[str, float]] = {task: {} for task in totals}
+        for count, hits in self.right.items():
+            hit = Counter(task for task, is_right in zip(self.tasks, hits) if is_right)
+            for task, number in totals.items():
+                accuracy[task][str(count)] = hit[task] / number
+        return accuracy, totals
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values: `right` as one string of 0 and 1 per count."""
+        right = {str(count): "".join("01"[hit] for hit in hits) for count, hits in self.right.items()}
+        return {"keys": self.keys, "tasks": self.tasks, "right": right}
 
 
 class Answering(Protocol):
@@ -44,7 +76,7 @@ def evaluate_run(
 ) -> dict[str, dict[str, float]]:
     """Evaluate the exported model of a run on its evaluation shards, all ranks together; print table, plot and loading code.
 
-    Writes `accuracy.json` and `accuracy.png` into the run's folder. Returns {task: {count: accuracy}} on every rank.
+    Writes `accuracy.json`, `answers.json` (question by question) and `accuracy.png` into the run's folder. Returns {task: {count: accuracy}} on every rank.
 
     Raises:
         UserError: no exported model, or no evaluation shards.
@@ -63,8 +95,9 @@ def evaluate_run(
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(ranks.device).eval()
     model.generation_config = greedy(model.generation_config)
     processor = AutoProcessor.from_pretrained(folder)
-    right, asked = evaluate_model(model, processor, samples[ranks.rank :: ranks.num_ranks], config.evaluate, say)
-    accuracy, totals = _over_ranks(right, asked, config.evaluate.num_visual_tokens, ranks)
+    answers = evaluate_model(model, processor, samples[ranks.rank :: ranks.num_ranks], config.evaluate, say)
+    answers = Answers.join(ranks.all_gather(answers))
+    accuracy, totals = answers.accuracy()
     if ranks.is_main:
         record: EvaluationRecord = {
             "accuracy": accuracy,
@@ -74,6 +107,7 @@ def evaluate_run(
         }
         layout.root.mkdir(parents=True, exist_ok=True)
         layout.accuracy.write_text(json.dumps(record, indent=1))
+        layout.answers.write_text(json.dumps(answers.as_dict()))
         plot_accuracy(record, layout.accuracy_plot)
         table = accuracy_table(record)
         if folder == layout.model:
@@ -94,23 +128,22 @@ def evaluate_model(
     samples: Sequence[Sample],
     settings: EvaluateConfig,
     say: Callable[[str], None] = lambda text: None,
-) -> tuple[Hits, Hits]:
-    """Right answers and questions asked, as two counters over (task, count).
+) -> Answers:
+    """Which questions are answered exactly, at each count.
 
-    Samples without an image are asked once and counted at every count. `settings` is the configuration's evaluate section.
+    Samples without an image are asked once and stand for every count. `settings` is the configuration's evaluate section.
     """
     logging.getLogger(type(model).__module__).setLevel(logging.ERROR)  # untrained counts are the point of the table
-    right: Hits = Counter()
-    asked: Hits = Counter()
-    for with_images in (True, False):
-        group = [sample for sample in samples if bool(sample.images) == with_images]
-        for count in settings.num_visual_tokens if with_images else settings.num_visual_tokens[:1]:
-            hits = _hits(model, processor, group, count, settings)
-            for shown in (count,) if with_images else settings.num_visual_tokens:
-                for sample, hit in zip(group, hits):
-                    asked[sample.task, shown] += 1
-                    right[sample.task, shown] += hit
-    return right, asked
+    with_image = [number for number, sample in enumerate(samples) if sample.images]
+    without = [number for number, sample in enumerate(samples) if not sample.images]
+    right = {count: [False] * len(samples) for count in settings.num_visual_tokens}
+    for numbers, counts in ((with_image, settings.num_visual_tokens), (without, settings.num_visual_tokens[:1])):
+        for count in counts:
+            hits = _hits(model, processor, [samples[number] for number in numbers], count, settings)
+            for shown in (count,) if numbers is with_image else settings.num_visual_tokens:
+                for number, hit in zip(numbers, hits):
+                    right[shown][number] = hit
+    return Answers([sample.key for sample in samples], [sample.task for sample in samples], right)
 
 
 def _hits(
@@ -129,15 +162,3 @@ def _hits(
         expected = ["".join(item["text"] for item in sample.messages[-1]["content"]) for sample in batch]
         hits += map(exact_match, answers, expected)
     return hits
-
-
-def _over_ranks(
-    right: Hits, asked: Hits, counts: Sequence[int], ranks: Ranks
-) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
-    """{task: {count: accuracy}} and {task: questions} from every rank's counters."""
-    names = ranks.all_gather(sorted({task for task, _ in asked}))
-    tasks = sorted({task for some in names for task in some})
-    table = torch.tensor([[[right[t, c], asked[t, c]] for c in counts] for t in tasks], dtype=torch.float64)
-    table = ranks.all_reduce_sum(table).tolist()
-    accuracy = {task: {str(c): hit / total for c, (hit, total) in zip(counts, row)} for task, row in zip(tasks, table)}
-    return accuracy, {task: int(row[0][1]) for task, row in zip(tasks, table)}

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ..data import BadSample, Limits, Sample, decode_image, scan_shard
+from ..data import BadSample, Limits, Sample, decode_image
 from ..data.shards import Shard
 from ..errors import UserError
 
@@ -36,7 +36,7 @@ def read_questions(shards: Sequence[Shard], max_per_task: int, limits: Limits) -
     questions, per_task = Questions(), Counter[str]()
     for shard in shards:
         try:
-            for scanned in scan_shard(shard.local_file(), limits):
+            for scanned in shard.scan(limits):
                 try:
                     sample = scanned.whole
                     _check_answer(sample)

@@ -7,13 +7,13 @@ import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, ProcessorMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..config import BudgetConfig, ModelConfig
 from ..errors import UserError
 from .adapters import add_adapters
 from .attention import PACKED, register_packed_attention
@@ -27,12 +27,17 @@ from .processing_tokenflex import TokenFlexProcessor, default_template, missing_
 from .template import check_template
 from .vision import patch_grid
 
+if (
+    TYPE_CHECKING
+):  # recipes need pydantic; exported code, and the GPU tests on a bare machine, read this package without
+    from ..config import BudgetConfig, ModelConfig
+
 HOUSEKEEPING = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
 """What a configuration file holds beside the model's own settings."""
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 
 
-def build_processor(model: ModelConfig, budget: BudgetConfig) -> TokenFlexProcessor:
+def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexProcessor:
     """Tokenizer and image processor of a run.
 
     Args:
@@ -110,8 +115,8 @@ def _template(name, tokenizer, source):
 
 
 def build_model(
-    model: ModelConfig,
-    budget: BudgetConfig,
+    model: "ModelConfig",
+    budget: "BudgetConfig",
     processor: ProcessorMixin,
     dtype: torch.dtype,
     loading: Callable[[], AbstractContextManager] = contextlib.nullcontext,
@@ -148,7 +153,7 @@ def build_model(
     return built
 
 
-def vision_config(model: ModelConfig) -> PretrainedConfig:
+def vision_config(model: "ModelConfig") -> PretrainedConfig:
     """The vision encoder's configuration object, without its pooling head."""
     if model.init_from:
         return _load(

@@ -1,11 +1,14 @@
 """What an exported model generates by: the language model's own settings, and every token that ends a turn."""
 
 import copy
+from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, GenerationConfig
 
-from ..config import ModelConfig
 from .processing_tokenflex import TokenFlexProcessor
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig
 
 
 def greedy(settings: GenerationConfig) -> GenerationConfig:
@@ -16,7 +19,7 @@ def greedy(settings: GenerationConfig) -> GenerationConfig:
     return plain
 
 
-def generation_settings(model: ModelConfig, processor: TokenFlexProcessor) -> GenerationConfig:
+def generation_settings(model: "ModelConfig", processor: TokenFlexProcessor) -> GenerationConfig:
     """The `GenerationConfig` of a run's model.
 
     Sampling settings and end tokens are the language model's own (of `model.init_from` or `model.text`, where these are

@@ -104,9 +104,9 @@ class _TokenFlexBase(PreTrainedModel):
             attentions=outputs.get("attentions"),
         )
 
-    def _visual_tokens(self, pixel_values, sides, pool_plan=None, **options):
+    def _visual_tokens(self, pixel_values, sides, pool_plan=None, tile_index=None, **options):
         """Patch features [P, C], visual tokens [V, D] and the encoder's output of tiles [B, 3, H, W], tile b pooled to `sides[b]`
-        = (rows, columns).
+        = (rows, columns); with a `tile_index` [N], tile `tile_index[i]` to `sides[i]`.
 
         A `pool_plan` says the same to the fused kernels; `sides` may then be None.
         """
@@ -114,10 +114,14 @@ class _TokenFlexBase(PreTrainedModel):
         layer, position = config.vision_feature_layer, config.vision_position_embedding
         features_PC, outputs = patch_outputs(self.vision_tower, pixel_values, layer, position, **options)
         grid = patch_grid(config.vision_config, *pixel_values.shape[-2:])
-        return features_PC, self.projector(features_PC, [grid] * len(pixel_values), sides, pool_plan), outputs
+        to_pool, num_pooled = features_PC, len(pixel_values)
+        if tile_index is not None:
+            to_pool, num_pooled = features_PC.unflatten(0, (num_pooled, -1))[tile_index].flatten(0, 1), len(tile_index)
+        return features_PC, self.projector(to_pool, [grid] * num_pooled, sides, pool_plan), outputs
 
     def _embedded(
-        self, input_ids, inputs_embeds, pixel_values, num_visual_tokens, num_tiles, visual_positions, is_dummy_image, pool_plan
+        self, input_ids, inputs_embeds, pixel_values, num_visual_tokens, num_tiles, visual_positions, is_dummy_image, pool_plan,
+        tile_index=None,
     ):  # fmt: skip
         """Embeddings [B, T, D] with images spliced in; see `TokenFlexForConditionalGeneration.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -131,9 +135,11 @@ class _TokenFlexBase(PreTrainedModel):
         sides = (
             None
             if pool_plan is not None
-            else self._sides(num_visual_tokens, _tiles(num_tiles, pixel_values), input_ids)
+            else self._sides(
+                num_visual_tokens, _tiles(num_tiles, pixel_values if tile_index is None else tile_index), input_ids
+            )
         )
-        _, visual_VD, _ = self._visual_tokens(pixel_values.to(inputs_embeds.dtype), sides, pool_plan)
+        _, visual_VD, _ = self._visual_tokens(pixel_values.to(inputs_embeds.dtype), sides, pool_plan, tile_index)
         visual_VD = visual_VD.to(inputs_embeds.dtype)
         if is_dummy_image:
             return inputs_embeds + 0.0 * visual_VD.sum()
@@ -251,6 +257,7 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         is_dummy_image: bool = False,
         num_tiles: torch.Tensor | Sequence[int] | None = None,
         pool_plan: object | None = None,
+        tile_index: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         shift_labels: torch.Tensor | None = None,
         **kwargs: Any,
@@ -267,6 +274,8 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
             visual_positions: [V] places of the placeholders in the flattened `input_ids`; found from it by default.
             is_dummy_image: the images belong to no token; they only keep every rank of a ZeRO-3 job in step.
             pool_plan: what `projector.plan_maker` made of the tiles' counts; stands for `num_visual_tokens` and `num_tiles`.
+            tile_index: [N] for tiles that come several times, at several counts: which of `pixel_values` each is; the encoder runs
+                on each once. `num_visual_tokens` has then N entries.
             labels: [B, T] with -100 where nothing is learned; the mean loss of the rest is returned, or with
                 `num_items_in_batch` their sum over that number. `shift_labels` are labels that have been shifted already.
 
@@ -274,7 +283,8 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
             ValueError: placeholders and visual tokens do not match; the message has both numbers.
         """
         embeds = self._embedded(
-            input_ids, inputs_embeds, pixel_values, num_visual_tokens, num_tiles, visual_positions, is_dummy_image, pool_plan
+            input_ids, inputs_embeds, pixel_values, num_visual_tokens, num_tiles, visual_positions, is_dummy_image, pool_plan,
+            tile_index,
         )  # fmt: skip
         outputs = self.language_model(
             inputs_embeds=embeds,

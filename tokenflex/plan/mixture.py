@@ -38,8 +38,13 @@ class Lengths(Protocol):
     def longest_text(self) -> np.ndarray:
         """[tiles + 1] text tokens of the longest sample with each number of tiles, -1 where there is none."""
 
-    def cut(self, sample_id: int, count: int, max_tokens: int, max_tiles: int) -> tuple[int, int, int, int] | None:
-        """(messages, text tokens, learned tokens, tiles) up to the last answer that fits a pack; None where none does."""
+    def cut(
+        self, sample_id: int, visual_tokens: int, max_tokens: int, max_tiles: int, num_views: int = 1
+    ) -> tuple[int, int, int, int] | None:
+        """(messages, text tokens, learned tokens, tiles) up to the last answer that fits a pack; None where none does.
+
+        The text is there `num_views` times; `visual_tokens` per tile are those of all views.
+        """
 
 
 def draw_key(pass_number: int) -> int:

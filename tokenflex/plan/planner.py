@@ -75,10 +75,12 @@ class Planner:
 
     def _check(self) -> None:
         """Refuse plans that cannot be before the first step."""
-        largest, data = max(self.budget.counts), self.data
-        if largest >= data.pack_length:
+        data, views = self.data, self.budget.num_views
+        largest = int(self.budget.visual_tokens(np.array(max(self.budget.counts))))
+        if largest + views > data.pack_length:
+            at = f"{largest} visual tokens" + (f" in {views} views" if views > 1 else "")
             raise UserError(
-                f"data.pack_length={data.pack_length}: a pack holds no image of {largest} visual tokens and its text; "
+                f"data.pack_length={data.pack_length}: a pack holds no image of {at} and its text; "
                 f"raise it above {largest} or take smaller counts (budget.num_visual_tokens)"
             )
         if self.epoch_size < data.packs_per_step:
@@ -97,17 +99,23 @@ class Planner:
         longest_text, num_usable = source.index.longest_text(), source.index.num_answered()
         tiles = np.arange(len(longest_text))
         too_long = (longest_text >= 0) & (
-            (longest_text + tiles * largest > self.data.pack_length) | (tiles > self.data.max_images_per_pack)
+            (self._tokens(longest_text, tiles, largest) > self.data.pack_length)
+            | (tiles > self.data.max_images_per_pack)
         )
         if not too_long.any() or source.over_long != "error":
             return num_usable
         sample, number = self._first_too_long(source.index, largest)
-        tokens = int(source.index.text_tokens[sample]) + int(source.index.num_tiles[sample]) * largest
+        text, tiles = int(source.index.text_tokens[sample]), int(source.index.num_tiles[sample])
+        tokens = int(self._tokens(np.array(text), np.array(tiles), largest))
         raise UserError(
-            f"{source.index.shard_of(sample)}: sample {sample} has up to {tokens} tokens and {source.index.num_tiles[sample]} images, a pack "
+            f"{source.index.shard_of(sample)}: sample {sample} has up to {tokens} tokens and {tiles} images, a pack "
             f"holds {self.data.pack_length} and {self.data.max_images_per_pack} ({number} such samples); raise data.pack_length or "
             "data.max_images_per_pack, or set data.over_long=drop"
         )
+
+    def _tokens(self, text: np.ndarray, tiles: np.ndarray, visual_tokens: np.ndarray | int) -> np.ndarray:
+        """Tokens of samples over all their views, `visual_tokens` per tile: [N]. Text without images is there once."""
+        return np.where(tiles > 0, self.budget.num_views * text, text) + tiles * visual_tokens
 
     def _first_too_long(self, index: Lengths, largest: int) -> tuple[int, int]:
         """(the first sample that may be longer than a pack, how many there are)."""
@@ -116,7 +124,7 @@ class Planner:
             text = index.text_tokens[begin : begin + 2**20].astype(np.int64)
             tiles = index.num_tiles[begin : begin + 2**20].astype(np.int64)
             wrong = np.flatnonzero(
-                (text + tiles * largest > self.data.pack_length) | (tiles > self.data.max_images_per_pack)
+                (self._tokens(text, tiles, largest) > self.data.pack_length) | (tiles > self.data.max_images_per_pack)
             )
             if len(wrong) and first < 0:
                 first = begin + int(wrong[0])
@@ -163,6 +171,7 @@ class Planner:
             bounds = np.searchsorted(window.pack, np.arange(window.num_packs + 1))
             samples, size = window.samples, window.row_packs
             weights = samples.learned * self.weight_of(samples.learned)
+            weights = np.where(samples.tiles > 0, self.budget.num_views * weights, weights)
             for row in range(skip, len(window.row_queue)):
                 packs = [
                     Pack(samples.id[low:high], samples.count[low:high], samples.num_messages[low:high])
@@ -248,7 +257,7 @@ class Planner:
             id=ids,
             queue=self._queues(lengths),
             count=lengths.count,
-            tokens=lengths.tokens,
+            tokens=self._all_tokens(lengths),
             tiles=lengths.tiles,
             learned=lengths.learned,
             num_messages=lengths.num_messages,
@@ -264,8 +273,11 @@ class Planner:
             count[at] = self.budget.draw(self.seed, draw_key(int(pass_number)), ids[at], seen)
         return count
 
+    def _all_tokens(self, lengths: "_Lengths") -> np.ndarray:
+        return self._tokens(lengths.text, lengths.tiles, self.budget.visual_tokens(lengths.count))
+
     def _is_too_long(self, lengths: "_Lengths") -> np.ndarray:
-        return (lengths.tokens > self.limits.max_tokens) | (lengths.tiles > self.limits.max_tiles)
+        return (self._all_tokens(lengths) > self.limits.max_tokens) | (lengths.tiles > self.limits.max_tiles)
 
     def _queues(self, lengths: "_Lengths") -> np.ndarray:
         """The queue that each sample waits in: [N] int64."""
@@ -280,6 +292,7 @@ class Planner:
 
     def _truncate(self, ids: np.ndarray, places: np.ndarray, lengths: "_Lengths") -> None:
         """Samples of sources that truncate: end the conversation after the last answer that fits, in place."""
+        visual, views = self.budget.visual_tokens(lengths.count), self.budget.num_views
         most = self.limits.max_tokens, self.limits.max_tiles
         for number, at in self.mixture.parts(ids[places]):
             source = self.mixture.sources[number]
@@ -287,7 +300,7 @@ class Planner:
                 continue
             for place in places[at]:
                 own = int(ids[place] - self.mixture.base[number])
-                cut = source.index.cut(own, int(lengths.count[place]), *most)
+                cut = source.index.cut(own, int(visual[place]), *most, views if lengths.tiles[place] else 1)
                 if cut is not None:
                     lengths.end_early(int(place), cut)
 
@@ -301,11 +314,6 @@ class _Lengths:
     tiles: np.ndarray
     count: np.ndarray
     num_messages: np.ndarray
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """Text and visual tokens."""
-        return self.text + self.tiles * self.count
 
     def end_early(self, place: int, cut: tuple[int, int, int, int]) -> None:
         """Take the lengths of a conversation that is cut; see `Lengths.cut`."""

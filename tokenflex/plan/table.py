@@ -54,7 +54,9 @@ class LengthTable:
         """Text tokens of the longest sample with each number of tiles, -1 where there is none: [tiles + 1] int64."""
         return self._statistics()[0]
 
-    def cut(self, sample_id: int, count: int, max_tokens: int, max_tiles: int) -> tuple[int, int, int, int] | None:
+    def cut(
+        self, sample_id: int, visual_tokens: int, max_tokens: int, max_tiles: int, num_views: int = 1
+    ) -> tuple[int, int, int, int] | None:
         """A table does not say where conversations could end, so none is truncated."""
         return None
 

@@ -54,6 +54,7 @@ NEXT = (
     "optimizer.warmup_fraction",
     "optimizer.warmup_steps",
     "optimizer.weight_decay",
+    "train.consistency",
     "train.ema_decay",
     "train.loss_weighting",
     "train.max_bad_steps",

@@ -91,6 +91,7 @@ def model_inputs(batch: PackedBatch, normalise: Callable[[torch.Tensor], torch.T
         "pixel_values": normalise(batch.images),
         "num_visual_tokens": batch.tile_counts,
         "pool_plan": batch.pool_plan,
+        "tile_index": batch.tile_index,
         "visual_positions": batch.visual_positions,
         "is_dummy_image": batch.is_dummy_image,
         **packing(batch.cu_seq_lens, batch.max_length, batch.input_ids.shape[1]),

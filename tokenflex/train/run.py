@@ -29,6 +29,7 @@ from ..plan.ahead import ahead
 from ..plan.planner import PLANNER_VERSION
 from .bad_samples import BadSampleLog
 from .changes import check_changes
+from .consistency import Consistency
 from .guarding import SoleWriter, watched
 from .kernel_choices import settle, shapes_of
 from .loss import fused_loss_head
@@ -183,7 +184,9 @@ class Run:
             self.heartbeat.phase("probe", config.train.startup_timeout_s)
             probe(self.engine.model, self.engine, self.ranks.device, config.data.pack_length)
         head = fused_loss_head(self.engine.model.language_model, config.train.fused_loss, self.ranks.device)
-        self.objective = Objective(self.engine, self.data.processor.image_processor.normalised, head)
+        weight = config.train.consistency
+        terms = [Consistency(weight)] if weight else []
+        self.objective = Objective(self.engine, self.data.processor.image_processor.normalised, head, terms)
 
     def resume(self) -> None:
         """The state that the run begins with, and who is told what it does."""
@@ -334,7 +337,7 @@ def _layout_branched_from(recipe):
 def _check_plan(layout, plan, mend):
     if not layout.plan.exists():
         return
-    before = json.loads(layout.plan.read_text())
+    before = {**plan_settings(RunConfig()), **json.loads(layout.plan.read_text())}  # a key that is new had its default
     changed = sorted(key for key in {*plan, *before} if plan.get(key) != before.get(key))
     if changed == ["planner.version"]:
         mend = mend.replace("set it back", "take the release of tokenflex that made them")

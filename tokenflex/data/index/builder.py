@@ -22,7 +22,6 @@ from ..images import read_header
 from ..problems import BadSample, Limits
 from ..processor import Processor
 from ..sample import Sample, encoded
-from ..scan import scan_shard
 from ..shards import Shard, ShardLike, as_shards
 from .freshness import VERSION, Freshness, compare, file_sha256, fingerprint, tells_date
 from .places import builder_lock, parts_folder
@@ -193,13 +192,13 @@ class ShardScanner:
         path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
         if path.exists():
             return path
-        file = shard.at(stamp).local_file()
-        columns, skipped = self._columns(shard, file)
+        shard = shard.at(stamp)
+        columns, skipped = self._columns(shard)
         entry: dict[str, Any] = {
             "num_samples": len(columns["text_tokens"]),
             "num_answered": int((columns["learned_tokens"] > 0).sum()),
             "longest_text": _longest_text(columns["text_tokens"], columns["num_tiles"]),
-            "sha256": file_sha256(file),
+            "sha256": file_sha256(shard.local_file()),
             "skipped": skipped,
             **stamp,
         }
@@ -210,13 +209,13 @@ class ShardScanner:
         os.replace(temporary, path)
         return path
 
-    def _columns(self, shard: Shard, file: Path) -> tuple[dict[str, np.ndarray], list[dict]]:
+    def _columns(self, shard: Shard) -> tuple[dict[str, np.ndarray], list[dict]]:
         """(the columns of an index for a shard, a record of each bad sample)."""
         records: list[tuple] = []
         sizes: list[tuple] = []
         cuts: list[tuple] = []
         skipped = []
-        for scanned in scan_shard(file, self.limits):
+        for scanned in shard.scan(self.limits):
             try:
                 lengths, sample_sizes, sample_cuts = self.scan(scanned.whole, len(records))
             except BadSample as problem:

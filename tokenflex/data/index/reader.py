@@ -90,13 +90,16 @@ class Index:
             )
         return longest
 
-    def cut(self, sample_id: int, count: int, max_tokens: int, max_tiles: int) -> tuple[int, int, int, int] | None:
-        """The last answer after which a conversation fits a pack at `count` visual tokens per tile.
+    def cut(
+        self, sample_id: int, visual_tokens: int, max_tokens: int, max_tiles: int, num_views: int = 1
+    ) -> tuple[int, int, int, int] | None:
+        """The last answer after which a conversation fits a pack, its text `num_views` times and `visual_tokens` per tile.
 
         Returns (messages, text tokens, learned tokens, tiles) up to there, or None where not even the first fits.
         """
         cuts = self._cuts_of(sample_id)
-        fits = np.flatnonzero((cuts[:, 2] + cuts[:, 4] * count <= max_tokens) & (cuts[:, 4] <= max_tiles))
+        tokens = num_views * cuts[:, 2] + cuts[:, 4] * visual_tokens
+        fits = np.flatnonzero((tokens <= max_tokens) & (cuts[:, 4] <= max_tiles))
         if not len(fits):
             return None
         messages, text, learned, tiles = cuts[fits[-1], 1:].tolist()
