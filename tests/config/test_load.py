@@ -35,6 +35,7 @@ WRONG = {
     "model.text_adapter.rank=-1": ["model.text_adapter.rank", "greater than or equal to 0"],
     "model.text_adapter.dropout=1": ["model.text_adapter.dropout", "less than 1"],
     "train.export_adapter=true": ["needs an adapter", "model.init_from"],
+    "train.compile=all": ["train.compile", "'all'", "'blocks'"],
     "train.export_average=true": ["train.ema_decay is 0", "no average is kept"],
 }
 
@@ -46,6 +47,13 @@ def test_a_mistake_is_one_line_that_names_it(override):
     assert "\n" not in str(error.value)
     for part in WRONG[override]:
         assert part in str(error.value), str(error.value)
+
+
+def test_compiled_blocks_and_checkpointed_ones_exclude_each_other():
+    with pytest.raises(
+        UserError, match="train.compile=blocks with model.gradient_checkpointing=true: .*set one of them off"
+    ):
+        load_config(None, ["train.compile=blocks", "model.gradient_checkpointing=true"])
 
 
 @pytest.mark.parametrize("part", ["text", "vision"])

@@ -104,6 +104,12 @@ def test_what_zero_cannot_do_here_is_refused_before_weights_load(zero, part):
         check_zero({"zero_optimization": zero}, num_ranks=4)
 
 
+def test_compiled_blocks_are_refused_at_stage_3():
+    with pytest.raises(UserError, match="stage=3: gathers weights inside the blocks .*set stage 2, or compile off"):
+        check_zero({"zero_optimization": {"stage": 3}}, 1, is_compiled=True)
+    check_zero({"zero_optimization": {"stage": 2}}, 1, is_compiled=True)
+
+
 def test_shipped_ds_configs_are_not_refused():
     for path in (ROOT / "configs").glob("*.json"):
         check_zero(load_ds_config(path), num_ranks=16)

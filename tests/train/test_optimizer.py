@@ -74,7 +74,7 @@ def optimizer_of(weight, is_vetoed, **settings):
     config = OptimizerConfig(matrices="muon", **settings)
     group = {"params": [weight], "lr": 0.1, "weight_decay": 0.5, "betas": (0.9, 0.95), "muon_momentum": 0.9}
     make = make_optimizer([group], config)
-    return make(lambda: is_vetoed[0], lambda flat, values, function: values.copy_(function(values)))
+    return make(lambda: is_vetoed[0], lambda members, flat, values, function: values.copy_(function(values)))
 
 
 def test_muon_by_its_formula_and_a_veto_that_keeps_every_bit():

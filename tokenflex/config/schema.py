@@ -329,6 +329,8 @@ class TrainConfig(Section):
     """Export that average instead of the weights."""
     export_adapter: bool = False
     """Write the adapters beside the merged model too, as a folder that peft loads onto the model of `model.init_from`."""
+    compile: Literal["off", "blocks"] = "off"
+    """`blocks`: torch.compile for the layers of encoder and language model, once for all lengths; at ZeRO 0 to 2."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the forward and backward pass; `auto` is bf16 on GPU and fp32 on CPU, where it is the fast one."""
     seed: NonNegativeInt = 0
@@ -414,6 +416,11 @@ class RunConfig(Section):
             raise ValueError(
                 "train.export_adapter=true needs an adapter (model.text_adapter.rank) and an exported model that it is for "
                 "(model.init_from); without them the merged model is exported alone"
+            )
+        if self.train.compile == "blocks" and self.model.gradient_checkpointing:
+            raise ValueError(
+                "train.compile=blocks with model.gradient_checkpointing=true: attention stays outside of what is compiled, and a "
+                "checkpointed layer is compiled whole or not at all; set one of them off"
             )
         if self.train.export_average and not self.train.ema_decay:
             raise ValueError(

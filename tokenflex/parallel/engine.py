@@ -22,8 +22,8 @@ from .slices import (
     Slice,
     before_loading,
     held_slices,
-    matrices_of,
     num_updates,
+    places_in,
     publish_weights,
     set_num_updates,
 )
@@ -280,36 +280,36 @@ class Engine:
         return held_slices(self._engine, self._optimizer, self.ranks.rank, self.with_average)
 
     def map_matrices(
-        self, flat: torch.Tensor, values: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        parameters: Sequence[torch.nn.Parameter],
+        flat: torch.Tensor,
+        values: torch.Tensor,
+        function: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        """In place: `function(matrix)` for each matrix of `values`, which are laid out as the optimizer's weights `flat`.
+        """In place: `function(matrix)` for each matrix of `values`, laid out as `flat`, the weights that an optimizer is given.
 
-        Below stage 1 the optimizer has matrices. Above, a rank has stretches of them: each matrix is put together on one rank,
-        in turn, so the work is shared out; every rank must call it for the same weights in the same order.
+        parameters: of its group. Below stage 1 an optimizer has matrices; above, a rank has stretches of them. Each is put
+        together on one rank, in turn, so the work is shared out; every rank must call it for the same weights in one order.
         """
         if zero_stage(self.ds_config) == 0:
             values.copy_(function(values))
             return
-        found, num_ranks = matrices_of(self._engine, self._optimizer, flat, self.ranks.rank), self.ranks.num_ranks
-        for begin in range(0, len(found), num_ranks):
-            several, mine = found[begin : begin + num_ranks], torch.empty(0)
-            for owner, (shape, part) in enumerate(several):
-                whole = torch.zeros(torch.Size(shape).numel(), dtype=values.dtype, device=self.device)
-                if part is not None:
-                    start, offset, length = part
-                    whole[start : start + length] = values[offset : offset + length]
+        places, num_ranks = (
+            places_in(self._engine, self._optimizer, parameters, flat, self.ranks.rank),
+            self.ranks.num_ranks,
+        )
+        for begin in range(0, len(places), num_ranks):
+            several, mine = list(enumerate(places[begin : begin + num_ranks])), torch.empty(0)
+            for owner, (shape, there, here) in several:
+                whole = torch.zeros(shape, dtype=values.dtype, device=self.device)
+                whole.view(-1)[there] = values[here].to(self.device)
                 torch.distributed.reduce(whole, owner)
-                if owner == self.ranks.rank:
-                    mine = function(whole.view(shape)).flatten()
-            for owner, (shape, part) in enumerate(several):
+                mine = function(whole).contiguous() if owner == self.ranks.rank else mine
+            for owner, (shape, there, here) in several:
                 is_mine = owner == self.ranks.rank
-                whole = (
-                    mine if is_mine else torch.empty(torch.Size(shape).numel(), dtype=values.dtype, device=self.device)
-                )
+                whole = mine if is_mine else torch.empty(shape, dtype=values.dtype, device=self.device)
                 torch.distributed.broadcast(whole, owner)
-                if part is not None:
-                    start, offset, length = part
-                    values[offset : offset + length] = whole[start : start + length]
+                values[here] = whole.view(-1)[there].to(values.device)
 
     def update_average(self, decay: float) -> None:
         """Move the average of the trained weights towards them: average = decay x average + (1 - decay) x weights."""

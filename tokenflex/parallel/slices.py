@@ -7,7 +7,7 @@ ranks; stages 1 and 2 cut the optimizer's flat groups, so a rank holds whole par
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -76,32 +76,26 @@ def held_slices(
     return found
 
 
-def matrices_of(
-    engine: "DeepSpeedEngine", optimizer: torch.optim.Optimizer, flat: torch.Tensor, rank: int
-) -> list[tuple[tuple[int, ...], tuple[int, int, int] | None]]:
-    """The parameters that a flat tensor of DeepSpeed's optimizer (stages 1 to 3) has parts of, over all ranks, in one order.
+def places_in(
+    engine: "DeepSpeedEngine",
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[torch.nn.Parameter],
+    flat: torch.Tensor,
+    rank: int,
+) -> list[tuple[torch.Size, slice, slice]]:
+    """(shape, this rank's stretch of the parameter, where it lies in `flat`) of those `parameters` that `flat` is cut from.
 
-    Each is (shape, where this rank's part lies), the latter as (start in the parameter, offset in `flat`, length) or None.
+    `flat` is what DeepSpeed (stages 1 to 3) gives an optimizer. Where this rank has nothing of one, both are empty: the
+    list is as long on every rank, in one order.
     """
-    wrapper = engine.optimizer
-    flats, groups, find = _flat_groups(wrapper)
-    (number,) = (number for number, other in enumerate(flats) if other is flat)
-    found: list[tuple[tuple[int, ...], tuple[int, int, int] | None]] = []
-    for parameter in groups[number]:
-        shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
-        part = find(wrapper, optimizer, parameter, rank)
-        length = min(part.length, shape.numel() - part.start) if part else 0
-        found.append((tuple(shape), (part.start, part.offset, length) if part and length > 0 else None))
+    find, found = _finder(engine.optimizer, optimizer), []
+    for parameter in parameters:
+        part, shape = find(parameter, rank), torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+        if part is None or part.flat is flat:
+            start, offset = (part.start, part.offset) if part else (0, 0)
+            length = max(0, min(part.length, shape.numel() - start)) if part else 0
+            found.append((shape, slice(start, start + length), slice(offset, offset + length)))
     return found
-
-
-def _flat_groups(wrapper: Any) -> tuple[Any, Any, Callable]:
-    """(flat tensors, the parameters of each, how one is found in them) of DeepSpeed's wrapper of stages 1 to 3."""
-    if hasattr(wrapper, "fp32_partitioned_groups_flat"):
-        return wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, _stage3_part
-    if hasattr(wrapper, "bf16_groups"):
-        return wrapper.fp32_groups_flat_partition, wrapper.bf16_groups, _mapped_part
-    return wrapper.single_partition_of_fp32_groups, wrapper.bit16_groups, _mapped_part
 
 
 def _finder(wrapper: Any, optimizer: torch.optim.Optimizer) -> "Callable[[torch.nn.Parameter, int], _Part | None]":

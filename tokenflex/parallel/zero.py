@@ -12,8 +12,10 @@ REFUSED = {
 """Keys of `zero_optimization` that do not work here, and why."""
 
 
-def check_zero(ds_config: dict[str, Any], num_ranks: int) -> None:
+def check_zero(ds_config: dict[str, Any], num_ranks: int, is_compiled: bool = False) -> None:
     """See that the ZeRO settings of a DeepSpeed configuration are ones that a run survives under, on so many ranks.
+
+    is_compiled: blocks of the model are (`train.compile`).
 
     Raises:
         UserError: they are not; the key is named, with what to set instead.
@@ -25,6 +27,11 @@ def check_zero(ds_config: dict[str, Any], num_ranks: int) -> None:
 
     if stage not in (0, 1, 2, 3):
         refuse(f"stage={stage}", "ZeRO has the stages 0 to 3")
+    if stage == 3 and is_compiled:
+        refuse(
+            "stage=3",
+            "gathers weights inside the blocks that train.compile=blocks compiles; set stage 2, or compile off",
+        )
     for key, why in REFUSED.items():
         if zero.get(key) not in (None, -1, False):
             refuse(key, why)

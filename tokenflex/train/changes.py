@@ -22,6 +22,7 @@ HOW = (
     "model.probe",
     "model.projector_backend",
     "model.trust_remote_code",
+    "train.compile",
     "train.export_adapter",
     "train.export_average",
     "train.fused_loss",

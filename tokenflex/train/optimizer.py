@@ -17,9 +17,10 @@ ADAPTER = ".lora_"
 """In the names of an adapter's parameters."""
 MUON_SIZE = 0.2
 """Root mean square of AdamW's updates, which Muon's are brought to (Moonlight, arXiv 2502.16982, section 2.2)."""
-MapMatrices = Callable[[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]], None]
-"""(weights as an optimizer is given them, values laid out alike, function): puts in place of each matrix among the values what
-`function` makes of it; see `parallel.Engine.map_matrices`."""
+MapMatrices = Callable[
+    [Sequence[torch.nn.Parameter], torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]], None
+]
+"""See `parallel.Engine.map_matrices`."""
 
 
 class VetoableAdamW(torch.optim.AdamW):
@@ -47,7 +48,10 @@ class VetoableOrthogonal(VetoableAdamW):
 
     def __init__(self, params: Iterable, should_skip: Callable[[], bool], map_matrices: MapMatrices, **settings: Any):
         self._map_matrices = map_matrices
-        super().__init__(params, should_skip, **settings)
+        groups = [
+            {**group, "members": list(group["params"])} for group in params
+        ]  # what wraps it puts flat ones in `params`
+        super().__init__(groups, should_skip, **settings)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -55,22 +59,22 @@ class VetoableOrthogonal(VetoableAdamW):
         groups = self.param_groups
         for group in [] if self._should_skip() else groups:
             for weight in group["params"] if "muon_momentum" in group else ():
-                self._move(weight, group["muon_momentum"], group["lr"], group["weight_decay"])
+                self._move(weight, group)
         self.param_groups = [group for group in groups if "muon_momentum" not in group]
         try:
             return super().step(closure)
         finally:
             self.param_groups = groups
 
-    def _move(self, weight, beta, rate, decay):
-        state = self.state[weight]
+    def _move(self, weight, group):
+        state, beta, rate = self.state[weight], group["muon_momentum"], group["lr"]
         if not state:
             state.update(step=torch.zeros((), dtype=torch.float32), exp_avg=torch.zeros_like(weight))
         state["step"] += 1
         momentum = state["exp_avg"].lerp_(weight.grad, 1 - beta)
         update = weight.grad.lerp(momentum, beta)  # Nesterov's
-        self._map_matrices(weight, update, orthogonal)
-        weight.mul_(1 - rate * decay).add_(update, alpha=-rate)
+        self._map_matrices(group["members"], weight, update, orthogonal)
+        weight.mul_(1 - rate * group["weight_decay"]).add_(update, alpha=-rate)
 
 
 def orthogonal(matrix: torch.Tensor, num_iterations: int = 5) -> torch.Tensor:

@@ -23,6 +23,7 @@ from ..files import write_whole
 from ..layout import RunLayout, step_of
 from ..model import build_model, build_processor, check_template
 from ..model.adapters import check_adapters, merged, save_adapters
+from ..model.compiled import compile_blocks
 from ..model.probe import probe
 from ..parallel import Heartbeat, Ranks
 from ..plan.ahead import ahead
@@ -164,6 +165,8 @@ class Run:
             self.say(
                 f"note      {model.num_added_tokens} added tokens stay at the mean of the others: optimizer.text.train=false"
             )
+        if config.train.compile == "blocks":
+            self.say(f"compile   {compile_blocks(model)} blocks, at the first steps")
         groups = parameter_groups(model, config.optimizer)
         num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         self.rates = Schedule([group["lr"] for group in groups], config.train.num_steps, config.optimizer)
