@@ -21,6 +21,8 @@ sys.path.append(str(Path(__file__).parent / "packing"))
 from workload import workload  # noqa: E402
 
 from tokenflex.data.loader import micro_batches  # noqa: E402
+from tokenflex.parallel.environment import Launch  # noqa: E402
+from tokenflex.parallel.ranks import Ranks  # noqa: E402
 from tokenflex.plan import Position  # noqa: E402
 from tokenflex.plan.ahead import ahead  # noqa: E402
 from tokenflex.plan.simulate import make_planner  # noqa: E402
@@ -67,7 +69,7 @@ def digest_us(table, num_ranks):
 
 
 def agreement_us(num_ranks, rounds=200):
-    """Median of an all-reduce of six numbers, by rank 0, over real processes."""
+    """Median of an agreement about six numbers, by rank 0, over real processes."""
     port, (reader, writer) = 20000 + os.getpid() % 20000, os.pipe()
     children = []
     for rank in range(num_ranks):
@@ -76,11 +78,12 @@ def agreement_us(num_ranks, rounds=200):
             try:
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
                 torch.distributed.init_process_group("gloo", rank=rank, world_size=num_ranks)
-                found = []
+                launch = Launch(rank=rank, num_ranks=num_ranks, local_rank=rank, local_num_ranks=num_ranks,
+                                master_addr="127.0.0.1", master_port=port, launcher="benchmark")  # fmt: skip
+                ranks, found = Ranks(launch, torch.device("cpu")), []
                 for _ in range(rounds):
-                    values = torch.zeros(6, dtype=torch.float64)
                     begin = time.perf_counter()
-                    torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+                    ranks.all_reduce_max([0.0] * 6)
                     found.append(1e6 * (time.perf_counter() - begin))
                 if rank == 0:
                     os.write(writer, str(statistics.median(found)).encode())
