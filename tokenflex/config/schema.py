@@ -121,7 +121,8 @@ class ModelConfig(Section):
     """Vision encoder: a hub id or local folder (pretrained), a configuration dict with `model_type` (from scratch), or
     `embedded`: the quick start's own, pretrained in half a minute where it is missing."""
     text: str | dict = "Qwen/Qwen2.5-7B-Instruct"
-    """Causal language model: a hub id or local folder (pretrained), or a configuration dict with `model_type` (from scratch)."""
+    """Causal language model: a hub id or local folder (pretrained), a configuration dict with `model_type` (from scratch), or
+    `embedded`: one that speaks the embedded corpus' questions, pretrained in two minutes where it is missing."""
     tokenizer: str = ""
     """Hub id or folder of the tokenizer; empty takes the language model's, or that of the embedded corpus where it is used."""
     chat_template: str = ""

@@ -27,6 +27,8 @@ def resolve_embedded(config: RunConfig, say: Callable[[str], None] = print, with
     model, data = config.model, config.data
     if model.vision == EMBEDDED:
         model = model.model_copy(update={"vision": str(_encoder(data, say))})
+    if model.text == EMBEDDED:
+        model = model.model_copy(update={"text": str(_language_model(data, say))})
     paths = (*data.train, *data.evaluation, *(path for source in data.sources for path in source.paths))
     lacks_tokenizer = not (model.tokenizer or model.init_from or isinstance(model.text, str))
     if EMBEDDED in paths and (with_data or lacks_tokenizer):
@@ -69,6 +71,19 @@ def _encoder(data: DataConfig, say: Callable[[str], None]) -> Path:
     say(f"encoder   pretraining on labelled patches, about half a minute, into {folder}")
     with only_one_inside(folder.with_name(name + ".lock")):
         return encoder.build_encoder(folder, seed=data.embedded.seed)
+
+
+def _language_model(data: DataConfig, say: Callable[[str], None]) -> Path:
+    _builders("model.text")
+    from . import language
+
+    name = f"embedded-language-v{language.LANGUAGE_VERSION}-{data.embedded.seed}"
+    folder = Path(data.cache_dir).expanduser() / name
+    if folder.exists():
+        return folder
+    say(f"language  pretraining on scenes told in symbols, about two minutes, into {folder}")
+    with only_one_inside(folder.with_name(name + ".lock")):
+        return language.build_language_model(folder, seed=data.embedded.seed)
 
 
 def _builders(key: str) -> tuple[ModuleType, ModuleType]:

@@ -8,6 +8,7 @@ visual tokens (8x8 cells at 64 tokens) is read one digit per token and fakes a s
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -71,6 +72,23 @@ class Box:
     side: float
 
 
+class Glyph(NamedTuple):
+    """A digit to be drawn: row of `mnist_data`, place and side of its box in pixels, rotation."""
+
+    digit: int
+    glyph_id: int
+    top: int
+    left: int
+    side: int
+    angle_deg: float
+
+    @property
+    def box(self) -> Box:
+        """Where its ink lies: 5/6 of its box."""
+        margin = self.side / 12
+        return Box(digit=self.digit, top=self.top + margin, left=self.left + margin, side=self.side * 5 / 6)
+
+
 def render(scene: Scene, rng: np.random.Generator, sources: Sources) -> tuple[Image.Image, list[Box]]:
     """Returns the RGB image of `scene`, `IMAGE_SIDE` square, light ink over a dimmed crop of a photograph; and its digits."""
     ink, boxes = (_word_ink(scene, rng, sources), []) if scene.word else _grid_ink(scene, rng, sources)
@@ -90,30 +108,37 @@ def _background(rng: np.random.Generator, sources: Sources) -> np.ndarray:
     return crop * np.float32(rng.uniform(0.1, 0.4)) + np.float32(rng.uniform(0, 20))
 
 
-def _grid_ink(scene: Scene, rng: np.random.Generator, sources: Sources) -> tuple[np.ndarray, list[Box]]:
+def grid_layout(scene: Scene, rng: np.random.Generator) -> list[Glyph]:
+    """Returns where the digits of a grid lie, drawn at random, row by row."""
     num_cells = len(scene.rows)
     cell = IMAGE_SIDE * rng.uniform(0.84, 1.0) / num_cells
     largest = rng.uniform(*MAX_GLYPH_BOX)
     slack = IMAGE_SIDE - cell * num_cells
     origin = rng.uniform(0, slack, size=2)
-    ink = np.zeros((IMAGE_SIDE, IMAGE_SIDE), np.uint8)
-    boxes = []
+    glyphs = []
     for row, digits in enumerate(scene.rows):
         for column, digit in enumerate(digits):
             fill, angle, shift_y, shift_x = rng.random(4)
             if digit is None:
                 continue
             side = round(min(largest, cell * (GLYPH_FILL[0] + fill * (GLYPH_FILL[1] - GLYPH_FILL[0]))))
-            glyph = _glyph(scene.glyph_ids[row][column], digit, sources, side, MAX_ROTATION_DEG * (2 * angle - 1))
             free = cell - side * 5 / 6
             margin = side / 12
             top = round(origin[0] + row * cell + shift_y * free - margin)
             left = round(origin[1] + column * cell + shift_x * free - margin)
             top, left = min(max(top, 0), IMAGE_SIDE - side), min(max(left, 0), IMAGE_SIDE - side)
-            patch = ink[top : top + side, left : left + side]
-            np.maximum(patch, glyph, out=patch)
-            boxes.append(Box(digit=digit, top=top + margin, left=left + margin, side=side * 5 / 6))
-    return ink, boxes
+            glyph_id = scene.glyph_ids[row][column]
+            glyphs.append(Glyph(digit, glyph_id, top, left, side, MAX_ROTATION_DEG * (2 * angle - 1)))
+    return glyphs
+
+
+def _grid_ink(scene: Scene, rng: np.random.Generator, sources: Sources) -> tuple[np.ndarray, list[Box]]:
+    ink, glyphs = np.zeros((IMAGE_SIDE, IMAGE_SIDE), np.uint8), grid_layout(scene, rng)
+    for glyph in glyphs:
+        drawn = _glyph(glyph.glyph_id, glyph.digit, sources, glyph.side, glyph.angle_deg)
+        patch = ink[glyph.top : glyph.top + glyph.side, glyph.left : glyph.left + glyph.side]
+        np.maximum(patch, drawn, out=patch)
+    return ink, [glyph.box for glyph in glyphs]
 
 
 def _glyph(glyph_id: int, digit: int, sources: Sources, side: int, angle_deg: float) -> np.ndarray:

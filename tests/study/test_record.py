@@ -1,0 +1,193 @@
+"""What a study keeps and judges: bits come back, a changed protocol is refused, what does not belong is named and left out."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tokenflex.config import load_config
+from tokenflex.errors import UserError
+from tokenflex.layout import RunLayout
+from tokenflex.study.arms import Arm, chosen, core_arms, further_arms
+from tokenflex.study.jobs import Job
+from tokenflex.study.record import Record, protocol_version
+from tokenflex.study.report import PLOTS, TABLES, Findings, filled
+from tokenflex.study.shards import without_images
+
+COUNTS = (9, 25, 64)
+TASKS = ["coarse", "dense", "text"] * 20
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return load_config("configs/paper.yaml", [])
+
+
+def write_run(root, rng, mean, counts, shards=(("a.tar", 5, "00", 3),)):
+    """A run's folder with the files that a record reads."""
+    layout = RunLayout(root)
+    root.mkdir(parents=True)
+    keys = [f"eval-{number:03d}" for number in range(len(TASKS))]
+    right = {str(count): "".join("01"[int(hit)] for hit in rng.random(len(TASKS)) < mean) for count in counts}
+    layout.answers.write_text(json.dumps({"keys": keys, "tasks": TASKS, "right": right}))
+    lines = [
+        {"num_tokens": 10, "num_visual_tokens": 4, "num_samples": 2, "seconds": 0.5, "loss": 2.0 - i / 20}
+        for i in range(20)
+    ]
+    layout.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    layout.data.write_text(json.dumps({"digest": "d", "sources": [{"shards": [list(shard) for shard in shards]}]}))
+    return layout
+
+
+@pytest.fixture(scope="module")
+def study(recipe, tmp_path_factory):
+    """A record of every arm at two seeds, and the findings."""
+    folder, rng, record = tmp_path_factory.mktemp("study"), np.random.default_rng(0), Record("p", {}, {})
+    arms = [*core_arms(recipe), *further_arms(recipe)]
+    for arm in arms:
+        for seed in range(2):
+            job = Job(arm, seed, 20)
+            shards = (("a.tar", 9, "11", 3),) if arm.without_images else (("a.tar", 5, "00", 3),)
+            mean = 0.1 if arm.name.startswith(("no-", "small-")) else 0.5
+            record.add(job, write_run(folder / job.name, rng, mean, arm.counts, shards), "code")
+    return record, arms, folder
+
+
+def test_answers_come_back_from_the_file_bit_for_bit(study, tmp_path):
+    record, arms, folder = study
+    record.save(tmp_path / "paper.json")
+    again = Record.open(tmp_path / "paper.json", "p")
+    assert again == record
+    for arm in arms:
+        for seed in range(2):
+            stored = json.loads((folder / f"{arm.name}-seed{seed}" / "answers.json").read_text())["right"]
+            for count in arm.counts:
+                assert "".join("01"[int(hit)] for hit in again.right(f"{arm.name}-seed{seed}", count)) == stored[str(count)]
+    run = again.runs["flexible-seed0"]
+    assert (run["tokens"], run["visual_tokens"], run["samples"], run["seconds"]) == (200, 80, 40, 10.0)
+    assert run["half_time_loss"] == pytest.approx(2 - 10.5 / 20) and run["final_loss"] == pytest.approx(2 - 18.5 / 20)
+
+
+def test_a_protocol_changed_after_results_is_refused(study, tmp_path):
+    (tmp_path / "protocol.md").write_text("arms and seeds")
+    (tmp_path / "recipe.yaml").write_text("name: a")
+    before = protocol_version(tmp_path / "protocol.md", tmp_path / "recipe.yaml")
+    record = Record(before, study[0].questions, study[0].runs)
+    record.save(tmp_path / "paper.json")
+    for name in ("protocol.md", "recipe.yaml"):
+        with open(tmp_path / name, "a") as file:
+            file.write(" and one more")
+        now = protocol_version(tmp_path / "protocol.md", tmp_path / "recipe.yaml")
+        with pytest.raises(UserError, match=f"under the protocol {before}, .* is {now} now; restore it"):
+            Record.open(tmp_path / "paper.json", now)
+    overridden = protocol_version(tmp_path / "protocol.md", tmp_path / "recipe.yaml", ("train.num_steps=3",))
+    assert overridden != now
+    Record(before, {}, {}).save(tmp_path / "paper.json")
+    assert Record.open(tmp_path / "paper.json", now).protocol == now  # nothing was found under the other
+    with pytest.raises(UserError, match="the protocol and its recipe come first"):
+        protocol_version(tmp_path / "none.md", tmp_path / "recipe.yaml")
+
+
+def test_other_questions_are_refused_and_a_run_without_answers_is_named(study, tmp_path):
+    record, arms, _ = study
+    layout = write_run(tmp_path / "run", np.random.default_rng(1), 0.5, COUNTS)
+    answers = json.loads(layout.answers.read_text())
+    layout.answers.write_text(json.dumps({**answers, "keys": answers["keys"][::-1]}))
+    with pytest.raises(UserError, match="was asked other questions"):
+        record.add(Job(arms[0], 7, 20), layout, "code")
+    layout.answers.unlink()
+    with pytest.raises(UserError, match="was not evaluated: run it again"):
+        record.add(Job(arms[0], 7, 20), layout, "code")
+
+
+@pytest.mark.parametrize("what", ["missing", "code", "corpus"])
+def test_what_does_not_belong_is_named_and_not_averaged(study, what):
+    record, arms, _ = study
+    runs = {name: dict(run) for name, run in record.runs.items()}
+    if what == "missing":
+        del runs["fixed-25-seed1"]
+    else:
+        runs["fixed-25-seed1"][what] = "another"
+    findings = Findings.of(Record("p", record.questions, runs), arms, [0, 1])
+    assert "fixed-25" not in findings.runs and "fixed-9" in findings.runs
+    assert findings.problems == [
+        "fixed-25-seed1: missing" if what == "missing" else f"fixed-25-seed1: of another {what} than flexible"
+    ]
+    del runs["flexible-seed0"]
+    with pytest.raises(UserError, match="the arm flexible is not whole .*flexible-seed0: missing"):
+        Findings.of(Record("p", record.questions, runs), arms, [0, 1])
+
+
+def test_means_are_over_tasks_that_show_images(study):
+    record, arms, _ = study
+    findings = Findings.of(record, arms, [0, 1])
+    hits, tasks = record.right("flexible-seed1", 25), np.array(TASKS)
+    wanted = (hits[tasks == "coarse"].mean() + hits[tasks == "dense"].mean()) / 2
+    assert findings.accuracy("flexible", 25)[1] == pytest.approx(wanted)
+    assert findings.difference("flexible", 25, "fixed-25", 25).mean == pytest.approx(
+        (findings.accuracy("flexible", 25) - findings.accuracy("fixed-25", 25)).mean()
+    )
+
+
+def test_every_table_and_plot_is_made_of_the_record(study, tmp_path):
+    record, arms, _ = study
+    findings = Findings.of(record, arms, [0, 1])
+    page = "".join(f"# {name}\n<!-- table: {name} -->\nold\n<!-- end -->\n" for name in TABLES)
+    made = filled(page, findings)
+    assert "old" not in made and filled(made, findings) == made
+    verdicts = TABLES["verdicts"](findings).splitlines()[2:]
+    assert [line.split("|")[1:3] for line in verdicts] == [
+        [f" {equal} ", f" {count} "] for equal in ("samples", "tokens") for count in COUNTS
+    ]
+    assert "| fixed at 64, equal tokens | 20 | 40 | 0.00M | 0.00M | 10 s | 1.00 | 1.00 |" in TABLES["cost"](findings)
+    assert len(TABLES["others"](findings).splitlines()) == 2 + 6 * 3 + 3 * 1 + 1
+    assert len(TABLES["hard"](findings).splitlines()) == len(TABLES["reading"](findings).splitlines()) == 2 + 3
+    for name, plot in PLOTS.items():
+        plot(findings, tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 5000
+    with pytest.raises(UserError, match="wants the table 'nothing'"):
+        filled("<!-- table: nothing -->\n<!-- end -->", findings)
+
+
+def test_arms_differ_from_the_recipe_as_they_say(recipe):
+    arms = [*core_arms(recipe), *further_arms(recipe)]
+    assert len({arm.name for arm in arms}) == len(arms) == 1 + 6 + 6 + 3 + 1
+    for arm in arms:
+        config = load_config("configs/paper.yaml", arm.settings(7, 3, f"{arm.name}-seed3"))
+        assert (config.train.num_steps, config.train.seed, config.name) == (7, 3, f"{arm.name}-seed3")
+        assert config.evaluate.num_visual_tokens == arm.counts
+        if arm.specialist:
+            assert config.budget.num_visual_tokens == (arm.specialist,)
+        assert config.data.max_images_per_pack == recipe.data.max_images_per_pack
+    sizes = {arm.counts[0]: arm.overrides["model.image_size"] for arm in arms if arm.name.startswith("small-image")}
+    assert sizes == {9: [12, 12], 25: [20, 20], 64: [32, 32]}
+    assert chosen(arms, ["all", "flexible"])[1] == arms[0]
+    with pytest.raises(UserError, match="there is no arm 'fixed-10'; known are core, all, flexible, fixed-9"):
+        chosen(arms, ["fixed-10"])
+
+
+def test_shards_without_images_keep_everything_else(corpus, processor, tmp_path):
+    from tokenflex.data import Limits, find_shards
+    from tokenflex.data.shards import walk_shard
+
+    folder = without_images(corpus / "train", tmp_path / "blind")
+    assert without_images(corpus / "train", folder) == folder
+    for blind, seen in zip(find_shards([str(folder)]), find_shards([str(corpus / "train")]), strict=True):
+        for (ours, _, _), (theirs, _, _) in zip(walk_shard(blind, Limits()), walk_shard(seen, Limits()), strict=True):
+            assert ours.keys() == {"__key__", "json"} and ours["__key__"] == theirs["__key__"]
+            texts = [
+                [
+                    item["text"]
+                    for message in json.loads(members["json"])["messages"]
+                    for item in message["content"]
+                    if "text" in item
+                ]
+                for members in (ours, theirs)
+            ]
+            assert texts[0] == texts[1] and '"type": "image"' not in ours["json"].decode()
+
+
+def test_an_unknown_arm_is_no_silent_default(recipe):
+    with pytest.raises(UserError, match="wanted a square of 16 patches"):
+        further_arms(recipe.model_copy(update={"model": recipe.model.model_copy(update={"image_size": (60, 64)})}))
+    assert Arm(name="x", title="").settings(1, 0, "x")[0] == "name=x"

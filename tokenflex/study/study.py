@@ -1,0 +1,104 @@
+"""A study from its recipe to its page: what `launch/paper.py` does."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import load_config
+from ..corpus import resolve_embedded
+from ..errors import UserError
+from ..files import write_whole
+from .arms import Arm, chosen, core_arms, further_arms
+from .jobs import Job, Runs, Workers, jobs_of
+from .record import Record, code_version, protocol_version
+from .report import PLOTS, TABLES, Findings, filled
+from .shards import without_images
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study that is open.
+
+    runs: its recipe and where its runs lie. results: the record's file. record: what is known so far.
+    """
+
+    runs: Runs
+    results: Path
+    record: Record
+
+    @property
+    def all_arms(self) -> list[Arm]:
+        """Every arm of the protocol."""
+        return [*core_arms(self.runs.base), *further_arms(self.runs.base)]
+
+    def arms(self, which: str) -> list[Arm]:
+        """The arms that `core`, `all` or names with commas between them stand for.
+
+        Raises:
+            UserError: a name that no arm has.
+        """
+        if which == "core":
+            return core_arms(self.runs.base)
+        return self.all_arms if which == "all" else chosen(self.all_arms, which.split(","))
+
+
+def open_study(recipe: Path, protocol: Path, results: Path, overrides: tuple[str, ...], say: Say) -> Study:
+    """The study of a recipe under a protocol, its corpus built where it is missing.
+
+    Raises:
+        UserError: a recipe that is wrong, or results that were found under another protocol.
+    """
+    record = Record.open(results, protocol_version(protocol, recipe, overrides))
+    base = resolve_embedded(load_config(recipe, list(overrides)), say)
+    if len(base.data.train) != 1 or len(base.data.evaluation) != 1:
+        raise UserError(f"{recipe}: wanted one folder of training and one of evaluation shards")
+    folders = [Path(base.data.train[0]), Path(base.data.evaluation[0])]
+    blind = [
+        functools.partial(without_images, folder, folder.with_name(f"{folder.name}-without-images"))
+        for folder in folders
+    ]
+    return Study(Runs(recipe, overrides, base, blind), results, record)
+
+
+def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], workers: int, say: Say) -> tuple[list[Job], bool]:
+    """Train what the record lacks, adding each run as it ends; returns (jobs without an end, whether a signal stopped it).
+
+    Raises:
+        UserError: a run that was asked other questions.
+    """
+    code = code_version()
+    resolved = functools.partial(resolve_embedded, say=lambda text: None)
+    jobs = [job for job in jobs_of(study.runs, resolved, arms, seeds) if _is_wanted(study.record, job, code)]
+
+    def take_in(job: Job) -> None:
+        study.record.add(job, study.runs.layout(job), code)
+        study.record.save(study.results)
+
+    say(f"study     {len(jobs)} runs to do of {len(arms) * len(seeds)}, {workers} at once")
+    pool = Workers(study.runs, workers, code, take_in, say)
+    return pool.run(jobs), pool.is_stopped
+
+
+def _is_wanted(record: Record, job: Job, code: str) -> bool:
+    known = record.runs.get(job.name)
+    return known is None or (known["code"], known["num_steps"]) != (code, job.num_steps)
+
+
+def judge(study: Study, seeds: Sequence[int], page: Path, say: Say) -> Findings:
+    """Tables into the page, plots beside the record, and the verdicts said.
+
+    Raises:
+        UserError: the flexible arm is not whole.
+    """
+    findings = Findings.of(study.record, study.all_arms, seeds)
+    for line in findings.problems:
+        say(f"left out  {line}")
+    say("\n" + (TABLES["verdicts"](findings) if len(seeds) > 1 else TABLES["accuracy"](findings)))
+    for name, plot in PLOTS.items():
+        plot(findings, study.results.with_name(name))
+    if page.exists():
+        write_whole(page, filled(page.read_text(), findings))
+    return findings
