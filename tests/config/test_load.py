@@ -1,6 +1,7 @@
 """Strict configuration: what is written is what runs, and every mistake is one line that names its mend."""
 
 import pytest
+from conftest import ROOT
 
 from tokenflex.config import RunConfig, apply_overrides, describe, load_config, save_config
 from tokenflex.errors import UserError
@@ -136,3 +137,8 @@ def test_overriding_does_not_touch_what_was_given():
 def test_the_default_image_is_a_whole_number_of_the_default_encoders_patches():
     """SigLIP-so400m has one patch per 14 pixels: 27 x 27 of them, as in the paper."""
     assert [pixels / 14 for pixels in RunConfig().model.image_size] == [27, 27]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_read(path):
+    assert load_config(path).name == path.stem

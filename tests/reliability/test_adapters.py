@@ -98,6 +98,7 @@ def test_only_adapters_and_what_has_none_are_trained(tuned):
     assert settings["modules_to_save"] == ["projector"] and settings["r"] in (2, 4)
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_to_the_bit(base, forge, tmp_path):
     common = [f"model.init_from={base}", *ADAPTERS, "model.text_adapter.dropout=0.1"]
     flags = [f"--ds_config={ROOT}/configs/zero2.json"]

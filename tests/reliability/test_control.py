@@ -9,7 +9,9 @@ import torch
 from jobs import ROOT, trace_of
 from safetensors.torch import load_file
 
+from tokenflex import cli
 from tokenflex.checkpoint import checked_manifest, read_whole, tags
+from tokenflex.layout import tag_of
 
 CONTROL = [
     "optimizer.matrices=muon",
@@ -68,6 +70,12 @@ def test_the_average_is_exported_and_is_one(whole):
     assert any(not torch.equal(one["average"][name], one["weight"][name]) for name in average)
 
 
+def test_the_command_exports_the_average_of_a_checkpoint(whole, tmp_path):
+    assert cli.main(["checkpoint", "export", str(newest(whole)), "--to", str(tmp_path / "m"), "--average"]) == 0
+    ours, runs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "m", whole / "crash" / "model"))
+    assert ours.keys() == runs.keys() and all(torch.equal(ours[name], runs[name]) for name in ours)
+
+
 @pytest.mark.parametrize("config", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_killed_it_goes_on_to_the_bit(config, forge, tmp_path):
     flags = [f"--ds_config={ROOT}/configs/{config}.json"]
@@ -78,7 +86,7 @@ def test_killed_it_goes_on_to_the_bit(config, forge, tmp_path):
     assert trace_of(tmp_path / "killed") == trace_of(tmp_path / "whole")
 
 
-def test_an_average_may_begin_under_a_run_and_a_step_that_is_refused_does_not_move_it(forge, tmp_path):
+def test_an_average_may_begin_under_a_run_and_a_step_that_is_refused_does_not_move_it(forge, tmp_path, capsys):
     """The first leg keeps none; the second begins one at the weights that it has loaded, and its only step is not finite."""
     forge.done(tmp_path, 1, "train.num_steps=1")
     job = forge.done(tmp_path, 1, "train.num_steps=2", "train.ema_decay=0.5", faults="nan@loss,step=1")
@@ -87,3 +95,6 @@ def test_an_average_may_begin_under_a_run_and_a_step_that_is_refused_does_not_mo
         read_whole(newest(tmp_path), checked_manifest(newest(tmp_path)), k) for k in ("weight", "average")
     )
     assert average and all(torch.equal(average[name], weights[name]) for name in average)
+    before = newest(tmp_path).parent / tag_of(1)
+    assert cli.main(["checkpoint", "export", str(before), "--to", str(tmp_path / "m"), "--average"]) == 2
+    assert "has no average of the weights; train with train.ema_decay" in capsys.readouterr().err

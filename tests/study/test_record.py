@@ -62,7 +62,10 @@ def test_answers_come_back_from_the_file_bit_for_bit(study, tmp_path):
         for seed in range(2):
             stored = json.loads((folder / f"{arm.name}-seed{seed}" / "answers.json").read_text())["right"]
             for count in arm.counts:
-                assert "".join("01"[int(hit)] for hit in again.right(f"{arm.name}-seed{seed}", count)) == stored[str(count)]
+                assert (
+                    "".join("01"[int(hit)] for hit in again.right(f"{arm.name}-seed{seed}", count))
+                    == stored[str(count)]
+                )
     run = again.runs["flexible-seed0"]
     assert (run["tokens"], run["visual_tokens"], run["samples"], run["seconds"]) == (200, 80, 40, 10.0)
     assert run["half_time_loss"] == pytest.approx(2 - 10.5 / 20) and run["final_loss"] == pytest.approx(2 - 18.5 / 20)

@@ -17,23 +17,27 @@ from ..model.generation import generation_settings
 from .export import export_model
 
 
-def export_checkpoint(folder: str | os.PathLike, target: str | os.PathLike) -> Manifest:
+def export_checkpoint(folder: str | os.PathLike, target: str | os.PathLike, is_average: bool = False) -> Manifest:
     """Write the model of a checkpoint (of any number of ranks) to `target`, after checking every byte of it.
 
     `folder` is a checkpoint, or a run's folder, whose newest one is taken. Weights have the number format that they were
-    trained in. Returns the manifest.
+    trained in, adapters are merged. is_average: the average of the trained weights instead. Returns the manifest.
 
     Raises:
-        UserError: no checkpoint there, it is damaged, or its tokenizer cannot be loaded any more.
+        UserError: no checkpoint there, it is damaged, it has no average, or its tokenizer cannot be loaded any more.
     """
     folder = checkpoint_folder(folder)
     try:
         manifest, _ = checked_and_repaired(folder)
         state = read_whole(folder, manifest)
+        average = read_whole(folder, manifest, "average") if is_average else {}
     except Damaged as damage:
         raise UserError(
             f"checkpoint {folder}: {damage}; export an older one, see: tokenflex checkpoint verify"
         ) from None
+    if is_average and not average:
+        raise UserError(f"checkpoint {folder}: has no average of the weights; train with train.ema_decay=0.999, say")
+    state |= average
     config = resolve_embedded(RunConfig.model_validate(manifest.config), with_data=False)
     processor = build_processor(config.model, config.budget)
     with torch.device("meta"):

@@ -46,6 +46,8 @@ class VetoableOrthogonal(VetoableAdamW):
     Muon by its name, which would orthogonalise before the gradient norm is known and a step can be refused.)
     """
 
+    param_groups: list[dict[str, Any]]
+
     def __init__(self, params: Iterable, should_skip: Callable[[], bool], map_matrices: MapMatrices, **settings: Any):
         self._map_matrices = map_matrices
         groups = [
@@ -160,7 +162,7 @@ def make_optimizer(
     groups: list[dict], config: OptimizerConfig
 ) -> Callable[[Callable[[], bool], MapMatrices], VetoableAdamW]:
     """What makes the optimizer of these groups once there is somebody to ask: (should_skip, map_matrices) -> optimizer."""
-    settings = {"betas": config.betas, "eps": config.eps, "fused": True}
+    settings: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "fused": True}
     if config.matrices == "muon":
         return functools.partial(VetoableOrthogonal, groups, **settings)
     return lambda should_skip, map_matrices: VetoableAdamW(groups, should_skip, **settings)

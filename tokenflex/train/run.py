@@ -161,9 +161,9 @@ class Run:
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         loading = functools.partial(parallel.sharded_loading, self.ds_config)
         model = build_model(config.model, config.budget, self.data.processor, dtype, loading, parallel.gathered)
-        if model.num_added_tokens and not config.optimizer.text.train:
+        if model.num_added_tokens and (not config.optimizer.text.train or config.model.text_adapter.rank):
             self.say(
-                f"note      {model.num_added_tokens} added tokens stay at the mean of the others: optimizer.text.train=false"
+                f"note      {model.num_added_tokens} added tokens stay at the mean of the others: the embedding is not trained"
             )
         if config.train.compile == "blocks":
             self.say(f"compile   {compile_blocks(model)} blocks, at the first steps")
