@@ -98,3 +98,13 @@ def test_an_average_may_begin_under_a_run_and_a_step_that_is_refused_does_not_mo
     before = newest(tmp_path).parent / tag_of(1)
     assert cli.main(["checkpoint", "export", str(before), "--to", str(tmp_path / "m"), "--average"]) == 2
     assert "has no average of the weights; train with train.ema_decay" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled_blocks_train_as_plain_ones_under_zero2(forge, tmp_path):
+    flags = [f"--ds_config={ROOT}/configs/zero2.json"]
+    forge.done(tmp_path / "plain", 2, *NO_DROPOUT, flags=flags)
+    forge.done(tmp_path / "compiled", 2, *NO_DROPOUT, "train.compile=blocks", flags=flags, timeout_s=800)
+    plain, compiled = trace_of(tmp_path / "plain").losses, trace_of(tmp_path / "compiled").losses
+    assert all(abs(plain[step][0] - compiled[step][0]) < 1e-5 for step in plain), (plain, compiled)

@@ -313,9 +313,9 @@ class Engine:
 
     def update_average(self, decay: float) -> None:
         """Move the average of the trained weights towards them: average = decay x average + (1 - decay) x weights."""
-        for piece in self.slices():
-            if AVERAGE in piece.tensors:
-                piece.tensors[AVERAGE].lerp_(piece.tensors[WEIGHT], 1 - decay)
+        for weight, state in self._optimizer.state.items():
+            if AVERAGE in state:
+                state[AVERAGE].lerp_(weight.detach(), 1 - decay)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

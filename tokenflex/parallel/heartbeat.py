@@ -12,6 +12,7 @@ from collections import deque
 from os import PathLike
 from pathlib import Path
 
+from ..errors import UserError
 from . import watchdog
 from .environment import Launch
 
@@ -41,6 +42,10 @@ class Heartbeat:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.local = Path(tempfile.gettempdir()) / f"tokenflex-{os.getuid()}-{self.folder.name}"
         self.local.mkdir(mode=0o700, exist_ok=True)
+        if self.local.stat().st_uid != os.getuid():
+            raise UserError(
+                f"{self.local}: belongs to another user; set TMPDIR to a folder of your own on the node's disk"
+            )
         with tempfile.NamedTemporaryFile(prefix="tokenflex-pulse-") as file:
             file.truncate(watchdog.PULSE.size)
             self._pulse = mmap.mmap(file.fileno(), watchdog.PULSE.size)
