@@ -55,7 +55,7 @@ def main(arguments: argparse.Namespace, say: Say) -> int:
     from tokenflex.study.study import judge, open_study, train
 
     study = open_study(arguments.config, arguments.protocol, arguments.results, tuple(arguments.overrides), say)
-    arms, seeds = study.arms(arguments.arms), list(range(arguments.seeds))
+    arms, seeds = study.arms(arguments.arms), list(range(1, arguments.seeds + 1))
     if not arguments.report:
         left, is_stopped = train(study, arms, seeds, arguments.workers, say)
         if is_stopped:

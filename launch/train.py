@@ -7,13 +7,15 @@ deepspeed launch/train.py --ds_config configs/zero3.json --config recipe.yaml tr
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 
 from tokenflex.cli.launching import Say, entry_point, print_check
-from tokenflex.cli.options import QUICKSTART, launch_parser
+from tokenflex.cli.options import QUICKSTART, launch_parser, listed, steps
 from tokenflex.config import describe, load_config
 from tokenflex.corpus import resolve_embedded
 from tokenflex.layout import DONE, REQUEUE, RunLayout
+from tokenflex.telemetry.stages import stage
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -33,6 +35,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="go on with shards that have changed since the run's checkpoints: from the next epoch, which has all of the new ones",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run the plan's fullest packs through a step, say what memory they took beside the estimate, and write nothing",
+    )
+    parser.add_argument(
+        "--profile",
+        type=steps,
+        metavar="STEPS",
+        help="profile these steps, 5-7 or 5, as metrics.jsonl counts them: a trace and the memory, into the run's profile/",
+    )
+    parser.add_argument(
+        "--profile-ranks", type=listed(int), default=[0], metavar="R,R", help="ranks that are profiled (default 0)"
+    )
     return parser.parse_intermixed_args(argv)
 
 
@@ -44,20 +60,30 @@ def main(arguments: argparse.Namespace, say: Say) -> int:
     ds_config = parallel.load_ds_config(arguments.ds_config)
     if arguments.check:
         return print_check(recipe)
+    begin = time.monotonic()
     parallel.quiet_libraries()
     from tokenflex.evaluate import evaluate_run
+    from tokenflex.train.profiling import ProfilePlan
     from tokenflex.train.run import grad_accum_steps, run_training
 
     launch = parallel.join()
     say.is_main = launch.rank == 0
+    say(f"import    libraries: {time.monotonic() - begin:.1f} s")
     grad_accum_steps(
         recipe, launch.num_ranks
     )  # ranks that cannot share the packs are told before they wait for each other
     parallel.check_zero(ds_config, launch.num_ranks, recipe.train.compile != "off")
     config = resolve_embedded(recipe, say)
-    ranks = parallel.join_ranks(launch)
+    with stage("join", "the other ranks", say):
+        ranks = parallel.join_ranks(launch)
     say(f"world     {parallel.check_world(ranks)}")
-    options = {"fresh": arguments.fresh, "accept_new_data": arguments.accept_new_data, "say": say}
+    if arguments.dry_run:
+        from tokenflex.estimate.dry_run import dry_run
+
+        say(dry_run(recipe, config, ds_config, ranks, say=say))
+        return DONE
+    profiled = ProfilePlan(*arguments.profile, tuple(arguments.profile_ranks)) if arguments.profile else None
+    options = {"fresh": arguments.fresh, "accept_new_data": arguments.accept_new_data, "profiled": profiled, "say": say}
     if not run_training(recipe, config, ds_config, ranks, **options):
         say(f"stopped   and saved in {RunLayout.of(config).checkpoints}; the same command goes on from there")
         return REQUEUE

@@ -14,11 +14,12 @@ LEVELS = [
     {"budget", "config"},
     {"plan"},
     {"data", "model", "parallel", "checkpoint"},
-    {"prepare", "corpus"},
+    {"prepare", "corpus", "doctor", "telemetry"},
     {"train", "evaluate", "infer", "export"},
+    {"study", "estimate"},
     {"cli", "slurm"},
 ]
-SIDEWAYS = {("train", "export"), ("evaluate", "export"), ("infer", "export")}
+SIDEWAYS = {("train", "export"), ("train", "evaluate"), ("evaluate", "export"), ("infer", "export")}
 """Rooms that may look into a neighbour of the same level."""
 
 
@@ -102,6 +103,8 @@ def test_commands_hold_no_logic():
 
 
 LONG = {
+    "tokenflex/cli/convert.py:add_to": "one option after another",
+    "tokenflex/estimate/costs.py:estimate": "every part of an estimate in its place",
     "tokenflex/model/modeling_tokenflex.py:forward": "the model on one screen, with the shapes of all its arguments",
 }
 """Functions of more than 50 lines, and why they stay whole."""

@@ -102,6 +102,11 @@ class RunLayout:
         return self.root / "plan.json"
 
     @property
+    def doctor(self) -> Path:
+        """What `tokenflex doctor` found on rank 0's machine when the run was last started."""
+        return self.root / "doctor.json"
+
+    @property
     def data(self) -> Path:
         """What the samples were that the run was last started with."""
         return self.root / "data.json"
@@ -110,6 +115,26 @@ class RunLayout:
     def metrics(self) -> Path:
         """One line per logging interval."""
         return self.root / "metrics.jsonl"
+
+    @property
+    def validation(self) -> Path:
+        """One line per validation while training."""
+        return self.root / "validation.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files of TensorBoard, where they are wanted."""
+        return self.root / "tensorboard"
+
+    @property
+    def profile(self) -> Path:
+        """Traces of profiled steps."""
+        return self.root / "profile"
+
+    @property
+    def report(self) -> Path:
+        """The page that `tokenflex report` makes of the run."""
+        return self.root / "report.html"
 
     @property
     def wandb_id(self) -> Path:

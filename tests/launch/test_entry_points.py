@@ -30,7 +30,7 @@ def commands(of, prefix=()):
 def test_these_are_all_that_take_a_recipe():
     """A new command with --config belongs into the tests below."""
     taking = {" ".join(words) for words, command in commands(parser()) if "--config" in command._option_string_actions}
-    assert taking == {"data inspect"}
+    assert taking == {"data inspect", "doctor", "estimate"}
     scripts = {path.name for path in (ROOT / "launch").glob("*.py") if "launch_parser" in path.read_text()}
     assert scripts == {"train.py", "evaluate.py", "index.py"} == {path.name for path in (ROOT / "launch").glob("*.py")}
     for name in scripts:
@@ -63,6 +63,7 @@ def test_index_train_evaluate_export_and_inspect_resolve_a_recipe(recipe, corpus
     assert end.status == 0 and "| **4** | 6 | **12** |" in end.output, end.output[-2000:]
     run = recipe.parent / "tiny"
     layout = RunLayout(run)
+    assert {"torch", "cpu"} <= {finding["name"] for finding in json.loads(layout.doctor.read_text())["findings"]}
     card = (layout.model / "README.md").read_text()
     assert "# tiny\n" in card and "| **4** | 6 | **12** |" in card and "Not evaluated" not in card
     assert str(recipe.parent) not in card, "a path of this machine travels"

@@ -13,8 +13,8 @@ from tokenflex.plan import Position
 from tokenflex.train.loss import (
     FUSED_MODEL_TYPES,
     answering_losses,
+    cross_entropies,
     fused_loss_head,
-    weighted_cross_entropy,
     weighted_sum,
 )
 from tokenflex.train.objective import Objective
@@ -37,7 +37,7 @@ def test_fused_equals_plain_over_ragged_sizes(num_tokens, width, vocabulary, has
     hidden = (3 * torch.randn(1, num_tokens, width, generator=generator)).requires_grad_()
     targets = torch.randint(vocabulary, (num_tokens,), generator=generator)
     weights = torch.rand(num_tokens, generator=generator)
-    plain = weighted_cross_entropy(head(hidden).squeeze(0), targets, weights, 3.3)
+    plain = weighted_sum(cross_entropies(head(hidden).squeeze(0), targets), weights, 3.3)
     with answering_losses(head, targets):
         losses = head(hidden)
     assert losses.shape == (1, num_tokens)

@@ -161,7 +161,7 @@ def test_consistency_is_the_divergence_from_the_largest_count(model, processor, 
     normalise = processor.image_processor.normalised
     loss = Objective(model, normalise, terms=[Consistency(0.5)])(together)
     with torch.no_grad():
-        logits = [Objective(model, normalise)._cross_entropy(batch)[0].logits[0].float() for batch in apart]
+        logits = [Objective(model, normalise).token_losses(batch)[0].logits[0].float() for batch in apart]
     wanted = 0.0
     views = iter(zip(apart, logits))
     for batch, teacher in views:
@@ -176,12 +176,12 @@ def test_consistency_is_the_divergence_from_the_largest_count(model, processor, 
 def test_the_teacher_is_not_taught(model, processor, in_views):
     """Its logits have no gradient from the term; a batch without views has the term at an exact zero."""
     together, apart = in_views
-    outputs, _ = Objective(model, processor.image_processor.normalised)._cross_entropy(together)
+    outputs, _ = Objective(model, processor.image_processor.normalised).token_losses(together)
     outputs.logits.retain_grad()
     Consistency(1.0)(outputs, together).backward()
     moved = outputs.logits.grad[0].abs().sum(-1) > 0
     assert not moved[together.teacher < 0].any() and moved[together.teacher >= 0].all()
-    outputs, _ = Objective(model, processor.image_processor.normalised)._cross_entropy(apart[0])
+    outputs, _ = Objective(model, processor.image_processor.normalised).token_losses(apart[0])
     assert Consistency(1.0)(outputs, apart[0]).item() == 0
 
 

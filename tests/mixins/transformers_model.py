@@ -7,12 +7,17 @@ from pathlib import Path
 import torch
 
 BUILD = Path(__file__).parents[2] / "build"
-sys.path[:0] = [str(BUILD), str(BUILD / "test_packages")]
+sys.path[:0] = [str(BUILD / "transformers_tests"), str(BUILD / "test_packages")]
 
-from transformers_tests.generation.test_utils import GenerationTesterMixin  # noqa: E402
-from transformers_tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor  # noqa: E402
+from tests.generation.test_utils import GenerationTesterMixin  # noqa: E402
+from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor  # noqa: E402
+from transformers.models.auto import modeling_auto  # noqa: E402
 
 from tokenflex.model import TokenFlexConfig, TokenFlexForConditionalGeneration, TokenFlexModel  # noqa: E402
+
+# what their tests look classes up in
+modeling_auto.MODEL_MAPPING_NAMES["tokenflex"] = "TokenFlexModel"
+modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["tokenflex"] = "TokenFlexForConditionalGeneration"
 
 SKIPPED = {
     "test_correct_missing_keys": "the base model holds the output layer too, so nothing is missing from its weights",
@@ -47,7 +52,7 @@ class Tester:
             "max_position_embeddings": 64,
         }
         text |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-        return TokenFlexConfig(
+        config = TokenFlexConfig(
             vision,
             text,
             image_height=32,
@@ -57,24 +62,29 @@ class Tester:
             image_end_token_id=5,
             trained_num_visual_tokens=(4,),
         )
+        config.use_cache = True  # one of their tests looks for it here, the others in the text configuration
+        return config
 
     def prepare_config_and_inputs_for_common(self):
         config = self.get_config()
         ids = ids_tensor([self.batch_size, self.seq_length], 90) % 90 + 8
         ids[:, 1], ids[:, 2:6], ids[:, 6] = 3, 4, 5
+        mask = torch.ones_like(ids)
+        ids[0, 0], mask[0, 0] = config.text_config.pad_token_id, 0
         pixels = floats_tensor([self.batch_size, 3, 32, 32])
-        return config, {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
+        return config, {"input_ids": ids, "pixel_values": pixels, "attention_mask": mask}
 
 
 class TokenFlexModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (TokenFlexModel, TokenFlexForConditionalGeneration)
     pipeline_model_mapping = {}
     test_resize_embeddings = True
+    test_can_init_all_missing_weights_before_2023 = True  # theirs goes by the year in the head of the file
     _is_composite = True
 
     def setUp(self):
         if self._testMethodName in SKIPPED:
-            self.skipTest(SKIPPED[self._testMethodName])
+            self.skipTest(f"own: `{self._testMethodName}`: {SKIPPED[self._testMethodName]}")
         self.model_tester = Tester(self)
         if "training" in self._testMethodName:  # the base model has no loss
             self.all_model_classes = (TokenFlexForConditionalGeneration,)

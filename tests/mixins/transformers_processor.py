@@ -13,14 +13,14 @@ from PIL import Image
 
 BUILD = Path(__file__).parents[2] / "build"
 PICTURE = BUILD / "picture.png"
-sys.path[:0] = [str(BUILD), str(BUILD / "test_packages")]
+sys.path[:0] = [str(BUILD / "transformers_tests"), str(BUILD / "test_packages")]
 Image.effect_noise((64, 48), 90).convert("RGB").save(PICTURE)
 addresses = types.ModuleType("fetch_hub_objects_for_ci")  # of their repository: the address of a test file -> a path
 addresses.url_to_local_path = lambda url: str(PICTURE)
 sys.modules.setdefault("fetch_hub_objects_for_ci", addresses)
 
-from transformers_tests.test_image_processing_common import ImageProcessingTester, ImageProcessingTestMixin  # noqa: E402
-from transformers_tests.test_processing_common import ProcessorTesterMixin  # noqa: E402
+from tests.test_image_processing_common import ImageProcessingTester, ImageProcessingTestMixin  # noqa: E402
+from tests.test_processing_common import ProcessorTesterMixin  # noqa: E402
 
 from tokenflex.corpus.tokenizer import build_tokenizer  # noqa: E402
 from tokenflex.model import TokenFlexImageProcessor, TokenFlexProcessor  # noqa: E402
@@ -39,7 +39,7 @@ def without_skipped(tests):
     """The class of tests without those that are listed with a reason."""
     for name in SKIPPED:
         if hasattr(tests, name):
-            setattr(tests, name, unittest.skip(SKIPPED[name])(getattr(tests, name)))
+            setattr(tests, name, unittest.skip(f"own: `{name}`: {SKIPPED[name]}")(getattr(tests, name)))
     return tests
 
 

@@ -111,6 +111,40 @@ def test_embeddings_in_place_of_ids_take_images_too():
         model(**inputs)
 
 
+def test_beams_over_embeddings_keep_each_rows_images():
+    """Without ids the images of a row are found by the embedding of their placeholders, as with ids."""
+    model, inputs = tiny(), prompts([[4], [6, 4]])
+    wanted = model.generate(**inputs, num_beams=2, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    assert torch.equal(
+        model.generate(inputs_embeds=embeds, **inputs, num_beams=2, max_new_tokens=4, do_sample=False), wanted
+    )
+
+
+def test_a_static_cache_gives_the_same_text():
+    """Servers and compiled decoding want a cache of fixed shape."""
+    model, inputs = tiny(), prompts([[4], [6, 4]])
+    wanted = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert model._can_compile_fullgraph
+    static = model.generate(
+        **inputs, max_new_tokens=6, do_sample=False, cache_implementation="static", disable_compile=True
+    )
+    assert torch.equal(static, wanted)
+
+
+def test_what_a_checkpoint_lacks_gets_its_parts_own_start():
+    """Neither the memory's last content nor another class's rule: the projector as its constructor starts it, the encoder by its own."""
+    config = tiny().config
+    torch.manual_seed(0)
+    model = TokenFlexForConditionalGeneration.from_pretrained(None, config=config, state_dict={})
+    for layer in (model.projector.gate_up, model.projector.down):
+        bound = layer.in_features**-0.5
+        assert 0.9 * bound < layer.weight.abs().max() <= bound and 0.5 * bound < layer.bias.abs().max() <= bound
+    assert (model.projector.norm.weight == 1).all() and (model.projector.norm.bias == 0).all()
+    mlp = model.vision_tower.encoder.layers[0].mlp  # SigLIP's own: a bias that is not zero
+    assert 0 < mlp.fc1.bias.abs().max() < 1e-4
+
+
 def test_outputs_come_as_tuples_where_that_is_asked_for():
     model, inputs = tiny(), prompts([[4]])
     assert torch.equal(model(**inputs, return_dict=False)[0], model(**inputs).logits)

@@ -177,6 +177,71 @@ def test_a_batch_generates_what_its_prompts_do_alone(exported, processor):
         assert torch.equal(row, model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :])
 
 
+def encoder_calls(model):
+    """(the numbers of tiles that the encoder is called with from now on, the hook to remove)."""
+    calls = []
+    hook = model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(len((*args, *kwargs.values())[0])), with_kwargs=True
+    )
+    return calls, hook
+
+
+def test_features_stand_for_their_images_at_every_count(exported, processor):
+    """Answers, logits, beams and batches of uneven prompts are those of the pixels, and the encoder has run once."""
+    _, model = exported
+    model.language_model.set_attn_implementation("sdpa")
+    wide = ask(processor, images=2, num_visual_tokens=[12, 12])
+    wanted = {
+        count: model.generate(**wide, num_visual_tokens=count, num_beams=2, max_new_tokens=4, do_sample=False)
+        for count in (4, 7, (2, 5), 30)
+    }
+    with torch.no_grad():
+        logits = model(**wide).logits
+        calls, hook = encoder_calls(model)
+        once = {**wide, "pixel_values": model.encode_images(wide["pixel_values"])}
+        assert torch.equal(model(**once).logits, logits)
+    for count, answer in wanted.items():
+        again = model.generate(**once, num_visual_tokens=count, num_beams=2, max_new_tokens=4, do_sample=False)
+        assert torch.equal(again, answer), count
+    hook.remove()
+    assert calls == [2]
+
+
+def test_features_of_another_grid_are_refused(exported, processor):
+    _, model = exported
+    inputs = ask(processor)
+    for shape in ((1, 7, 32), (1, 64, 31)):
+        with pytest.raises(ValueError, match="came for images; wanted .* patches of width 32, as encode_images gives"):
+            model(**{**inputs, "pixel_values": torch.zeros(shape)})
+
+
+def test_a_generator_encodes_an_image_once_and_answers_as_ever(exported, processor, tmp_path):
+    from tokenflex.infer.generate import Generator
+
+    folder, _ = exported
+    paths = []
+    for number in range(3):
+        paths.append(tmp_path / f"{number}.png")
+        Image.effect_noise((64, 48), 60 + 10 * number).save(paths[-1])
+    asked = [
+        ("a?", paths[:1], 4),
+        ("b?", paths[:2], 12),
+        ("a?", paths[:1], 12),
+        ("c", paths[::-1], [4, 6, 9]),
+        ("d", [], None),
+    ]
+    wanted = [Generator(folder, cached_images=0)(*question, max_new_tokens=4) for question in asked]
+    cached = Generator(folder, cached_images=2)
+    calls, hook = encoder_calls(cached.model)
+    assert [cached(*question, max_new_tokens=4) for question in asked] == wanted
+    assert calls == [1, 1, 1]  # each image once: the second with the first there, the third
+    cached("e", paths[:1], 12, max_new_tokens=2)
+    assert calls == [1, 1, 1]  # of the three, the two that were used last are kept
+    cached("f", paths[2:] * 2, 4, max_new_tokens=2)
+    hook.remove()
+    assert calls == [1, 1, 1, 1]  # and one that comes twice is encoded once
+
+
 def test_an_untrained_count_is_warned_of_once(exported, processor, caplog):
     _, model = exported
     with caplog.at_level(logging.WARNING):

@@ -23,6 +23,8 @@ from tokenflex.prepare.convert import Options, convert
 from tokenflex.prepare.convert.records import convert_record
 from tokenflex.prepare.validate import validate
 
+PLAIN = Options(limits=Limits())
+
 
 def picture(number=0, format="JPEG", size=(40, 30)):
     file = io.BytesIO()
@@ -53,7 +55,7 @@ def converted(tmp_path, records, images=None, name="out", **options):
     """(tally, samples, skipped) of records written as a LLaVA file."""
     path = tmp_path / f"{name}.json"
     path.write_text(json.dumps(records))
-    tally = convert("llava", path, tmp_path / name, images=images, **options)
+    tally = convert("llava", path, tmp_path / name, images=images, **{"options": PLAIN, **options})
     skipped = [json.loads(line) for line in (tmp_path / name / "skipped.jsonl").read_text().splitlines()]
     return tally, samples_of(tmp_path / name), skipped
 
@@ -183,7 +185,7 @@ def test_done_shards_are_kept_and_a_damaged_one_is_written_again(tmp_path, image
     shards[1].unlink()
     os.truncate(shards[2], 700)
     path = tmp_path / "out.json"
-    tally = convert("llava", path, tmp_path / "out", images=images, samples_per_shard=3)
+    tally = convert("llava", path, tmp_path / "out", images=images, samples_per_shard=3, options=PLAIN)
     assert shards[0].stat().st_mtime_ns == stamps[0] and tally.num_good == 9
     assert samples_of(tmp_path / "out") == before
 
@@ -216,7 +218,7 @@ def test_a_conversion_that_is_killed_goes_on_where_it_was(tmp_path, images):
         assert len(list((tmp_path / "killed").glob("*.tar"))) >= max(wanted, done)
         done = len(list((tmp_path / "killed").glob("*.tar")))
     for name in ("killed", "whole"):
-        convert("llava", path, tmp_path / name, images=images, samples_per_shard=10)
+        convert("llava", path, tmp_path / name, images=images, samples_per_shard=10, options=PLAIN)
     contents = [
         [shard.read_bytes() for shard in sorted((tmp_path / name).glob("*.tar"))] for name in ("killed", "whole")
     ]
@@ -226,11 +228,11 @@ def test_a_conversion_that_is_killed_goes_on_where_it_was(tmp_path, images):
 def test_another_conversion_into_the_same_folder_is_refused(tmp_path, images):
     converted(tmp_path, [llava()], images)
     with pytest.raises(UserError, match="holds a conversion of .* with other settings"):
-        convert("llava", tmp_path / "out.json", tmp_path / "out", images=images, samples_per_shard=5)
+        convert("llava", tmp_path / "out.json", tmp_path / "out", images=images, samples_per_shard=5, options=PLAIN)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "x.tar").touch()
     with pytest.raises(UserError, match="holds shards already"):
-        convert("llava", tmp_path / "out.json", tmp_path / "foreign", images=images)
+        convert("llava", tmp_path / "out.json", tmp_path / "foreign", images=images, options=PLAIN)
 
 
 @pytest.mark.parametrize("text, part", [
@@ -244,9 +246,9 @@ def test_files_that_are_no_data_set_are_refused(tmp_path, text, part):
     path = tmp_path / "x.json"
     path.write_text(text)
     with pytest.raises(UserError, match=part):
-        convert("llava", path, tmp_path / "out")
+        convert("llava", path, tmp_path / "out", options=PLAIN)
     with pytest.raises(UserError, match="no such file"):
-        convert("llava", tmp_path / "none.json", tmp_path / "out")
+        convert("llava", tmp_path / "none.json", tmp_path / "out", options=PLAIN)
 
 
 def test_records_are_found_whatever_their_text_holds(tmp_path):
@@ -262,7 +264,7 @@ def test_records_are_found_whatever_their_text_holds(tmp_path):
     ):
         path = tmp_path / f"{name}.json"
         path.write_text(text, encoding="utf-8")
-        convert("llava", path, tmp_path / name)
+        convert("llava", path, tmp_path / name, options=PLAIN)
         assert [text_of(sample.messages[1]) for sample in samples_of(tmp_path / name)] == answers, name
 
 
@@ -282,7 +284,7 @@ def test_openai_messages(tmp_path, images):
     ]  # fmt: skip
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)) + '\n{"messages": [\n')
-    tally = convert("openai", path, tmp_path / "out", images=images)
+    tally = convert("openai", path, tmp_path / "out", images=images, options=PLAIN)
     samples = samples_of(tmp_path / "out")
     assert [[text_of(m) for m in s.messages] for s in samples] == [
         ["Be brief.", "[image]What?", "a box"],
@@ -322,7 +324,12 @@ def test_hugging_face_parquet(tmp_path):
     parquet.write_table(pa.Table.from_pylist(chat), folder / "train-2.parquet")
     for workers in (1, 2):
         tally = convert(
-            "huggingface", tmp_path / "dataset", tmp_path / str(workers), samples_per_shard=6, num_workers=workers
+            "huggingface",
+            tmp_path / "dataset",
+            tmp_path / str(workers),
+            samples_per_shard=6,
+            num_workers=workers,
+            options=PLAIN,
         )
         samples = samples_of(tmp_path / str(workers))
         answers = [text_of(sample.messages[-1]) for sample in samples]
@@ -331,9 +338,9 @@ def test_hugging_face_parquet(tmp_path):
         assert tally.skipped == {"image-format": 1, "no-answer": 1}
     (folder / "broken.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match="broken.parquet: not a readable parquet file"):
-        convert("huggingface", tmp_path / "dataset", tmp_path / "x")
+        convert("huggingface", tmp_path / "dataset", tmp_path / "x", options=PLAIN)
     with pytest.raises(UserError, match="holds no .parquet file"):
-        convert("huggingface", tmp_path / "1", tmp_path / "x")
+        convert("huggingface", tmp_path / "1", tmp_path / "x", options=PLAIN)
 
 
 def test_csv_rows(tmp_path, images):
@@ -344,7 +351,9 @@ def test_csv_rows(tmp_path, images):
         rows.writerow(["image", "question", "answer", "caption"])
         rows.writerows([["a.jpg", 'What, "then"?', "a\nbox", ""], ["a.jpg", "", "", "A dog."], ["", "1 + 1", "2", ""]])
     for name, workers in (("one", 1), ("two", 2)):
-        tally = convert("csv", path, tmp_path / name, images=images, samples_per_shard=2, num_workers=workers)
+        tally = convert(
+            "csv", path, tmp_path / name, images=images, samples_per_shard=2, num_workers=workers, options=PLAIN
+        )
         assert (tally.num_good, tally.num_skipped) == (3, 0)
     assert [p.read_bytes() for p in sorted((tmp_path / "one").glob("*.tar"))] == [
         p.read_bytes() for p in sorted((tmp_path / "two").glob("*.tar"))
@@ -353,7 +362,7 @@ def test_csv_rows(tmp_path, images):
     assert texts[2] == ["1 + 1", "2"] and [answer for _, answer in texts[:2]] == ["a\nbox", "A dog."]
     assert texts[0][0] == '[image]What, "then"?' and texts[1][0] == "[image]Describe the image."
     stamp = (tmp_path / "one" / "shard-00000.tar").stat().st_mtime_ns
-    convert("csv", path, tmp_path / "one", images=images, samples_per_shard=2)
+    convert("csv", path, tmp_path / "one", images=images, samples_per_shard=2, options=PLAIN)
     assert (tmp_path / "one" / "shard-00000.tar").stat().st_mtime_ns == stamp, "a done shard was written again"
 
 
@@ -363,7 +372,7 @@ def test_csv_rows(tmp_path, images):
 def test_a_file_that_is_no_csv_is_refused(data, part, tmp_path):
     (tmp_path / "rows.csv").write_bytes(data)
     with pytest.raises(UserError, match=part):
-        convert("csv", tmp_path / "rows.csv", tmp_path / "out")
+        convert("csv", tmp_path / "rows.csv", tmp_path / "out", options=PLAIN)
 
 
 def test_the_command_offers_every_format():
@@ -383,7 +392,9 @@ def test_plain_webdataset_shards(tmp_path):
         writer.write({"__key__": "d", "jpg": picture(4)})
         writer.write({"__key__": "e", "txt": b"text \xff only", "jpg": picture(4)})
         writer.write({"__key__": "f", "2.jpg": picture(6), "10.jpg": picture(7), "txt": b"two boxes"})
-    tally = convert("webdataset", str(shard), tmp_path / "out", options=Options(caption_prompt="Say what it is."))
+    tally = convert(
+        "webdataset", str(shard), tmp_path / "out", options=Options(limits=Limits(), caption_prompt="Say what it is.")
+    )
     samples = samples_of(tmp_path / "out")
     assert [[text_of(m) for m in s.messages] for s in samples] == [
         ["[image]Say what it is.", "a red box"],
@@ -393,7 +404,7 @@ def test_plain_webdataset_shards(tmp_path):
     ]
     assert samples[3].images == [picture(6), picture(7)]
     assert tally.num_skipped == 2 and tally.skipped["json"] == 2
-    again = convert("webdataset", str(tmp_path / "out" / "*.tar"), tmp_path / "again")
+    again = convert("webdataset", str(tmp_path / "out" / "*.tar"), tmp_path / "again", options=PLAIN)
     assert [s.messages for s in samples_of(tmp_path / "again")] == [s.messages for s in samples]
     assert again.num_good == 4
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_convert import converted, images, llava, picture, run_cli, samples_of, text_of  # noqa: F401
+from test_convert import PLAIN, converted, images, llava, picture, run_cli, samples_of, text_of  # noqa: F401
 
 from tokenflex.data.problems import BadSample, Limits
 from tokenflex.errors import UserError
@@ -224,6 +224,86 @@ def test_a_phone_photo_with_a_second_one_behind_it_is_a_jpeg():
     assert kept == data and extension == "jpg"
 
 
+def parquet_set(folder, files):
+    """A dataset folder with a parquet file per name, each with one row that answers with the name."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pa.Table.from_pylist([{"question": "x", "answer": name}]), folder / name)
+    return folder
+
+
+def answers(folder, out, **chosen):
+    convert("huggingface", folder, out, options=Options(limits=Limits(), **chosen))
+    return [text_of(sample.messages[-1]) for sample in samples_of(out)]
+
+
+def test_configurations_that_folders_tell_do_not_mix_by_themselves(tmp_path):
+    names = ["chart/train-0.parquet", "chart/test/0.parquet", "ocr/train-0.parquet", "data/train-0.parquet"]
+    folder = parquet_set(tmp_path / "set", names)
+    held = (
+        r"several configurations: without a name \(1 files\), chart \(2 files\), ocr \(1 files\); .* --subset chart, or"
+    )
+    with pytest.raises(UserError, match=held):
+        answers(folder, tmp_path / "none")
+    with pytest.raises(UserError, match=r"several splits: test \(1 files\), train \(1 files\)"):
+        answers(folder, tmp_path / "none", subset="chart")
+    with pytest.raises(UserError, match="--subset maps: "):
+        answers(folder, tmp_path / "none", subset="maps")
+    assert answers(folder, tmp_path / "a", subset="ocr") == ["ocr/train-0.parquet"]
+    assert answers(folder, tmp_path / "b", subset="chart", split="test") == ["chart/test/0.parquet"]
+    assert sorted(answers(folder, tmp_path / "c", subset="all", split="all")) == sorted(names)
+
+
+README = """---
+configs:
+- config_name: easy
+  data_files:
+  - split: train
+    path: parts/a*.parquet
+  - split: held_out
+    path: [parts/z.parquet]
+- config_name: hard
+  data_files: parts/b.parquet
+---
+# A set
+"""
+
+
+def test_configurations_that_the_readme_declares_go_before_names(tmp_path):
+    names = ["parts/a1.parquet", "parts/a2.parquet", "parts/b.parquet", "parts/z.parquet", "parts/test-unused.parquet"]
+    folder = parquet_set(tmp_path / "set", names)
+    (folder / "README.md").write_text(README)
+    with pytest.raises(UserError, match=r"several configurations: easy \(3 files\), hard \(1 files\)"):
+        answers(folder, tmp_path / "none")
+    assert answers(folder, tmp_path / "a", subset="easy", split="train") == names[:2]
+    assert answers(folder, tmp_path / "b", subset="easy", split="held_out") == ["parts/z.parquet"]
+    assert answers(folder, tmp_path / "c", subset="hard") == ["parts/b.parquet"]
+    (folder / "README.md").write_text(README.replace("parts/b.parquet", "parts/c.parquet"))
+    with pytest.raises(UserError, match=r"declares parts/c.parquet for hard \(train\), and no parquet file is there"):
+        answers(folder, tmp_path / "none", subset="easy", split="train")
+    for head in ("configs: 3", "configs: [{config_name: a}]", "a: [", "- x"):
+        (folder / "README.md").write_text(f"---\n{head}\n---\n")
+        with pytest.raises(UserError, match=r"several splits: without a name \(4 files\), test \(1 files\)"):
+            answers(folder, tmp_path / "none", split="")
+
+
+def test_heic_photos_are_read_where_the_decoder_is_installed(tmp_path):
+    """What phones of one maker write: decoded, upright, and written as PNG."""
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    data = encoded(NOISE, "HEIF", quality=100)
+    assert data[4:8] == b"ftyp"
+    kept, extension, repairs = checked_image(data, Limits())
+    difference = np.asarray(Image.open(io.BytesIO(kept)).convert("RGB"), float) - np.asarray(NOISE, float)
+    assert extension == "png" and "transcoded" in repairs and np.abs(difference).mean() < 12
+    (tmp_path / "photo.heic").write_bytes(data)
+    tally, (sample,), _ = converted(tmp_path, [llava("photo.heic")], tmp_path)
+    assert tally.num_good == 1 and sample.images == [kept]
+
+
 def test_avif_is_read_where_there_is_a_decoder_and_named_where_not(monkeypatch):
     if "AVIF" not in Image.SAVE:
         Image.init()
@@ -234,6 +314,7 @@ def test_avif_is_read_where_there_is_a_decoder_and_named_where_not(monkeypatch):
     monkeypatch.setattr("tokenflex.prepare.convert.images._formats", lambda: ["GIF"])
     with pytest.raises(BadSample, match="AVIF image, which is read with a Pillow"):
         checked_image(data, Limits())
+    monkeypatch.setattr("tokenflex.prepare.convert.images.pillow_heif", None)
     with pytest.raises(BadSample, match="HEIF image, which is read with the package pillow-heif"):
         checked_image(b"\0\0\0\x18ftypheic" + bytes(40), Limits())
 
@@ -251,19 +332,19 @@ def test_files_in_utf_16_or_compressed_are_named(tmp_path):
     ):
         (tmp_path / "x.json").write_bytes(data)
         with pytest.raises(UserError, match=part):
-            convert("llava", tmp_path / "x.json", tmp_path / "out")
+            convert("llava", tmp_path / "x.json", tmp_path / "out", options=PLAIN)
 
 
 def test_objects_on_several_lines_are_records_each(tmp_path):
     for number in (1, 3):
         path = tmp_path / f"{number}.json"
         path.write_text("\n".join(json.dumps(llava(None, answer=f"{{{i}\n"), indent=2) for i in range(number)))
-        convert("llava", path, tmp_path / f"out{number}")
+        convert("llava", path, tmp_path / f"out{number}", options=PLAIN)
         assert [text_of(s.messages[1]) for s in samples_of(tmp_path / f"out{number}")] == [
             f"{{{i}\n" for i in range(number)
         ]
     path.write_text('{"broken\n' + "\n".join(json.dumps(llava(None, answer=str(i))) for i in range(3)))
-    tally = convert("llava", path, tmp_path / "lines")
+    tally = convert("llava", path, tmp_path / "lines", options=PLAIN)
     assert tally.num_good == 3 and tally.skipped == {"json": 1}
 
 
@@ -292,7 +373,7 @@ def test_media_beside_a_caption_in_plain_shards(tmp_path):
                 "json": json.dumps({"caption": "x", "image": "there.jpg", "cls": 3}).encode(),
             }
         )
-    tally = convert("webdataset", str(shard), tmp_path / "out", options=Options())
+    tally = convert("webdataset", str(shard), tmp_path / "out", options=PLAIN)
     assert [[text_of(m) for m in s.messages][1] for s in samples_of(tmp_path / "out")] == ["noise", "x"]
     assert tally.skipped == {"image-missing": 1, "media": 1} and tally.unread == {"cls": 1}
 
@@ -306,10 +387,13 @@ def test_splits_do_not_mix_by_themselves(tmp_path):
     for name in ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"):
         parquet.write_table(pa.Table.from_pylist([{"question": "x", "answer": name}]), folder / f"{name}.parquet")
     with pytest.raises(UserError, match=r"several splits: train \(2 files\), validation \(1 files\); .* --split train"):
-        convert("huggingface", tmp_path / "set", tmp_path / "none")
+        convert("huggingface", tmp_path / "set", tmp_path / "none", options=PLAIN)
     with pytest.raises(UserError, match="--split test: "):
-        convert("huggingface", tmp_path / "set", tmp_path / "none", options=Options(split="test"))
+        convert("huggingface", tmp_path / "set", tmp_path / "none", options=Options(limits=Limits(), split="test"))
     for split, number in (("train", 2), ("validation", 1), ("all", 3)):
         assert (
-            convert("huggingface", tmp_path / "set", tmp_path / split, options=Options(split=split)).num_good == number
+            convert(
+                "huggingface", tmp_path / "set", tmp_path / split, options=Options(limits=Limits(), split=split)
+            ).num_good
+            == number
         )

@@ -121,7 +121,7 @@ def test_what_does_not_belong_is_named_and_not_averaged(study, what):
         Findings.of(Record("p", record.questions, runs), arms, [0, 1])
 
 
-def test_means_are_over_tasks_that_show_images(study):
+def test_means_are_over_tasks_that_are_judged(study):
     record, arms, _ = study
     findings = Findings.of(record, arms, [0, 1])
     hits, tasks = record.right("flexible-seed1", 25), np.array(TASKS)

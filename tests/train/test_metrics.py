@@ -12,6 +12,8 @@ from tokenflex.train.metrics import Metrics
 class OneRank:
     """The part of `Ranks` that metrics use, where there is one rank."""
 
+    rank, num_ranks = 0, 1
+
     def all_reduce_sum(self, values):
         return values.clone()
 
@@ -55,6 +57,18 @@ def test_an_interval_without_values_has_no_means_and_begins_anew():
     assert metrics.read(OneRank()) == empty
 
 
+def test_a_mean_divides_by_weights_and_a_spread_says_whose_the_highest_is():
+    metrics = metrics_of(m="mean", own="spread", together="lockstep")
+    for value, weight in ((6.0, 2), (3.0, 4)):
+        metrics.add("m", value, weight)
+        metrics.add("own", value)
+        metrics.add("together", value)
+    assert metrics.read(OneRank()) == {"m": 1.5, "own": {"mean": 4.5, "max": 4.5, "rank": 0}, "together": 1.0}
+    assert metrics.read(OneRank()) == {"m": None, "own": None, "together": None}
+    metrics.add("together", 0.0)  # micro-steps without any work have no balance
+    assert metrics.read(OneRank())["together"] is None
+
+
 def test_a_name_must_be_declared_and_only_in_one_way():
     metrics = metrics_of(n="count")
     with pytest.raises(KeyError):
@@ -72,8 +86,12 @@ from tokenflex.train.metrics import Metrics
 parallel.quiet_libraries()
 ranks = parallel.join_ranks(parallel.join())
 metrics = Metrics()
-for name, reduction in (("n", "count"), ("m", "mean"), ("p", "step_mean"), ("top", "max"), ("same", "same")):
+for name, reduction in (("n", "count"), ("m", "mean"), ("p", "step_mean"), ("top", "max"), ("same", "same"),
+                        ("own", "spread"), ("together", "lockstep")):
     metrics.declare(name, reduction)
+for values in ((4.0, 1.0), (1.0, 3.0), (0.0, 0.0)):  # the ranks wait for 4 and 3, and have 9 of 14 to do
+    metrics.add("together", values[ranks.rank])
+metrics.add("own", 0.25 + ranks.rank)
 for value in range(3 * ranks.rank, 3 * ranks.rank + 2 + ranks.rank):  # 0 1 on rank 0, 3 4 5 on rank 1
     metrics.add("n", value)
     metrics.add("m", value)
@@ -85,10 +103,13 @@ torch.distributed.destroy_process_group()
 """
 
 
+OVER_RANKS = {"own": {"mean": 0.75, "max": 1.25, "rank": 1}, "together": 9 / 14}
+
+
 def test_ranks_that_add_differently_read_the_same(tmp_path):
     script = tmp_path / "metrics.py"
     script.write_text(RANKS)
     for end in run_ranks(2, [script]):
         assert end.status == 0, end.output[-2000:]
         read = json.loads(end.output.split("READ ")[1].splitlines()[0])
-        assert read == {"n": 13, "m": 13 / 5, "p": 21.0, "top": 5.0, "same": 0.5}
+        assert read == {"n": 13, "m": 13 / 5, "p": 21.0, "top": 5.0, "same": 0.5, **OVER_RANKS}

@@ -63,7 +63,7 @@ def test_a_term_teaches(model, batches, processor):
     both = torch.autograd.grad(Objective(model, normalise, terms=[Spread()])(whole).total, weight)[0]
 
     def of_term(objective):
-        outputs, _ = objective._cross_entropy(whole)
+        outputs, _ = objective.token_losses(whole)
         return torch.autograd.grad(Spread()(outputs, whole), weight)[0]
 
     torch.testing.assert_close(both, plain + of_term(Objective(model, normalise)), rtol=1e-4, atol=1e-6)

@@ -93,7 +93,8 @@ class Entry:
         if self.manifest is None:
             return f"{self.tag}  damaged: {self.problem}"
         m = self.manifest
-        score = "" if m.score is None else f"  mean loss {m.score:.4f}"
+        what = "validation" if m.config.get("evaluate", {}).get("every") else "mean"
+        score = "" if m.score is None else f"  {what} loss {m.score:.4f}"
         mark = "  latest" if is_latest else ""
         return f"{self.tag}  {m.time}  {m.num_bytes / 1e6:.1f} MB  {m.num_ranks} ranks{score}{mark}"
 

@@ -36,8 +36,9 @@ class Manifest:
     progress: the loop's own state: step, position in the data, counters. parameters: {name: [shape, dtype, is_trained]}.
     buffers: names. num_updates: of the optimizer. files: {name: {"size": bytes, "blake3": hex digits}}. num_ranks: ranks
     that wrote it. config: the run's configuration. model: the model's own configuration. versions: of the libraries.
-    score: mean loss over the last steps, or None. attempt: which start of the run wrote it. places: {name of a parameter: which
-    rank's file has which elements}, see `places.files_with`; empty where it is not known.
+    score: validation loss, or mean loss over the last steps where the run does not validate; None where there is neither. attempt:
+    which start of the run wrote it. places: {name of a parameter: which rank's file has which elements}, see `places.files_with`;
+    empty where it is not known.
     """
 
     progress: dict[str, Any]

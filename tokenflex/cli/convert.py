@@ -33,6 +33,12 @@ def add_to(commands: Commands) -> None:
         metavar="NAME",
         help="which of a Hugging Face folder's splits: train, validation, ... or all",
     )
+    add(
+        "--subset",
+        default="",
+        metavar="NAME",
+        help="which of a Hugging Face folder's configurations, by its README or its folders, or all",
+    )
     add("--samples-per-shard", type=positive, default=1000, metavar="N", help="records per shard (default 1000)")
     add(
         "--caption-prompt",
@@ -71,6 +77,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
         source_name=arguments.source_name,
         tool_turns=arguments.tool_turns,
         split=arguments.split,
+        subset=arguments.subset,
     )
     with tqdm(unit=" records", disable=not sys.stderr.isatty()) as bar:
         tally = convert(

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from . import checkpoint, convert, generate, index, inspect, plan, validate
+from . import checkpoint, convert, doctor, estimate, generate, index, inspect, plan, report, simulate, validate
 from .launching import entry_point
 
 
@@ -25,6 +25,10 @@ def parser() -> argparse.ArgumentParser:
     index.add_to(of_data)
     checkpoint.add_to(commands)
     plan.add_to(commands)
+    estimate.add_to(commands)
+    simulate.add_to(commands)
+    doctor.add_to(commands)
+    report.add_to(commands)
     return top
 
 

@@ -4,9 +4,13 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..config import DataConfig
+
+if TYPE_CHECKING:
+    from ..estimate.gpus import Gpu
+    from ..plan import Lengths
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """What commands are added to: what `add_subparsers` gives."""
@@ -31,6 +35,88 @@ def listed(kind: Callable) -> Callable[[str], list]:
         return [kind(part) for part in text.split(",")]
 
     return numbers
+
+
+def non_negative(text: str) -> int:
+    """A whole number, zero or above; argparse says so otherwise."""
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number
+
+
+non_negative.__name__ = "whole number"
+
+
+def add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", default=str(QUICKSTART), metavar="FILE", help="recipe (default: the quick start)")
+    text = "override a value of the recipe"
+    command.add_argument("--set", action="append", default=[], metavar="section.key=value", help=text)
+
+
+def add_ds_config(command: argparse.ArgumentParser) -> None:
+    default = str(QUICKSTART.parent / "zero3.json")
+    command.add_argument(
+        "--ds_config", default=default, metavar="FILE", help="DeepSpeed JSON (default: configs/zero3.json)"
+    )
+
+
+def add_gpu(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--gpu", default="h100", metavar="NAME", help="which GPU: a100, h100, h200, b200, ... (default h100)")
+    add(
+        "--peak-tflops", type=float, metavar="X", help="of a GPU that is not in the table: dense bf16, 10^12 per second"
+    )
+    add("--gpu-memory-gb", type=float, metavar="X", help="and its memory")
+
+
+def gpu_of(arguments: argparse.Namespace) -> "Gpu":
+    """The GPU of the arguments: of the table, or by its figures.
+
+    Raises:
+        UserError: it is not in the table, and its figures are not given.
+    """
+    from ..estimate.gpus import Gpu, gpu_named
+
+    if arguments.peak_tflops and arguments.gpu_memory_gb:
+        return Gpu(name=arguments.gpu, flops=arguments.peak_tflops * 1e12, memory=arguments.gpu_memory_gb * 1e9)
+    return gpu_named(arguments.gpu)
+
+
+def add_lengths(command: argparse.ArgumentParser) -> None:
+    which = command.add_mutually_exclusive_group()
+    text = "plan these samples, not the recipe's: .npz with the int arrays text and tiles"
+    which.add_argument("--lengths", metavar="FILE", help=text)
+    which.add_argument("--index", metavar="DIR", help="likewise: an index of shards")
+
+
+def lengths_of(arguments: argparse.Namespace) -> "Lengths | None":
+    """The lengths that the arguments name, or None.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    if arguments.lengths:
+        from ..plan.table import load_table
+
+        return load_table(arguments.lengths)
+    if arguments.index:
+        from ..data.index import open_index
+
+        return open_index(arguments.index)
+    return None
+
+
+def steps(text: str) -> tuple[int, int]:
+    """(first, last) of `5-7` or `5`; argparse says so where it is none."""
+    first, _, last = text.partition("-")
+    found = positive(first), positive(last or first)
+    if found[1] < found[0]:
+        raise ValueError
+    return found
+
+
+steps.__name__ = "range of steps such as 5-7"
 
 
 def add_debug(command: argparse.ArgumentParser) -> None:

@@ -264,7 +264,7 @@ class PartConfig(Section):
     """How one part of the model is trained."""
 
     train: bool = True
-    """Whether it is trained; a frozen part keeps its weights bit for bit."""
+    """Whether it is trained; a frozen part keeps its weights and statistics bit for bit, and has no dropout."""
     learning_rate: NonNegativeFloat = 2e-5
     """Peak learning rate."""
     layer_decay: PositiveFloat = Field(default=1.0, le=1)
@@ -284,6 +284,8 @@ class OptimizerConfig(Section):
     """The token-adaptive projector."""
     text: PartConfig = PartConfig(learning_rate=2e-5)
     """The language model."""
+    train_image_tokens: bool = False
+    """Of a frozen language model, train the rows of `model.image_tokens` in embedding and output layer, at its learning rate."""
     weight_decay: NonNegativeFloat = 0.05
     """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
@@ -345,7 +347,8 @@ class TrainConfig(Section):
     keep_every: NonNegativeInt = 0
     """Checkpoints whose step is a multiple of this are kept for good; 0 for none."""
     keep_best: NonNegativeInt = 0
-    """Checkpoints with the lowest mean loss over their last steps that are kept besides."""
+    """Best checkpoints that are kept besides: with `evaluate.every` those of the lowest validation loss, else those of the lowest
+    mean loss over their last steps."""
     max_failed_saves: PositiveInt = 3
     """Saves in a row that may fail (disk full, input/output errors) before the run stops."""
     spike_sigma: NonNegativeFloat = 6.0
@@ -360,17 +363,25 @@ class TrainConfig(Section):
     """The same for what is not a step: the first steps, waiting for a checkpoint, the export; seconds."""
     log_samples: bool = False
     """Write the sample ids of every step to `samples-RANK.jsonl`."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files into the run's folder as well (needs the extra `tensorboard`)."""
     wandb: Literal["auto", "off"] = "auto"
     """`auto` logs to wandb where it is installed: online if WANDB_API_KEY is set, else offline into the run folder."""
 
 
 class EvaluateConfig(Section):
-    """Greedy exact-match accuracy per task and visual-token count."""
+    """Greedy exact-match accuracy per task and visual-token count, and the loss on held-out samples while training."""
 
+    every: NonNegativeInt = 0
+    """Steps between two validations while training: the loss on `data.evaluation` per task and count; 0 for none."""
+    num_validation_samples: PositiveInt = 512
+    """Samples that a validation looks at, each at every count; evenly spread over the shards."""
+    answers: bool = False
+    """Whether validations also let the model answer their questions, for accuracy beside the loss."""
     at_end: bool = True
     """Evaluate the exported model after training."""
     num_visual_tokens: tuple[PositiveInt, ...] = (64, 100, 144, 196, 256)
-    """Counts to evaluate at; they need not have been trained."""
+    """Counts to evaluate and to validate at; they need not have been trained."""
     max_samples_per_task: PositiveInt = 1000
     """Questions per task at most."""
     max_new_tokens: PositiveInt = 32
@@ -417,6 +428,11 @@ class RunConfig(Section):
             raise ValueError(
                 "train.export_adapter=true needs an adapter (model.text_adapter.rank) and an exported model that it is for "
                 "(model.init_from); without them the merged model is exported alone"
+            )
+        if self.train.export_adapter and self.optimizer.train_image_tokens:
+            raise ValueError(
+                "train.export_adapter=true with optimizer.train_image_tokens=true: an adapter's folder has no place for single rows of "
+                "an embedding; set one of them to false (the merged model has them)"
             )
         if self.train.compile == "blocks" and self.model.gradient_checkpointing:
             raise ValueError(

@@ -26,7 +26,8 @@ class PackedBatch:
     """What one rank runs through the model at once.
 
     input_ids, position_ids: [1, T] int64, positions restart in every view of a sample (which has one, or one per count that it
-    is seen at). cu_seq_lens: [views + 1] int32, where each begins. max_length: the longest. images: [B, H, W, 3] bytes, one per
+    is seen at). cu_seq_lens: [views + 1] int32, where each begins. max_length: the longest. counts: [views] int64, the visual tokens per
+    tile of each, 0 of one without images. images: [B, H, W, 3] bytes, one per
     tile. tile_counts: visual tokens of each tile of each view. tile_index: which of the B tiles each of those is, or None where
     it is every one once. visual_positions: [V] places of the placeholders. logits_positions: [L] places whose logits are needed.
     targets: [L] the tokens to predict there. weights: [L] float32, the loss weight of each.
@@ -42,6 +43,7 @@ class PackedBatch:
     position_ids: torch.Tensor
     cu_seq_lens: torch.Tensor
     max_length: int
+    counts: torch.Tensor
     images: torch.Tensor
     tile_counts: list[int]
     visual_positions: torch.Tensor
@@ -55,6 +57,11 @@ class PackedBatch:
     pool_plan: Any = None
     tile_index: torch.Tensor | None = None
     teacher: torch.Tensor | None = None
+
+    @property
+    def learned_views(self) -> torch.Tensor:
+        """[L] which view (of a sample; it has one, or several) each learned token is of."""
+        return torch.searchsorted(self.cu_seq_lens.long(), self.logits_positions, right=True) - 1
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The batch with its tensors on `device`; copies overlap with compute where the memory is pinned."""
@@ -182,6 +189,7 @@ def collate(
         position_ids=torch.from_numpy(_concatenated([np.arange(length) for length in lengths])).unsqueeze(0),
         cu_seq_lens=torch.tensor(begins, dtype=torch.int32),
         max_length=max(lengths),
+        counts=torch.tensor([sample.count for sample in samples] or [0]),
         images=torch.from_numpy(tiles),
         tile_counts=tile_counts,
         visual_positions=torch.from_numpy(visual),

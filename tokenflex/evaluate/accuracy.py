@@ -22,6 +22,7 @@ from ..layout import RunLayout
 from ..model import TokenFlexProcessor
 from ..model.generation import greedy
 from ..parallel import Ranks
+from ..telemetry.bar import Bar
 from .questions import read_questions
 from .report import EvaluationRecord, accuracy_table, plot_accuracy
 
@@ -95,7 +96,10 @@ def evaluate_run(
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(ranks.device).eval()
     model.generation_config = greedy(model.generation_config)
     processor = AutoProcessor.from_pretrained(folder)
-    answers = evaluate_model(model, processor, samples[ranks.rank :: ranks.num_ranks], config.evaluate, say)
+    own = samples[ranks.rank :: ranks.num_ranks]
+    num_asked = sum(len(config.evaluate.num_visual_tokens) if sample.images else 1 for sample in own)
+    with Bar(num_asked, "evaluate", "answers of this rank", say, ranks.is_main) as bar:
+        answers = evaluate_model(model, processor, own, config.evaluate, bar.update)
     answers = Answers.join(ranks.all_gather(answers))
     accuracy, totals = answers.accuracy()
     if ranks.is_main:
@@ -127,11 +131,12 @@ def evaluate_model(
     processor: TokenFlexProcessor,
     samples: Sequence[Sample],
     settings: EvaluateConfig,
-    say: Callable[[str], None] = lambda text: None,
+    on_answers: Callable[[int], None] = lambda number: None,
 ) -> Answers:
     """Which questions are answered exactly, at each count.
 
-    Samples without an image are asked once and stand for every count. `settings` is the configuration's evaluate section.
+    Samples without an image are asked once and stand for every count. `settings` is the configuration's evaluate section;
+    `on_answers` is told how many more answers there are.
     """
     logging.getLogger(type(model).__module__).setLevel(logging.ERROR)  # untrained counts are the point of the table
     with_image = [number for number, sample in enumerate(samples) if sample.images]
@@ -139,26 +144,31 @@ def evaluate_model(
     right = {count: [False] * len(samples) for count in settings.num_visual_tokens}
     for numbers, counts in ((with_image, settings.num_visual_tokens), (without, settings.num_visual_tokens[:1])):
         for count in counts:
-            hits = _hits(model, processor, [samples[number] for number in numbers], count, settings)
+            found: list[bool] = []
+            for begin in range(0, len(numbers), settings.batch_size):
+                batch = [samples[number] for number in numbers[begin : begin + settings.batch_size]]
+                found += hits(model, processor, batch, count, settings)
+                on_answers(len(batch))
             for shown in (count,) if numbers is with_image else settings.num_visual_tokens:
-                for number, hit in zip(numbers, hits):
+                for number, hit in zip(numbers, found):
                     right[shown][number] = hit
     return Answers([sample.key for sample in samples], [sample.task for sample in samples], right)
 
 
-def _hits(
-    model: Answering, processor: TokenFlexProcessor, samples: Sequence[Sample], count: int, settings: EvaluateConfig
+def hits(
+    model: Answering,
+    processor: TokenFlexProcessor,
+    samples: Sequence[Sample],
+    count: int,
+    settings: EvaluateConfig,
+    **options: Any,
 ) -> list[bool]:
-    """Per sample, whether its last message is answered exactly."""
-    hits: list[bool] = []
-    for begin in range(0, len(samples), settings.batch_size):
-        batch = samples[begin : begin + settings.batch_size]
-        prompts = [sample.messages_with_images()[:-1] for sample in batch]
-        inputs = processor.apply_chat_template(
-            prompts, tokenize=True, add_generation_prompt=True, num_visual_tokens=count
-        ).to(model.device)
-        output = model.generate(**inputs, max_new_tokens=settings.max_new_tokens, do_sample=False)
-        answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        expected = ["".join(item["text"] for item in sample.messages[-1]["content"]) for sample in batch]
-        hits += map(exact_match, answers, expected)
-    return hits
+    """Per sample of a batch, whether its last message is answered exactly at `count` visual tokens; `options` are `generate`'s."""
+    prompts = [sample.messages_with_images()[:-1] for sample in samples]
+    inputs = processor.apply_chat_template(
+        prompts, tokenize=True, add_generation_prompt=True, num_visual_tokens=count
+    ).to(model.device)
+    output = model.generate(**inputs, max_new_tokens=settings.max_new_tokens, do_sample=False, **options)
+    answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    expected = ["".join(item["text"] for item in sample.messages[-1]["content"]) for sample in samples]
+    return list(map(exact_match, answers, expected))

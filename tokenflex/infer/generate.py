@@ -1,5 +1,7 @@
 """Load an exported model once and ask it about images, each at its own number of visual tokens."""
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -20,11 +22,14 @@ Count = int | tuple[int, int]
 class Generator:
     """`generator(prompt, images, num_visual_tokens)` -> answer. Runs on the GPU where there is one.
 
+    An image that was asked about before is not encoded again, whatever the count: the features of the `cached_images` used
+    last are kept, by the bytes of their files.
+
     Raises:
         UserError: the folder holds no exported model.
     """
 
-    def __init__(self, folder: str | PathLike):
+    def __init__(self, folder: str | PathLike, cached_images: int = 16):
         if not is_exported(folder):
             raise UserError(
                 f"--model {folder}: no exported model there (no config.json); give the folder that training wrote, runs/NAME/model"
@@ -33,6 +38,8 @@ class Generator:
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(device).eval()
         self.model.generation_config = greedy(self.model.generation_config)
         self.processor = AutoProcessor.from_pretrained(folder)
+        self.cached_images = cached_images
+        self._features: OrderedDict[bytes, torch.Tensor] = OrderedDict()
 
     def __call__(
         self,
@@ -57,8 +64,30 @@ class Generator:
             ).to(self.model.device)
         except ValueError as error:
             raise UserError(f"--num-visual-tokens: {error}") from None
+        if opened:
+            inputs["pixel_values"] = self._encoded(opened, inputs["pixel_values"], inputs.get("num_tiles"))
         output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    @torch.no_grad()
+    def _encoded(
+        self, images: Sequence[bytes], pixel_values: torch.Tensor, num_tiles: Sequence[int] | None
+    ) -> torch.Tensor:
+        """The features of images, those of all their tiles together: [tiles, patches, C]."""
+        tiles = [1] * len(images) if num_tiles is None else [int(number) for number in num_tiles]
+        keys = [hashlib.sha256(image).digest() for image in images]
+        found = {key: self._features[key] for key in keys if key in self._features}
+        parts = dict(zip(keys, pixel_values.split(tiles)))
+        missing = [key for key in parts if key not in found]
+        if missing:
+            features = self.model.encode_images(torch.cat([parts[key] for key in missing]))
+            found.update(zip(missing, features.split([len(parts[key]) for key in missing])))
+        for key in keys:
+            self._features[key] = found[key]
+            self._features.move_to_end(key)
+        while len(self._features) > self.cached_images:
+            self._features.popitem(last=False)
+        return torch.cat([found[key] for key in keys])
 
 
 def _read_image(path: str | PathLike) -> bytes:

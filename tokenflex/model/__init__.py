@@ -9,7 +9,7 @@ from transformers import (
     AutoProcessor,
 )
 
-from .build import build_model, build_processor
+from .build import build_model, build_processor, check_counts
 from .configuration_tokenflex import TokenFlexConfig
 from .image_processing_tokenflex import TokenFlexImageProcessor
 from .modeling_tokenflex import TokenFlexForConditionalGeneration, TokenFlexModel
@@ -40,5 +40,6 @@ __all__ = [
     "TokenFlexProcessor",
     "build_model",
     "build_processor",
+    "check_counts",
     "check_template",
 ]

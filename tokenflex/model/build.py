@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import UserError
@@ -20,9 +28,11 @@ from .attention import PACKED, register_packed_attention
 from .configuration_tokenflex import TokenFlexConfig
 from .generation import generation_settings
 from .grow import grow_vocabulary
+from .hub import hub_options
 from .image_processing_tokenflex import TokenFlexImageProcessor
 from .liger import apply_liger
 from .modeling_tokenflex import TokenFlexForConditionalGeneration
+from .pooling import sides_of
 from .processing_tokenflex import TokenFlexProcessor, default_template, missing_tokens
 from .template import check_template
 from .vision import patch_grid
@@ -34,6 +44,8 @@ if (
 
 HOUSEKEEPING = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
 """What a configuration file holds beside the model's own settings."""
+MIN_TOKENS = 16
+"""No tokenizer has fewer."""
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 
 
@@ -44,7 +56,7 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
         model, budget: the configuration's sections.
 
     Raises:
-        UserError: no tokenizer, or one without chat template or image tokens.
+        UserError: no tokenizer, or one without chat template or image tokens; or counts that `resize` cannot pool to.
     """
     source = model.tokenizer or model.init_from or (model.text if isinstance(model.text, str) else "")
     if not source:
@@ -54,7 +66,7 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
     tokenizer = _load(
         "model.tokenizer",
         source,
-        lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code),
+        lambda **hub: AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code, **hub),
     )
     template = _template(model.chat_template, tokenizer, source)
     missing = missing_tokens(tokenizer, model.image_tokens)
@@ -69,6 +81,8 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
     image_processor = TokenFlexImageProcessor(
         height, width, model.image_mean, model.image_std, max_tiles=model.max_tiles, thumbnail=model.thumbnail
     )
+    grid = _grid(vision_config(model), model.image_size)
+    check_counts(budget.num_visual_tokens, grid, model.pooling_mode, "budget.num_visual_tokens")
     start, token, end = model.image_tokens
     processor = TokenFlexProcessor(
         image_processor,
@@ -76,7 +90,7 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
         chat_template=template,
         chat_template_options=model.chat_template_options,
         num_visual_tokens=max(budget.num_visual_tokens),
-        patch_grid=_grid(vision_config(model), model.image_size),
+        patch_grid=grid,
         image_start_token=start,
         image_token=token,
         image_end_token=end,
@@ -133,7 +147,7 @@ def build_model(
     """
     register_packed_attention()
     if model.init_from:
-        built = _load("model.init_from", model.init_from, lambda: _initialised_from(model, dtype, loading))
+        built = _load("model.init_from", model.init_from, lambda **hub: _initialised_from(model, dtype, loading, hub))
     else:
         built = _composed(model, budget, processor, dtype, loading)
     built.projector.backend = model.projector_backend
@@ -149,15 +163,27 @@ def build_model(
     apply_liger(built.language_model, model.liger)
     add_adapters(built, model)
     if model.gradient_checkpointing:
-        built.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(built)
     return built
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Let each layer of a model hold its inputs alone and run again in the backward pass.
+
+    transformers would besides let the outputs of all embeddings ask for gradients, which only reentrant checkpointing needs: a frozen
+    encoder would then have a backward pass, for nothing.
+    """
+    # its name up to transformers 5.22 is deprecated since
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.disable_input_require_grads()
 
 
 def vision_config(model: "ModelConfig") -> PretrainedConfig:
     """The vision encoder's configuration object, without its pooling head."""
     if model.init_from:
         return _load(
-            "model.init_from", model.init_from, lambda: TokenFlexConfig.from_pretrained(model.init_from)
+            "model.init_from", model.init_from, lambda **hub: TokenFlexConfig.from_pretrained(model.init_from, **hub)
         ).vision_config
     config = _part_config("model.vision", model.vision, model.trust_remote_code)
     config = getattr(config, "vision_config", config)  # a dual encoder such as SigLIP or CLIP
@@ -166,15 +192,75 @@ def vision_config(model: "ModelConfig") -> PretrainedConfig:
     return config
 
 
-def _composed(model, budget, processor, dtype, loading):
+def shaped_model(model: "ModelConfig", budget: "BudgetConfig", dtype: torch.dtype) -> TokenFlexForConditionalGeneration:
+    """The model of a run on the meta device: every shape and no weight, from the parts' configurations alone.
+
+    As `build_model` leaves it, but for Liger's kernels and the fused projector, which change no shape. Where the tokenizer is not
+    at hand, the embedding has the rows of the language model's configuration.
+
+    Raises:
+        UserError: a part whose configuration is not at hand or cannot be read.
+    """
+    register_packed_attention()
+    if model.init_from:
+        config = _load("model.init_from", model.init_from, lambda: TokenFlexConfig.from_pretrained(model.init_from))
+        _check_same_model(model, config)
+        num_tokens = tokenizer_size(model)
+    else:
+        for key, part in (("model.vision", model.vision), ("model.text", model.text)):
+            _check_at_hand(key, part, model.trust_remote_code)
+        num_tokens = tokenizer_size(model)
+        config = _composed_config(model, budget, num_tokens, dtype)
+    with torch.device("meta"):
+        built = _load("model", config.text_config.model_type, lambda: TokenFlexForConditionalGeneration(config))
+    built.to(dtype)
+    built.projector.backend = "reference"
+    try:
+        grow_vocabulary(built.language_model, num_tokens)
+    except ValueError as error:
+        raise UserError(f"model.text: {error}") from None
+    built.language_model.set_attn_implementation(PACKED)
+    return built
+
+
+def _check_at_hand(key, part, trust_remote_code):
+    """That the configuration of a part can be read, before anything else is asked for.
+
+    Raises:
+        UserError: it cannot; the message says what is missing.
+    """
+    try:
+        _part_config(key, part, trust_remote_code)
+    except UserError as error:
+        if not isinstance(part, str) or Path(part).exists():
+            raise
+        raise UserError(
+            f"{key} {part}: its config.json is neither in the cache nor to be had from the hub; put that file into a folder and name "
+            f"the folder in its place ({key}=FOLDER)"
+        ) from error
+
+
+def tokenizer_size(model: "ModelConfig") -> int:
+    """How many tokens the tokenizer of a run has with its image tokens; 0 where it is not at hand."""
+    source = model.tokenizer or model.init_from or (model.text if isinstance(model.text, str) else "")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code) if source else []
+    except LOADING_ERRORS:
+        return 0
+    if len(tokenizer) < MIN_TOKENS:  # transformers makes an empty one of a folder without its files
+        return 0
+    missing = missing_tokens(tokenizer, model.image_tokens) if model.add_image_tokens else []
+    return len(tokenizer) + len(missing)
+
+
+def _composed_config(model, budget, num_tokens, dtype, **token_ids):
+    """The configuration of a model of two parts; a language model from scratch has a row for each of `num_tokens`."""
     vision, text = vision_config(model), _part_config("model.text", model.text, model.trust_remote_code)
     text = getattr(text, "text_config", text)
     if isinstance(model.text, dict):
-        text.vocab_size = max(model.text.get("vocab_size", 0), len(processor.tokenizer))
-    text.bos_token_id, text.eos_token_id = processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id
-    text.pad_token_id = processor.tokenizer.pad_token_id
+        text.vocab_size = max(model.text.get("vocab_size", 0), num_tokens) or text.vocab_size
     height, width = model.image_size
-    config = TokenFlexConfig(
+    return TokenFlexConfig(
         vision,
         text,
         image_height=height,
@@ -183,12 +269,18 @@ def _composed(model, budget, processor, dtype, loading):
         projector_multiplier=model.projector_multiplier,
         vision_position_embedding=model.vision_position_embedding,
         vision_feature_layer=model.vision_feature_layer,
-        image_start_token_id=processor.image_start_token_id,
-        image_token_id=processor.image_token_id,
-        image_end_token_id=processor.image_end_token_id,
         trained_num_visual_tokens=budget.num_visual_tokens,
         dtype=dtype,
+        **token_ids,
     )
+
+
+def _composed(model, budget, processor, dtype, loading):
+    ids = {name: getattr(processor, name) for name in ("image_start_token_id", "image_token_id", "image_end_token_id")}
+    config = _composed_config(model, budget, len(processor.tokenizer), dtype, **ids)
+    vision, text = config.vision_config, config.text_config
+    text.bos_token_id, text.eos_token_id = processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id
+    text.pad_token_id = processor.tokenizer.pad_token_id
     tower = language = None
     if isinstance(model.vision, str):
         tower = _pretrained("model.vision", AutoModel, vision, dtype, model, loading)
@@ -197,10 +289,10 @@ def _composed(model, budget, processor, dtype, loading):
     return TokenFlexForConditionalGeneration(config, vision_tower=tower, language_model=language).to(dtype)
 
 
-def _initialised_from(model, dtype, loading):
+def _initialised_from(model, dtype, loading, hub):
     with loading():
         built, info = TokenFlexForConditionalGeneration.from_pretrained(
-            model.init_from, dtype=dtype, output_loading_info=True
+            model.init_from, dtype=dtype, output_loading_info=True, **hub
         )
     _check_complete("model.init_from", model.init_from, info)
     _check_same_model(model, built.config)
@@ -231,7 +323,12 @@ def _check_same_model(model, config):
 
 def _pretrained(key, auto_class, config, dtype, model, loading):
     source = getattr(model, key.removeprefix("model."))
-    options = {"config": config, "dtype": dtype, "trust_remote_code": model.trust_remote_code}
+    options = {
+        "config": config,
+        "dtype": dtype,
+        "trust_remote_code": model.trust_remote_code,
+        **hub_options(key, source),
+    }
     load = functools.partial(auto_class.from_pretrained, source, output_loading_info=True, **options)
     try:
         with loading():
@@ -239,7 +336,7 @@ def _pretrained(key, auto_class, config, dtype, model, loading):
     except TypeError:
         # A constructor that calls `torch.Tensor(values)`, as BiT's does, cannot run where DeepSpeed has replaced that
         # constructor in order to shard parameters as they come: such a part is loaded whole and sharded afterwards.
-        part, info = _load(key, source, load)
+        part, info = _made(key, source, load)
     except LOADING_ERRORS as error:
         raise _loading_error(key, source, error) from error
     _check_complete(key, source, info)
@@ -261,7 +358,9 @@ def _check_complete(key, source, info):
 
 def _part_config(key, part, trust_remote_code):
     if isinstance(part, str):
-        return _load(key, part, lambda: AutoConfig.from_pretrained(part, trust_remote_code=trust_remote_code))
+        return _load(
+            key, part, lambda **hub: AutoConfig.from_pretrained(part, trust_remote_code=trust_remote_code, **hub)
+        )
     values = dict(part)
     model_type = values.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
@@ -269,7 +368,7 @@ def _part_config(key, part, trust_remote_code):
             f"{key}: model_type is {model_type!r}; wanted a model type of transformers, for example siglip_vision_model or qwen3"
         )
     make = CONFIG_MAPPING[model_type]
-    config = _load(key, model_type, lambda: make(**values))
+    config = _made(key, model_type, lambda: make(**values))
     default = make()
     known = {*default.to_dict(), *_signature(config), *getattr(config, "attribute_map", {}), *HOUSEKEEPING}
     for name in values:
@@ -278,7 +377,7 @@ def _part_config(key, part, trust_remote_code):
         elif name not in known:
             # older names of a setting change another one; a name that is not known is kept, and nobody would read it
             others = {other: value for other, value in values.items() if other != name}
-            without = _load(key, model_type, lambda: make(**others))  # noqa: B023
+            without = _made(key, model_type, lambda: make(**others))  # noqa: B023
             if {**without.to_dict(), name: config.to_dict().get(name)} == config.to_dict():
                 raise _unknown_name(key, name, config)
     return config
@@ -307,13 +406,23 @@ def _unknown_name(key, name, config):
 
 
 def _load(key, source, load):
-    """Run a loader of transformers; what it raises for a bad source becomes one line.
+    """Run a loader of transformers for a folder or hub id, with what the hub's state asks for.
 
     Raises:
         UserError: the source does not exist or cannot be used.
     """
+    hub = hub_options(key, source)
+    return _made(key, source, lambda: load(**hub))
+
+
+def _made(key, source, make):
+    """`make()`; what transformers raises for a bad source becomes one line.
+
+    Raises:
+        UserError: the source cannot be used.
+    """
     try:
-        return load()
+        return make()
     except LOADING_ERRORS as error:
         raise _loading_error(key, source, error) from error
 
@@ -321,6 +430,26 @@ def _load(key, source, load):
 def _loading_error(key, source, error):
     kind = "folder" if Path(source).exists() else "hub id or folder"
     return UserError(f"{key}: {kind} {source} cannot be loaded: {' '.join(str(error).split())[:300]}")
+
+
+def check_counts(counts: Iterable[int], grid: tuple[int, int], pooling_mode: str, key: str) -> None:
+    """See that pooling gives each of `counts` tokens of its own.
+
+    `resize` averages a grid that was stretched: above the patches there are, tokens would be made up between them.
+
+    Args:
+        grid: (rows, columns) of patches. key: of the recipe, that the counts come from.
+
+    Raises:
+        UserError: a count above the grid with `resize`.
+    """
+    for count in counts if pooling_mode == "resize" else ():
+        sides = sides_of(count, grid)
+        if sides[0] > grid[0] or sides[1] > grid[1]:
+            raise UserError(
+                f"{key}: {count} visual tokens are {sides[0]} x {sides[1]}, the image has {grid[0]} x {grid[1]} patches, and "
+                "model.pooling_mode=resize gives no more; leave the count out, raise model.image_size, or pool adaptive"
+            )
 
 
 def _grid(config, image_size):

@@ -27,7 +27,7 @@ class TokenFlexConfig(PreTrainedConfig):
 
     model_type = "tokenflex"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     def __init__(
         self,

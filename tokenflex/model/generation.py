@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, GenerationConfig
 
+from .hub import hub_options
 from .processing_tokenflex import TokenFlexProcessor
 
 if TYPE_CHECKING:
@@ -48,10 +49,11 @@ def _of_pretrained(source, trust_remote_code):
 
     Sampling settings of a model that does not sample have no effect, and transformers refuses to write them: they go.
     """
+    hub = hub_options("model.init_from or model.text", source)
     try:
-        settings = GenerationConfig.from_pretrained(source)
+        settings = GenerationConfig.from_pretrained(source, **hub)
     except OSError:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
         settings = GenerationConfig(eos_token_id=config.get_text_config().eos_token_id)
     if not settings.do_sample:
         settings.update(temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)

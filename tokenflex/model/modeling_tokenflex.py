@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
 from .configuration_tokenflex import TokenFlexConfig
 from .pooling import sides_of
@@ -20,6 +22,9 @@ from .projector import TokenAdaptiveProjector
 from .vision import patch_grid, patch_outputs, patch_width
 
 logger = logging.get_logger(__name__)
+
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What this release of transformers calls the key-value cache, in arguments and outputs; both names are taken."""
 
 
 @dataclass
@@ -40,6 +45,9 @@ class _TokenFlexBase(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _is_loading = False
+    frozen_parts: Sequence[str] = ()
 
     def __init__(
         self,
@@ -57,11 +65,32 @@ class _TokenFlexBase(PreTrainedModel):
             multiplier=config.projector_multiplier,
             mode=config.pooling_mode,
         )
+        self._can_compile_fullgraph = self.language_model._can_compile_fullgraph
         self.post_init()
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: transformers would leave modules that only hold others, such as the projector, without a start."""
+        return False
+
     def _init_weights(self, module):
-        if isinstance(module, TokenAdaptiveProjector):
+        """The start of a projector whose weights a checkpoint lacks; one that is built has its start already."""
+        if self._is_loading and isinstance(module, TokenAdaptiveProjector):
             module.reset_parameters()
+
+    def train(self, mode: bool = True) -> "_TokenFlexBase":
+        """As of any module, but the parts named in `frozen_parts` stay as at inference: no dropout, and batch normalisation by its
+        stored statistics, which do not move. (Of layers that recompute themselves only what is within: they ask for this mode.)"""
+        super().train(mode)
+        for name in self.frozen_parts:
+            for module in getattr(self, name).modules():
+                module.training = mode and _recomputes(module)
+        return self
+
+    def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
+        self._is_loading = True
+        super()._initialize_missing_keys(*args, **kwargs)
+        self._is_loading = False
 
     @property
     def patch_grid(self) -> tuple[int, int]:
@@ -110,14 +139,35 @@ class _TokenFlexBase(PreTrainedModel):
 
         A `pool_plan` says the same to the fused kernels; `sides` may then be None.
         """
-        config = self.config
-        layer, position = config.vision_feature_layer, config.vision_position_embedding
-        features_PC, outputs = patch_outputs(self.vision_tower, pixel_values, layer, position, **options)
-        grid = patch_grid(config.vision_config, *pixel_values.shape[-2:])
+        features_PC, grid, outputs = self._features(pixel_values, options)
         to_pool, num_pooled = features_PC, len(pixel_values)
         if tile_index is not None:
             to_pool, num_pooled = features_PC.unflatten(0, (num_pooled, -1))[tile_index].flatten(0, 1), len(tile_index)
         return features_PC, self.projector(to_pool, [grid] * num_pooled, sides, pool_plan), outputs
+
+    def _features(self, pixel_values, options):
+        """(patch features [P, C], the grid of a tile, the encoder's output) of pixel values, or of features that are there."""
+        config = self.config
+        if pixel_values.dim() == 3:
+            rows, columns = self.patch_grid
+            if pixel_values.shape[1:] != (rows * columns, self.projector.norm.normalized_shape[0]):
+                raise ValueError(
+                    f"features of {tuple(pixel_values.shape[1:])} came for images; wanted {rows * columns} patches of width "
+                    f"{self.projector.norm.normalized_shape[0]}, as encode_images gives them"
+                )
+            return pixel_values.flatten(0, 1), (rows, columns), ModelOutput()
+        layer, position = config.vision_feature_layer, config.vision_position_embedding
+        features_PC, outputs = patch_outputs(self.vision_tower, pixel_values, layer, position, **options)
+        return features_PC, patch_grid(config.vision_config, *pixel_values.shape[-2:]), outputs
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Patch features [tiles, patches, C] of tiles [tiles, 3, H, W], one pass of the vision encoder.
+
+        They stand for `pixel_values` wherever this model takes those, and are pooled to any count there: several counts,
+        questions or turns about an image need the encoder once.
+        """
+        features_PC, _, _ = self._features(pixel_values, {})
+        return features_PC.unflatten(0, (len(pixel_values), -1))
 
     def _embedded(
         self, input_ids, inputs_embeds, pixel_values, num_visual_tokens, num_tiles, visual_positions, is_dummy_image, pool_plan,
@@ -195,7 +245,8 @@ class TokenFlexModel(_TokenFlexBase):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_tiles: torch.Tensor | Sequence[int] | None = None,
-        **kwargs: Any,
+        cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast | tuple:
         """Hidden states [B, T, D] of text with images spliced in; arguments as in `TokenFlexForConditionalGeneration`."""
         embeds = self._embedded(input_ids, inputs_embeds, pixel_values, num_visual_tokens, num_tiles, None, False, None)
@@ -203,13 +254,13 @@ class TokenFlexModel(_TokenFlexBase):
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE: past_key_values if cache is None else cache},
             **kwargs,
         )
         return BaseModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.get("past_key_values"),
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
         )
@@ -224,10 +275,11 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
     def model(self) -> TokenFlexModel:
         """The same modules as `TokenFlexModel`, for tools that want hidden states and the output layer apart.
 
-        It is a view, not a part: weights keep the one name that checkpoints and exports have for them.
+        It is a view, not a part: weights keep the one name that checkpoints and exports have for them. Parts, hooks and settings
+        are the same objects; a `forward` that a tool has put over this model's is not the view's.
         """
         view = TokenFlexModel.__new__(TokenFlexModel)
-        view.__dict__ = self.__dict__
+        view.__dict__ = {name: value for name, value in self.__dict__.items() if name != "forward"}
         return view
 
     def get_output_embeddings(self) -> nn.Module | None:
@@ -260,14 +312,16 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         tile_index: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         shift_labels: torch.Tensor | None = None,
-        **kwargs: Any,
+        cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TokenFlexOutput | tuple:
         """Logits of text with images spliced in where `input_ids` holds `image_token_id`.
 
         Args:
             input_ids: [B, T]; each image is one run of its visual tokens' placeholders, tile after tile.
             inputs_embeds: [B, T, D] in place of it; placeholders are then found by their embedding.
-            pixel_values: [tiles, 3, H, W], in the order of the runs, row by row.
+            pixel_values: [tiles, 3, H, W], in the order of the runs, row by row; or their features, [tiles, patches, C], from
+                `encode_images`.
             num_tiles: [images] tiles of each image; by default every image is one tile.
             num_visual_tokens: an int, or one int or (rows, columns) per image (with `num_tiles`) or tile (without); by default
                 what the runs' lengths say.
@@ -290,9 +344,9 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            **{CACHE: past_key_values if cache is None else cache},
             **kwargs,
         )
         loss, aux_loss = None, outputs.get("aux_loss")
@@ -304,7 +358,7 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         return TokenFlexOutput(
             loss=loss,
             logits=outputs.logits,
-            past_key_values=outputs.get("past_key_values"),  # models whose state is no key-value cache have none
+            **{CACHE: outputs.get(CACHE)},  # models whose state is no key-value cache have none
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             aux_loss=aux_loss,
@@ -349,10 +403,16 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         return output
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, is_first_iteration: bool = False, **kwargs: Any
+        self,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Images are spliced in with the prompt; what follows finds them in the cache."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in ("pixel_values", "num_tiles", "num_visual_tokens"):
                 inputs.pop(name, None)
@@ -363,11 +423,14 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         images = {
             name: kwargs.pop(name) for name in ("pixel_values", "num_tiles", "num_visual_tokens") if name in kwargs
         }
-        runs = None if input_ids is None else image_runs(input_ids, self.config.image_token_id)
+        ids = input_ids
+        if (ids is None or not ids.shape[1]) and kwargs.get("inputs_embeds") is not None:
+            ids = self._ids_of(kwargs["inputs_embeds"])
+        runs = None if ids is None else image_runs(ids, self.config.image_token_id)
         input_ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
-        if expand_size > 1 and images.get("pixel_values") is not None and runs is not None:
+        if expand_size > 1 and images.get("pixel_values") is not None and runs:
             images = _repeated(images, [row for row, _, _ in runs], expand_size)
         return input_ids, {**kwargs, **images}
 
@@ -384,6 +447,11 @@ def _repeated(images, rows, times):
     if isinstance(images.get("num_visual_tokens"), list):
         repeated["num_visual_tokens"] = [images["num_visual_tokens"][place] for place in order]
     return repeated
+
+
+def _recomputes(module):
+    """Whether a layer keeps no activations while it is in training mode."""
+    return isinstance(module, GradientCheckpointingLayer) and getattr(module, "gradient_checkpointing", False)
 
 
 def _built(auto_class, config):

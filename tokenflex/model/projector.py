@@ -81,13 +81,10 @@ class TokenAdaptiveProjector(nn.Module):
             )
         return tokenflex_kernels if self.backend == "kernels" else None
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Unit-variance start: weights normal with std 1 / sqrt(fan in), biases zero, LayerNorm the identity."""
-        self.norm.reset_parameters()
-        for linear in (self.gate_up, self.down):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-            nn.init.zeros_(linear.bias)
+        """Start anew as the constructor does: torch's own start of linear layers, LayerNorm the identity."""
+        for layer in (self.norm, self.gate_up, self.down):
+            layer.reset_parameters()
 
 
 def _plan_of(counts, grid, mode):

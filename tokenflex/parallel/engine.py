@@ -27,6 +27,7 @@ from .slices import (
     publish_weights,
     set_num_updates,
 )
+from .stopwatch import Stopwatch
 
 OURS = {
     "train_batch_size": "data.packs_per_step",
@@ -190,6 +191,8 @@ class Engine:
         self._bends = bends
         self.with_average = with_average
         self.ranks, self.device, self.ds_config = ranks, ranks.device, ds_config
+        self.stopwatch = Stopwatch(ranks.device)
+        """Of this rank's passes, from a forward to the end of its backward."""
         # At stage 0 in bf16 DeepSpeed runs the optimizer once to make it create its state: that would decay the weights.
         self._is_ready = False
         self._veto: Callable[..., str] | None = None
@@ -213,6 +216,7 @@ class Engine:
 
     def __call__(self, **inputs: Any) -> Any:
         """The model's forward pass."""
+        self.stopwatch.start()
         return self._engine(**inputs)
 
     def train(self) -> None:
@@ -229,6 +233,7 @@ class Engine:
         DeepSpeed averages over ranks, so the loss is scaled up by their number; it does not divide by the micro-steps.
         """
         self._engine.backward(loss * self.ranks.num_ranks, scale_wrt_gas=False)
+        self.stopwatch.stop()
 
     def step(
         self,

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
+from collections import defaultdict, deque
 from os import PathLike
 from pathlib import Path
 
@@ -27,7 +27,7 @@ class Heartbeat:
     """Pulses of this rank. Every rank has one; construct it before the first collective of the run that may hang.
 
     A phase lasts too long after max(`min_s`, 3 x the 99th percentile of the last 200 steps); before five steps are done,
-    and in phases that say so, after `startup_s`.
+    and in phases that say so, after `startup_s`. `seconds` has how long this rank has been in each phase so far.
 
     Args:
         folder: where the watchdogs of this start of the run meet; shared by all ranks. Its name is the start's own.
@@ -39,6 +39,8 @@ class Heartbeat:
         self._durations: deque[float] = deque(maxlen=NUM_STEPS)
         self._begin: float | None = None
         self._limit = startup_s
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._phase, self._since = "start", time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.local = Path(tempfile.gettempdir()) / f"tokenflex-{os.getuid()}-{self.folder.name}"
         self.local.mkdir(mode=0o700, exist_ok=True)
@@ -71,8 +73,10 @@ class Heartbeat:
     def phase(self, name: str, limit_s: float | None = None) -> None:
         """The rank enters a phase; `limit_s` where it may take longer than a step."""
         self._count += 1
-        text = name.encode()
-        record = (self._count, self._step, time.monotonic(), limit_s or self._limit, len(text), text)
+        now, text = time.monotonic(), name.encode()
+        self.seconds[self._phase] += now - self._since
+        self._phase, self._since = name, now
+        record = (self._count, self._step, now, limit_s or self._limit, len(text), text)
         self._pulse[: watchdog.PULSE.size] = watchdog.PULSE.pack(*record)
 
     def step(self, step: int) -> None:

@@ -7,11 +7,13 @@
 from .mixture import Lengths, Mixture, Source
 from .planner import LOSS_WEIGHTS, Planner
 from .steps import EMPTY, Dropped, Pack, Position, StepPlan
+from .table import LengthTable
 
 __all__ = [
     "EMPTY",
     "LOSS_WEIGHTS",
     "Dropped",
+    "LengthTable",
     "Lengths",
     "Mixture",
     "Pack",

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,11 +56,9 @@ class Runs:
         extra = []
         if job.arm.without_images:
             train, evaluation = (folder() for folder in self.without_images)
-            extra = [
-                f"data.train={train}",
-                f"data.evaluation={evaluation}",
-                f"model.tokenizer={self.base.model.tokenizer}",
-            ]
+            extra = [f"data.train={train}", f"data.evaluation={evaluation}"]
+            if self.base.model.tokenizer:
+                extra.append(f"model.tokenizer={self.base.model.tokenizer}")
         return [*self.overrides, *extra, *job.arm.settings(job.num_steps, job.seed, job.name)]
 
     def config(self, job: Job) -> RunConfig:
@@ -140,30 +138,29 @@ class Workers:
 
         A job that fails does not stop the others.
         """
-        waiting, running, left = list(jobs), {}, []
+        waiting, running, left = list(jobs), [], []
         previous = {name: signal.signal(name, self._stop) for name in STOP_SIGNALS}
         try:
             while waiting or running:
                 while waiting and len(running) < self.number and not self.is_stopped:
                     job = waiting.pop(0)
-                    running[job] = self._start(job)
+                    running.append(self._start(job))
                     self.say(f"begins    {job.name}, {job.num_steps} steps, {len(waiting)} after it")
                 if self.is_stopped and not running:
                     break
-                for job, (process, began, log) in list(running.items()):
-                    if process.poll() is not None:
-                        del running[job]
-                        self._tell(job, process.returncode, time.monotonic() - began, log)
-                        left += [] if process.returncode == DONE else [job]
+                for one in [one for one in running if one.process.poll() is not None]:
+                    running.remove(one)
+                    self._end(one)
+                    left += [] if one.process.returncode == DONE else [one.job]
                 time.sleep(0.2)
         finally:
-            for process, _, _ in running.values():
-                process.kill()
+            for one in running:
+                one.process.kill()
             for name, handler in previous.items():
                 signal.signal(name, handler)
         return left + waiting
 
-    def _start(self, job: Job) -> tuple[subprocess.Popen, float, Path]:
+    def _start(self, job: Job) -> "_Running":
         folder = self.runs.layout(job).root
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "log.txt"
@@ -183,7 +180,7 @@ class Workers:
                 command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
         self.processes.append(process)
-        return process, time.monotonic(), log
+        return _Running(job, process, time.monotonic(), log)
 
     def _stop(self, number: int, frame: Any) -> None:
         self.is_stopped = True
@@ -191,15 +188,23 @@ class Workers:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
 
-    def _tell(self, job: Job, status: int, seconds: float, log: Path) -> None:
+    def _end(self, one: "_Running") -> None:
+        name, status = one.job.name, one.process.returncode
         if status == DONE:
-            self.take_in(job)
-            self.say(f"done      {job.name} in {seconds:.0f} s")
+            self.take_in(one.job)
+            self.say(f"done      {name} in {time.monotonic() - one.began:.0f} s")
         elif status == REQUEUE or self.is_stopped:
-            self.say(f"stopped   {job.name}; the same command goes on")
+            self.say(f"stopped   {name}; the same command goes on")
         else:
-            lines = log.read_text(errors="replace").strip().splitlines()
-            self.say(f"failed    {job.name} with status {status}: {lines[-1] if lines else ''} (see {log})")
+            lines = one.log.read_text(errors="replace").strip().splitlines()
+            self.say(f"failed    {name} with status {status}: {lines[-1] if lines else ''} (see {one.log})")
+
+
+class _Running(NamedTuple):
+    job: Job
+    process: subprocess.Popen
+    began: float
+    log: Path
 
 
 def _free_port() -> int:

@@ -96,16 +96,20 @@ class Record:
         return bits[: len(self.questions["keys"])].astype(bool)
 
     def usable(self, seeds: list[int], arms: list[str]) -> tuple[dict[str, list[str]], list[str]]:
-        """(arm -> its runs of all seeds, a line for each arm or run that is left out, and why).
+        """(arm -> its runs of all seeds, a line for what is left out, and why).
 
         The runs of the first arm, the flexible one, say which code and corpus counts.
         """
         names = {arm: [f"{arm}-seed{seed}" for seed in seeds] for arm in arms}
         first = next((self.runs[name] for name in names[arms[0]] if name in self.runs), {})
         problems: list[str] = []
+        not_run: list[str] = []
         found: dict[str, list[str]] = {}
         for arm, its in names.items():
             absent = [name for name in its if name not in self.runs]
+            if len(absent) == len(its):
+                not_run.append(arm)
+                continue
             problems += [f"{', '.join(absent)}: missing"] if absent else []
             for what in ("code", "corpus"):
                 others = [
@@ -115,7 +119,7 @@ class Record:
                 absent += others
             if not absent:
                 found[arm] = its
-        return found, problems
+        return found, problems + ([f"{', '.join(not_run)}: not run"] if not_run else [])
 
 
 def run_record(job: Job, layout: RunLayout, answers: dict[str, Any], code: str) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from .arms import FLEXIBLE, Arm
 from .record import Record
 from .statistics import Difference, Verdict, paired_difference, verdicts
 
-WITHOUT_LOOKING = ("text",)
-"""Tasks whose questions show no image: not part of any mean."""
+NOT_JUDGED = ("text", "word")
+"""Tasks that are no part of a mean: one shows no image, the other is not learned at this size (see the protocol)."""
 READING = ("dense", "row")
 """Tasks that need many tokens, apart from the rest."""
 WORDS: dict[Verdict, str] = {
@@ -60,8 +60,8 @@ class Findings:
 
     @property
     def is_asked(self) -> np.ndarray:
-        """[Q] bool: questions that show an image."""
-        return ~np.isin(self.tasks, WITHOUT_LOOKING)
+        """[Q] bool: questions that are judged."""
+        return ~np.isin(self.tasks, NOT_JUDGED)
 
     def accuracy(self, arm: str, count: int, chosen: np.ndarray | None = None) -> np.ndarray:
         """[S] mean over tasks of the share of (chosen) questions that are answered."""
@@ -70,7 +70,7 @@ class Findings:
         return np.stack([answers[:, tasks == task].mean(1) for task in np.unique(tasks)]).mean(0)
 
     def difference(self, ours: str, our_count: int, theirs: str, their_count: int) -> Difference:
-        """One arm at a count against another at a count, over the questions that show an image."""
+        """One arm at a count against another at a count, over the questions that are judged."""
         chosen, keys = self.is_asked, np.array(self.record.questions["keys"])
         pair = self.answers(ours, our_count)[:, chosen], self.answers(theirs, their_count)[:, chosen]
         return paired_difference(*pair, self.tasks[chosen], keys[chosen])

@@ -36,6 +36,7 @@ HOW = (
     "train.resume_from",
     "train.save_every",
     "train.startup_timeout_s",
+    "train.tensorboard",
     "train.wandb",
 )
 """Keys, or beginnings of keys, that change freely."""

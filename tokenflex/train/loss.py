@@ -21,11 +21,9 @@ FUSED_MODEL_TYPES = ("llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smo
 """Language models whose logits are `lm_head(hidden)` and nothing more; others cap or scale them afterwards."""
 
 
-def weighted_cross_entropy(
-    logits_LV: torch.Tensor, targets_L: torch.Tensor, weights_L: torch.Tensor, total_weight: float
-) -> torch.Tensor:
-    """Sum over learned tokens of weight * cross-entropy, divided by the weight of the whole step: a scalar in fp32."""
-    return weighted_sum(F.cross_entropy(logits_LV.float(), targets_L, reduction="none"), weights_L, total_weight)
+def cross_entropies(logits_LV: torch.Tensor, targets_L: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each learned token: [L] in fp32."""
+    return F.cross_entropy(logits_LV.float(), targets_L, reduction="none")
 
 
 def weighted_sum(losses_L: torch.Tensor, weights_L: torch.Tensor, total_weight: float) -> torch.Tensor:

@@ -12,18 +12,20 @@ import torch
 
 from ..data.collate import PackedBatch
 from ..model.attention import packing
-from .loss import answering_losses, weighted_cross_entropy, weighted_sum
+from .loss import answering_losses, cross_entropies, weighted_sum
 
 
 @dataclass(frozen=True)
 class Loss:
     """One micro-batch's share of a step's loss; summed over ranks and micro-steps it is the step's.
 
-    total: scalar with its graph. parts: its terms by name, without.
+    total: scalar with its graph. parts: its terms by name, without. token_losses: [L] cross-entropy of each learned token,
+    neither weighted nor divided, without graph.
     """
 
     total: torch.Tensor
     parts: dict[str, torch.Tensor]
+    token_losses: torch.Tensor
 
 
 class LossTerm(Protocol):
@@ -67,20 +69,22 @@ class Objective:
         return ("cross_entropy", *(term.name for term in self.terms))
 
     def __call__(self, batch: PackedBatch) -> Loss:
-        outputs, cross_entropy = self._cross_entropy(batch)
+        outputs, losses_L = self.token_losses(batch)
+        cross_entropy = weighted_sum(losses_L, batch.weights, batch.total_weight)
         losses = [cross_entropy, *(term(outputs, batch) for term in self.terms)]
         total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-        return Loss(total, {name: loss.detach() for name, loss in zip(self.part_names, losses)})
+        parts = {name: loss.detach() for name, loss in zip(self.part_names, losses)}
+        return Loss(total, parts, losses_L.detach())
 
-    def _cross_entropy(self, batch):
+    def token_losses(self, batch: PackedBatch) -> tuple[Any, torch.Tensor]:
+        """(the model's outputs, the cross-entropy of each learned token: [L])."""
         inputs = {**model_inputs(batch, self.normalise), "logits_to_keep": batch.logits_positions}
         if self.fused_head is not None:
             with answering_losses(self.fused_head, batch.targets):
                 outputs = self.model(**inputs)
-            return outputs, weighted_sum(outputs.logits.squeeze(0), batch.weights, batch.total_weight)
+            return outputs, outputs.logits.squeeze(0)
         outputs = self.model(**inputs)
-        logits_LV = outputs.logits.squeeze(0)
-        return outputs, weighted_cross_entropy(logits_LV, batch.targets, batch.weights, batch.total_weight)
+        return outputs, cross_entropies(outputs.logits.squeeze(0), batch.targets)
 
 
 def model_inputs(batch: PackedBatch, normalise: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:

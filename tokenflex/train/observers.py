@@ -4,11 +4,14 @@ The trainer tells every observer the same things in the order of the list, which
 every rank in the same order, so an observer may use collectives.
 """
 
+import time
 from collections import Counter
+from collections.abc import Callable
 
 from ..data.collate import PackedBatch
 from ..parallel import Engine
 from .metrics import Metrics
+from .objective import Loss
 from .progress import Progress, StepOutcome
 
 
@@ -17,6 +20,9 @@ class Observer:
 
     def on_batch(self, step: int, batch: PackedBatch) -> None:
         """A micro-batch of `step` (0-based) is about to be run."""
+
+    def on_loss(self, batch: PackedBatch, loss: Loss) -> None:
+        """A micro-batch, on its device now, has been through the forward pass."""
 
     def on_step(self, outcome: StepOutcome) -> None:
         """A step is done; the run's progress has been moved on."""
@@ -44,6 +50,23 @@ class WeightAverage(Observer):
     def on_step(self, outcome: StepOutcome) -> None:
         if not outcome.problem:
             self.engine.update_average(self.decay)
+
+
+class FirstStep(Observer):
+    """Says how long the first batch and the first step took, after which a run tells of itself by its steps."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self._begin, self._read = say, time.monotonic(), 0.0
+
+    def on_batch(self, step: int, batch: PackedBatch) -> None:
+        if self._begin and not self._read:
+            self._read = time.monotonic()
+
+    def on_step(self, outcome: StepOutcome) -> None:
+        if self._begin:
+            batch_s, step_s = self._read - self._begin, time.monotonic() - self._read
+            self.say(f"first     batch after {batch_s:.1f} s, step {outcome.step + 1} took {step_s:.1f} s")
+            self._begin = 0.0
 
 
 class StepFigures(Observer):

@@ -96,13 +96,17 @@ def orthogonal(matrix: torch.Tensor, num_iterations: int = 5) -> torch.Tensor:
 def parameter_groups(model: torch.nn.Module, config: OptimizerConfig) -> list[dict]:
     """The trained parts in groups that share settings: per part (and layer, where rates decay), matrices and vectors apart.
 
-    Vectors do not decay; each group has its peak `lr`. Frozen parts, and what has an adapter, get `requires_grad=False`.
+    Vectors do not decay; each group has its peak `lr`. Frozen parts, and what has an adapter, get `requires_grad=False`; frozen
+    parts stay as at inference when the model trains. With `train_image_tokens` embedding and output layer of a language model that is
+    frozen, or has an adapter, are a group of their own, in which only the image tokens' rows get a gradient; the others keep every
+    bit, since without decay nothing else moves them.
 
     Raises:
-        UserError: every part is frozen.
+        UserError: every part is frozen; `train_image_tokens` of a language model that is trained anyway.
     """
     groups = []
     hidden = _hidden_matrices(model) if config.matrices == "muon" else set()
+    model.frozen_parts = [prefix.rstrip(".") for part, prefix in PARTS.items() if not getattr(config, part).train]
     for part, prefix in PARTS.items():
         settings = getattr(config, part)
         named = {name: p for name, p in model.named_parameters() if name.startswith(prefix)}
@@ -131,6 +135,14 @@ def parameter_groups(model: torch.nn.Module, config: OptimizerConfig) -> list[di
                 {"params": vectors, "weight_decay": 0.0, **common},
             ]
     groups = [group for group in groups if group["params"]]
+    if config.train_image_tokens:
+        has_adapter = any(name.startswith(PARTS["text"]) and ADAPTER in name for name, _ in model.named_parameters())
+        if config.text.train and not has_adapter:
+            raise UserError(
+                "optimizer.train_image_tokens=true: the language model is trained whole, these rows too (optimizer.text.train=true); set "
+                "one of them to false"
+            )
+        groups.append({"params": _image_token_rows(model), "lr": config.text.learning_rate, "weight_decay": 0.0})
     if not groups:
         raise UserError(
             "optimizer: vision, projector and text are all frozen; set optimizer.projector.train=true or another part's"
@@ -172,6 +184,28 @@ def _hidden_matrices(model):
     """The weights of linear layers, but for the output layer, which embeds words as the embedding does."""
     output = model.get_output_embeddings()
     return {m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not output}
+
+
+def _image_token_rows(model):
+    """Embedding and output layer, tied or not, with gradients in the rows of the image tokens alone.
+
+    A hook on the gradient sees it before whatever shards and reduces it, and whichever way it was computed.
+    """
+    config = model.config
+    rows = torch.tensor([config.image_start_token_id, config.image_token_id, config.image_end_token_id])
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    parameters = dict.fromkeys(p for layer in layers if layer is not None for p in layer.parameters())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+        parameter.register_hook(functools.partial(_only_rows, rows))
+    return list(parameters)
+
+
+def _only_rows(rows, gradient):
+    rows = rows.to(gradient.device)
+    kept = torch.zeros_like(gradient)
+    kept[rows] = gradient[rows]
+    return kept
 
 
 def _is_matrix(parameter):

@@ -34,6 +34,8 @@ class Progress:
     """The step at which it last went back."""
     history: dict[str, list[float]] = field(default_factory=dict)
     """Losses and gradient norms that the spike filter compares with."""
+    validation: dict[str, float] = field(default_factory=dict)
+    """The last validation: its `step` and `loss`; empty before the first."""
     num_samples: int = 0
     """Samples met over all ranks, brought up to date when logged and saved."""
     num_bad_samples: int = 0

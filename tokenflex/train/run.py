@@ -6,14 +6,16 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 import yaml
 
-from .. import failpoints, parallel
+from .. import doctor, failpoints, parallel
 from ..checkpoint import EarlyCheck, tags
 from ..config import RunConfig, save_config
 from ..data import batch_loader
+from ..data.held_out import HeldOut, open_held_out
 from ..data.identity import after_change, check_same_data
 from ..data.loader import micro_batches, num_micro_steps
 from ..data.sources import DataRun, open_data, source_configs
@@ -21,13 +23,18 @@ from ..errors import UserError
 from ..export import export_model
 from ..files import write_whole
 from ..layout import RunLayout, step_of
-from ..model import build_model, build_processor, check_template
+from ..model import build_model, build_processor, check_counts, check_template
 from ..model.adapters import check_adapters, merged, save_adapters
 from ..model.compiled import compile_blocks
 from ..model.probe import probe
 from ..parallel import Heartbeat, Ranks
 from ..plan.ahead import ahead
 from ..plan.planner import PLANNER_VERSION
+from ..telemetry.flops import model_flops
+from ..telemetry.peaks import peak_flops
+from ..telemetry.sinks import Sink, check_sinks, open_sinks
+from ..telemetry.stages import stage
+from .answers import HeldOutAnswers
 from .bad_samples import BadSampleLog
 from .changes import check_changes
 from .consistency import Consistency
@@ -37,13 +44,16 @@ from .loss import fused_loss_head
 from .metric_log import EventLog, MetricLog, SampleTrace
 from .metrics import Metrics
 from .objective import Objective
-from .observers import Observer, StepFigures, WeightAverage
+from .observers import FirstStep, Observer, StepFigures, WeightAverage
 from .optimizer import make_optimizer, parameter_groups
+from .profiling import ProfilePlan, Profiler
 from .progress import Progress
 from .schedule import Schedule
 from .start import other_run, start
 from .state import RunState
+from .telemetry import Telemetry
 from .trainer import Batches, StopRequest, Trainer
+from .validation import Validation, check_validation
 
 PLANS_AHEAD = 32
 """Micro-batches that are planned ahead of what workers read: enough for a window (0.4 s at 1,024 ranks) at 15 ms a micro-step."""
@@ -57,6 +67,7 @@ def run_training(
     *,
     fresh: bool = False,
     accept_new_data: bool = False,
+    profiled: ProfilePlan | None = None,
     say: Callable[[str], None] = print,
 ) -> bool:
     """Train (or go on training) a configured run and export its model.
@@ -70,6 +81,7 @@ def run_training(
         ds_config: DeepSpeed's, from `parallel.load_ds_config`.
         fresh: begin anew, removing the run's checkpoints.
         accept_new_data: go on with other data than the checkpoints', from the next epoch.
+        profiled: steps to profile, or None.
         say: prints on rank 0.
 
     Raises:
@@ -78,7 +90,7 @@ def run_training(
     layout = RunLayout.of(config)
     failpoints.enter(ranks.rank)
     with StopRequest() as stop, SoleWriter(layout, ranks), watched(layout, config.train, ranks) as heartbeat:
-        run = Run(recipe, config, ds_config, ranks, heartbeat, say)
+        run = Run(recipe, config, ds_config, ranks, heartbeat, say, profiled=profiled)
         run.prepare(fresh, accept_new_data)
         run.build()
         run.resume()
@@ -109,6 +121,7 @@ class Run:
     """
 
     data: DataRun
+    held_out: HeldOut | None
     engine: parallel.Engine
     objective: Objective
     state: RunState
@@ -122,15 +135,22 @@ class Run:
         ranks: Ranks,
         heartbeat: Heartbeat,
         say: Callable[[str], None] = print,
+        *,
+        profiled: ProfilePlan | None = None,
     ):
         self.recipe, self.config, self.ranks, self.heartbeat, self.say = recipe, config, ranks, heartbeat, say
+        self.profiled = profiled
         self.layout = RunLayout.of(config)
         self.grad_accum_steps = grad_accum_steps(config, ranks.num_ranks)
         self.precision = _precision(config.train.precision, ranks.device)
         max_norm = config.optimizer.max_grad_norm
         self.ds_config = parallel.resolve_ds_config(ds_config, self.precision, self.grad_accum_steps, max_norm)
         self.metrics = Metrics()
+        self.stop: StopRequest | None = None
         self.record_event = EventLog(self.layout, ranks)
+
+    def _stage(self, name: str, what: str) -> AbstractContextManager[None]:
+        return stage(name, what, self.say)
 
     def prepare(self, fresh: bool = False, accept_new_data: bool = False) -> None:
         """The run's folder, its data: processor, indexes, planner, data set.
@@ -140,19 +160,39 @@ class Run:
         """
         source_configs(self.config.data)  # a run without data is refused before anything else
         check_adapters(self.config.model)
+        check_sinks(self.config.train)
+        check_validation(self.config)
+        if self.profiled:
+            self.profiled.check(self.config.train.num_steps, self.ranks.num_ranks)
         for line in self.ranks.on_main(lambda: prepare_folder(self.layout, self.recipe, fresh)):
             self.say(line)
         # reads the newest checkpoint's bytes while the model is being built
         self._check = EarlyCheck(self.layout.checkpoints, self.ranks.rank, self.ranks.num_ranks)
-        processor = build_processor(self.config.model, self.config.budget)
-        for note in check_template(processor):
-            self.say(f"template  {note}")
         before = self.layout if tags(self.layout.checkpoints) else _layout_branched_from(self.recipe)
         identity = before.data if before else None
         self._accepts_new_data = accept_new_data
         self._data_before = json.loads(identity.read_text()) if identity and identity.exists() else None
-        date = self._data_before["render_date"] if self._data_before else ""
-        self.data = open_data(self.config, processor, self.ranks, self.say, date)
+        self.open_data(self._data_before["render_date"] if self._data_before else "")
+        self.held_out = None
+        if self.config.evaluate.every:
+            with self._stage("held out", "samples to validate on"):
+                self.held_out = open_held_out(self.config, self.data.processor, self.ranks, self.say)
+
+    def open_data(self, render_date: str = "") -> None:
+        """Processor, indexes, planner and data set; the part of `prepare` that touches no folder of the run.
+
+        Raises:
+            UserError: the data cannot be read or planned.
+        """
+        processor = build_processor(self.config.model, self.config.budget)
+        for note in check_template(processor):
+            self.say(f"template  {note}")
+        evaluate, data = self.config.evaluate, self.config.data
+        if data.evaluation and (evaluate.every or evaluate.at_end):
+            key, mode = "evaluate.num_visual_tokens", self.config.model.pooling_mode
+            check_counts(evaluate.num_visual_tokens, processor.patch_grid, mode, key)
+        with self._stage("prepare", "shards, their index and the plan"):
+            self.data = open_data(self.config, processor, self.ranks, self.say, render_date)
 
     def build(self) -> None:
         """The model, under the engine, and what a step minimises."""
@@ -160,22 +200,28 @@ class Run:
         torch.manual_seed(config.train.seed)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         loading = functools.partial(parallel.sharded_loading, self.ds_config)
-        model = build_model(config.model, config.budget, self.data.processor, dtype, loading, parallel.gathered)
-        if model.num_added_tokens and (not config.optimizer.text.train or config.model.text_adapter.rank):
+        with self._stage("build", f"the model, of {_part(config.model.vision)} and {_part(config.model.text)}"):
+            model = build_model(config.model, config.budget, self.data.processor, dtype, loading, parallel.gathered)
+        trains_rows = config.optimizer.train_image_tokens or (
+            config.optimizer.text.train and not config.model.text_adapter.rank
+        )
+        if model.num_added_tokens and not trains_rows:
             self.say(
-                f"note      {model.num_added_tokens} added tokens stay at the mean of the others: the embedding is not trained"
+                f"note      {model.num_added_tokens} added tokens stay at the mean of the others: the embedding is not trained; "
+                "optimizer.train_image_tokens=true trains them alone"
             )
         if config.train.compile == "blocks":
             self.say(f"compile   {compile_blocks(model)} blocks, at the first steps")
         groups = parameter_groups(model, config.optimizer)
         num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         self.rates = Schedule([group["lr"] for group in groups], config.train.num_steps, config.optimizer)
-        with_average = config.train.ema_decay > 0
-        self.engine = parallel.Engine(
-            model, make_optimizer(groups, config.optimizer), self.ds_config, self.ranks, with_average
-        )
+        with self._stage("engine", "gradients and optimizer, laid out over the ranks"):
+            make, with_average = make_optimizer(groups, config.optimizer), config.train.ema_decay > 0
+            self.engine = parallel.Engine(model, make, self.ds_config, self.ranks, with_average)
         projector, on_device = self.engine.model.projector, torch.empty(0, device=self.ranks.device)
         self.data.dataset.plan_of = projector.plan_maker(self.engine.model.patch_grid, on_device)
+        if self.held_out:
+            self.held_out.dataset.plan_of = self.data.dataset.plan_of
         failpoints.install_hooks(self.engine.model)
         failpoints.hit("init")
         self.say(
@@ -185,7 +231,8 @@ class Run:
         )
         if config.model.probe:
             self.heartbeat.phase("probe", config.train.startup_timeout_s)
-            probe(self.engine.model, self.engine, self.ranks.device, config.data.pack_length)
+            with self._stage("probe", "whether the parts do in a pack what they do alone"):
+                probe(self.engine.model, self.engine, self.ranks.device, config.data.pack_length)
         head = fused_loss_head(self.engine.model.language_model, config.train.fused_loss, self.ranks.device)
         weight = config.train.consistency
         terms = [Consistency(weight)] if weight else []
@@ -203,11 +250,13 @@ class Run:
             name_of=self.data.dataset.name_of,
             say=self.say,
         )
-        start(self.state, self.layout, self.config.train.resume_from, self._check)
+        with self._stage("resume", "looking for a checkpoint, and loading it"):
+            start(self.state, self.layout, self.config.train.resume_from, self._check)
         self.state.progress.data = self.data.identity["digest"]
         data, counts = self.config.data, self.config.budget.num_visual_tokens
         shapes = shapes_of(counts, data.max_images_per_pack * data.packs_per_micro_batch)
-        choices = settle(self.engine.model, shapes, self.ranks, self.state.progress.kernel_choices)
+        with self._stage("kernels", "their configurations for these shapes"):
+            choices = settle(self.engine.model, shapes, self.ranks, self.state.progress.kernel_choices)
         self.state.progress.kernel_choices = choices
         self.ranks.on_main(lambda: write_whole(self.layout.data, json.dumps(self.data.identity, indent=1)))
         first = next(self.data.planner.steps_from(self.state.progress.data_position()))
@@ -233,15 +282,44 @@ class Run:
         self.say(f"new data  accepted: going on at epoch {progress.position['epoch']}")
 
     def _observers(self) -> list[Observer]:
-        config, counts = self.config, self.engine.model.config.trained_num_visual_tokens
+        config, data = self.config, self.config.data
+        counts = self.engine.model.config.trained_num_visual_tokens
         observers: list[Observer] = [SampleTrace(self.layout, self.ranks)] if config.train.log_samples else []
+        step = self.state.progress.step
+        sinks = open_sinks(self.layout, self.recipe, step) if self.ranks.is_main else []
         observers.append(StepFigures(self.metrics, counts, self.objective.part_names))
+        if self.held_out:
+            observers.append(self._validation(self.held_out, sinks))
+        pack_tokens = data.pack_length * data.packs_per_step // (self.ranks.num_ranks * self.grad_accum_steps)
+        flops = model_flops(self.engine.model)
+        observers.append(Telemetry(self.metrics, counts, pack_tokens, flops, self.engine, self.heartbeat))
         if self.ranks.is_main:
-            observers.append(MetricLog(self.layout, self.recipe, self.state.progress.step))
+            observers.append(MetricLog(sinks, config.train.num_steps, step, self._peak_flops()))
         if config.train.ema_decay:
             observers.append(WeightAverage(self.engine, config.train.ema_decay))
-        observers.append(BadSampleLog(self.layout, self.state, config.data.max_bad_fraction))
+        observers.append(BadSampleLog(self.layout, self.state, data.max_bad_fraction))
+        if self.profiled and self.ranks.rank in self.profiled.ranks:
+            folder, limit_s = self.layout.profile, config.train.startup_timeout_s
+            observers.append(Profiler(self.profiled, folder, self.ranks.device, self.heartbeat, limit_s, self.say))
+        observers.append(FirstStep(self.say))
         return observers
+
+    def _validation(self, held_out: HeldOut, sinks: list[Sink]) -> Validation:
+        def is_stopped() -> bool:
+            return self.stop is not None and self.stop.is_set
+
+        answers = None
+        if self.config.evaluate.answers:
+            model, limit_s = self.engine.model, self.config.train.startup_timeout_s
+            answers = HeldOutAnswers(model, self.data.processor, held_out, self.config.evaluate, self.ranks, limit_s)
+        return Validation(self.config, held_out, self.objective, self.state, sinks, is_stopped, answers=answers)
+
+    def _peak_flops(self) -> float | None:
+        """FLOPs per second that the job's devices could do, if they are all of this rank's kind."""
+        device = self.ranks.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        peak = peak_flops(name, self.precision)
+        return peak * self.ranks.num_ranks if peak else None
 
     def train(self, stop: StopRequest) -> bool:
         """Steps until the last one or a stop request; returns whether the run is complete.
@@ -249,6 +327,7 @@ class Run:
         Raises:
             UserError: see `Trainer.train`.
         """
+        self.stop = stop
         trainer = Trainer(
             settings=self.config.train,
             engine=self.engine,
@@ -301,6 +380,11 @@ class Run:
         self.engine.close()
 
 
+def _part(part: str | dict) -> str:
+    """A part of the recipe in a word or two."""
+    return part if isinstance(part, str) else f"{part.get('model_type', 'a part')} from scratch"
+
+
 def _precision(wanted: str, device: torch.device) -> str:
     if wanted != "auto":
         return wanted
@@ -329,6 +413,8 @@ def prepare_folder(layout: RunLayout, recipe: RunConfig, fresh: bool) -> list[st
         _check_plan(other, plan, "a position in its data means nothing here: set it as there")
     write_whole(layout.plan, json.dumps(plan, indent=1))
     save_config(recipe, layout.config)
+    found = doctor.examine([layout.root, recipe.data.cache_dir], is_thorough=False)
+    write_whole(layout.doctor, json.dumps(doctor.as_json(found), indent=1))
     return lines
 
 

@@ -128,6 +128,7 @@ class RunState:
 
     def before_update(self) -> None:
         """Weights and moments are about to change: wait until what is being saved of them has been copied."""
+        self.heartbeat.phase("wait for the copy")
         self.writer.before_update()
 
     def flags(self) -> list[float]:
@@ -218,8 +219,15 @@ class RunState:
         return {
             **self._constant,
             "num_updates": self.engine.num_updates,
-            "score": SpikeFilter(0, progress["history"]).mean_loss(),
+            "score": self._score(progress),
         }
+
+    def _score(self, progress):
+        """What checkpoints are compared by: the loss of the validation at this very step, or without validations the mean of
+        the last steps' losses."""
+        if not self.recipe.evaluate.every:
+            return SpikeFilter(0, progress["history"]).mean_loss()
+        return progress["validation"]["loss"] if progress["validation"].get("step") == progress["step"] else None
 
     @cached_property
     def _constant(self):

@@ -113,6 +113,7 @@ class Trainer:
             enter("forward")
             failpoints.hit("forward")
             loss = self.objective(batch)
+            self._tell("on_loss", batch, loss)
             share = failpoints.corrupt("loss", loss.total)
             enter("backward")
             engine.backward(share)
@@ -122,11 +123,12 @@ class Trainer:
                 break
             engine.step(rates)
             micro += 1
+        enter("wait for the loss")
         loss = engine.ranks.all_reduce_sum(total.view(1))
         failpoints.hit("before-step")
         state.before_update()
-        enter("step")
-        update = engine.step(rates, lambda norm, loss: state.spike_filter.judge(loss, norm), [loss])
+        enter("wait for the loss")  # it is read with the gradient norm, once both are known
+        update = engine.step(rates, self._judge, [loss])
         failpoints.hit("after-step")
         return StepOutcome(
             step=step,
@@ -139,6 +141,11 @@ class Trainer:
             problem=update.vetoed,
             digest=plan.digest,
         )
+
+    def _judge(self, grad_norm, loss):
+        """Why the step must be skipped; asked when the figures are there and the update is about to be made."""
+        self.state.heartbeat.phase("step")
+        return self.state.spike_filter.judge(loss, grad_norm)
 
     def _log(self, outcome):
         self.state.heartbeat.phase("log")

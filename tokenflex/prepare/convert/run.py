@@ -35,7 +35,8 @@ FORMATS: dict[str, Callable[..., Iterator[AnyPart]]] = {
 class Options:
     """What the written samples depend on beside the records."""
 
-    limits: Limits = Limits()
+    limits: Limits
+    """What is read at most."""
     caption_prompt: str = "Describe the image."
     """The question of a record that has a caption only."""
     source_name: str = ""
@@ -44,6 +45,8 @@ class Options:
     """Records in which functions are called: `skip` them, or take calls and results as `text` with their role."""
     split: str = ""
     """Which split of a Hugging Face folder that holds several, or `all`."""
+    subset: str = ""
+    """Which configuration of a Hugging Face folder that holds several, or `all`."""
 
 
 def convert(
@@ -51,10 +54,10 @@ def convert(
     source: str | os.PathLike,
     out: str | os.PathLike,
     *,
+    options: Options,
     images: str | os.PathLike | None = None,
     samples_per_shard: int = 1000,
     num_workers: int = 1,
-    options: Options | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Tally:
     """Convert a data set into shards `out/shard-00000.tar`, ...; returns the `Tally` of all records.
@@ -65,9 +68,8 @@ def convert(
     Raises:
         UserError: no such source, an output folder of something else, a full disk, or a worker that died.
     """
-    options = options or Options()
-    of_split = {"split": options.split} if format == "huggingface" else {}
-    parts = list(FORMATS[format](source, images and str(images), samples_per_shard, **of_split))
+    chosen = {"split": options.split, "subset": options.subset} if format == "huggingface" else {}
+    parts = list(FORMATS[format](source, images and str(images), samples_per_shard, **chosen))
     out = Path(out).expanduser()
     _prepare(out, [str(source), format, samples_per_shard, repr(options)])
     jobs = [(number, part) for number, part in enumerate(parts)]

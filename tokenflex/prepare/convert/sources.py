@@ -20,12 +20,12 @@ from ...data.problems import BadSample, Limits
 from ...data.scan import scan_shard
 from ...data.shards import find_shards
 from ...errors import UserError
+from .huggingface import chosen_files
 
 CHUNK = 2**22
 IMAGES = ("jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif")
 OTHER_MEDIA = ("mp4", "webm", "mkv", "avi", "mov", "mp3", "wav", "flac", "ogg", "m4a", "pdf")
 """Members of a plain shard that show something: the first are read, the others lead to a skip."""
-_SPLIT = re.compile(r"(?:^|[/_.-])(train|validation|valid|val|dev|test)(?=[-_./])", re.IGNORECASE)
 _BLANK = re.compile(rb"[\s,]*")
 
 Span = tuple[int, int, int]
@@ -205,19 +205,19 @@ def json_parts(path: str | os.PathLike, images: str | None, per_shard: int) -> I
 
 
 def parquet_parts(
-    folder: str | os.PathLike, images: str | None, per_shard: int, split: str = ""
+    folder: str | os.PathLike, images: str | None, per_shard: int, split: str = "", subset: str = ""
 ) -> Iterator[ParquetPart]:
-    """Parts of the parquet files of a Hugging Face dataset folder (or of one file), of one split of it or of `all`.
+    """Parts of the parquet files of a Hugging Face dataset folder (or of one file), of one configuration and split, or of `all`.
 
     Raises:
-        UserError: no parquet there, several splits and none named, or pyarrow is not installed.
+        UserError: no parquet there, several of either and none named, or pyarrow is not installed.
     """
     pyarrow, parquet = _pyarrow()
     folder = Path(folder).expanduser()
     files = [folder] if folder.is_file() else sorted(folder.rglob("*.parquet"))
     if not files:
         raise UserError(f"{folder}: holds no .parquet file; wanted the folder of a Hugging Face dataset as downloaded")
-    for path in _of_split(folder, files, split):
+    for path in files if folder.is_file() else chosen_files(folder, files, subset, split):
         try:
             metadata = parquet.read_metadata(path)
         except (pyarrow.ArrowException, OSError) as error:
@@ -231,28 +231,6 @@ def parquet_parts(
             root = images or str(folder if folder.is_dir() else folder.parent)
             place: dict[str, Any] = {"start": start, "stop": stop, "base": begins[groups[0]], "groups": groups}
             yield ParquetPart(path=str(path), images=root, **place, **_stamp(path))
-
-
-def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
-    """The files of a split: told by `train`, `validation`, `test` and the like in their names or folders.
-
-    Raises:
-        UserError: there are several and none is named, or none of this name.
-    """
-    by_split: dict[str, list[Path]] = {}
-    for path in files:
-        found = _SPLIT.findall(str(path.relative_to(folder)) if folder.is_dir() else path.name)
-        by_split.setdefault(found[-1].lower() if found else "", []).append(path)
-    if split == "all" or (not split and len(by_split.keys() - {""}) <= 1):
-        return files
-    held = ", ".join(f"{name or 'of no split'} ({len(some)} files)" for name, some in sorted(by_split.items()))
-    if not split:
-        raise UserError(
-            f"{folder}: holds several splits: {held}; name the one to convert, --split train, or --split all"
-        )
-    if split not in by_split:
-        raise UserError(f"--split {split}: {folder} holds {held}")
-    return by_split[split]
 
 
 def shard_parts(sources: str, images: str | None, per_shard: int) -> Iterator[ShardPart]:

@@ -1,0 +1,207 @@
+"""What a step holds: tokens, tiles, pairs, learned tokens, and the pack that needs the most memory.
+
+From the plan of the recipe's own samples where their index is there, from a table of lengths, or from assumed samples.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..budget import VisualTokenBudget
+from ..config import DataConfig, RunConfig
+from ..data.index import find_indexes, open_index
+from ..data.sources import locate_sources
+from ..errors import UserError
+from ..plan import Lengths, Mixture, Planner, Source
+from ..plan.table import LengthTable
+from ..plan.window import Window
+from .trace import PackShape
+
+MAX_PACKS = 20_000
+"""Of a plan that are looked at; the means of so many are within a fraction of a percent."""
+SAMPLES_OF_A_TRACE = 8
+"""Memory depends on the tokens of a pack, hardly on how many samples they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepWork:
+    """Means of a step over all ranks. pairs: of a token and one before it (or itself) in its sample."""
+
+    tokens: float
+    tiles: float
+    visual_tokens: float
+    pairs: float
+    learned_tokens: float
+    samples: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What steps of a recipe hold. step: their means. worst: no pack holds more of anything. source: where it is from."""
+
+    step: StepWork
+    worst: PackShape
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssumedSamples:
+    """Samples where no data are at hand: each an image of `tiles` tiles with `text_tokens` of text, half of them learned."""
+
+    text_tokens: int = 128
+    tiles: int = 1
+
+
+def workload_of(config: RunConfig, lengths: Lengths | None = None, assumed: AssumedSamples | None = None) -> Workload:
+    """The `Workload` of a recipe.
+
+    Args:
+        config: the recipe, its sources resolved to where they lie.
+        lengths: of the samples to plan instead of the recipe's own (a table or an index).
+        assumed: what samples are taken to be where there are no others; with it the recipe's own are not looked for.
+
+    Raises:
+        UserError: a plan that cannot be.
+    """
+    if lengths is not None:
+        return planned(_planner(config, [Source(index=lengths, over_long="drop")]), f"a plan of {_name(lengths)}")
+    sources = [] if assumed else indexed_sources(config.data)
+    if sources:
+        names = ", ".join(source.name for source in sources)
+        return planned(_planner(config, sources), f"a plan of {names}")
+    return assumed_workload(config, assumed or AssumedSamples())
+
+
+def _name(lengths: Lengths) -> str:
+    return str(getattr(lengths, "name", "the index"))
+
+
+def indexed_sources(data: DataConfig) -> list[Source]:
+    """The sources of a data section whose newest index lies beside their shards or in the cache; empty unless all have one.
+
+    Nothing is built, and no tokenizer is asked whether an index is its own.
+    """
+    try:
+        located = locate_sources(data)
+    except UserError:
+        return []
+    sources = []
+    for source, shards in located:
+        found = find_indexes(shards, data.cache_dir)
+        if not found:
+            return []
+        newest = max(found, key=lambda index: (index.folder / "manifest.json").stat().st_mtime_ns)
+        options = {"weight": source.weight, "epochs": source.epochs, "over_long": source.over_long}
+        sources.append(Source(index=open_index(newest.folder), name=", ".join(source.paths), **options))
+    return sources
+
+
+def _planner(config: RunConfig, sources: list[Source]) -> Planner:
+    budget = VisualTokenBudget.of(config.budget)
+    return Planner(Mixture(sources), budget, config.data, config.train.seed, config.train.loss_weighting)
+
+
+def planned(planner: Planner, source: str) -> Workload:
+    """The `Workload` of the first epoch of a plan, or of its first `MAX_PACKS` packs."""
+    packs = [packs_of(window) for window in windows(planner, MAX_PACKS)]
+    columns = {name: np.concatenate([getattr(part, name) for part in packs]) for name in Packs.__annotations__}
+    every = Packs(**columns)
+    per_step = planner.data.packs_per_step / len(every.tokens)
+    means = {name: float(getattr(every, name).sum()) * per_step for name in StepWork.__annotations__}
+    fullest = int(every.tiles.argmax())
+    worst = PackShape(
+        lengths=_split(int(every.tokens.max())),
+        tiles=int(every.tiles.max()),
+        count=int(every.visual_tokens[fullest] // max(every.tiles[fullest], 1)) or min(planner.budget.counts),
+        learned=int(every.learned_tokens.max()),
+    )
+    return Workload(step=StepWork(**means), worst=worst, source=source)
+
+
+def windows(planner: Planner, most: int) -> Iterator[Window]:
+    """Windows of the first epoch, until they have so many packs."""
+    num_packs = 0
+    for _, window, _ in planner.windows(0):
+        yield window
+        num_packs += window.num_packs
+        if num_packs >= most:
+            return
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packs:
+    """Columns of packs in planned order, all [packs]: what `StepWork` has of a step."""
+
+    tokens: np.ndarray
+    tiles: np.ndarray
+    visual_tokens: np.ndarray
+    pairs: np.ndarray
+    learned_tokens: np.ndarray
+    samples: np.ndarray
+
+
+def packs_of(window: Window) -> Packs:
+    """The packs of a planned window."""
+    samples = window.samples
+    tokens = samples.tokens.astype(np.float64)
+
+    def total(values: np.ndarray) -> np.ndarray:
+        return np.bincount(window.pack, weights=values, minlength=window.num_packs)
+
+    return Packs(
+        tokens=total(tokens),
+        tiles=total(samples.tiles),
+        visual_tokens=total(samples.tiles * samples.count),
+        pairs=total(tokens * (tokens + 1) / 2),
+        learned_tokens=total(samples.learned),
+        samples=total(np.ones_like(tokens)),
+    )
+
+
+def limit_pack(data: DataConfig, counts: tuple[int, ...]) -> PackShape:
+    """The pack that no plan can exceed: full of tokens, of as many tiles as fit, every text token learned.
+
+    Tiles are dear in the encoder and tokens in the language model, so the most tiles come at the smallest count.
+    """
+    count = min(counts)
+    tiles = min(data.max_images_per_pack, (data.pack_length - 1) // count)
+    learned = data.pack_length - tiles * count
+    return PackShape(lengths=_split(data.pack_length), tiles=tiles, count=count, learned=learned)
+
+
+def assumed_workload(config: RunConfig, assumed: AssumedSamples) -> Workload:
+    """The `Workload` of samples that are all alike, in full packs; the worst pack is the one that no plan can exceed."""
+    budget, data = VisualTokenBudget.of(config.budget), config.data
+    text, tiles = assumed.text_tokens, assumed.tiles
+    packs, sums = float(data.packs_per_step), np.zeros(6)
+    for count, share in zip(budget.counts, budget.probabilities):
+        length = text + tiles * count
+        if length > data.pack_length or tiles > data.max_images_per_pack:
+            raise UserError(
+                f"--text-tokens {text}, --tiles {tiles}: a sample has {length} tokens at {count} per tile, a pack holds "
+                f"{data.pack_length} and {data.max_images_per_pack} tiles; assume smaller ones"
+            )
+        per_sample = np.array([length, tiles, tiles * count, length * (length + 1) / 2, text / 2, 1.0])
+        sums += share * per_sample
+    fit = [data.pack_length / sums[0], data.max_images_per_pack / tiles if tiles else np.inf]
+    step = StepWork(**dict(zip(StepWork.__annotations__, (sums * min(fit) * packs).tolist())))
+    source = f"assumed samples of {text} text tokens and {tiles} {'tile' if tiles == 1 else 'tiles'}, packs full"
+    return Workload(step=step, worst=limit_pack(data, budget.counts), source=source)
+
+
+def resampled(lengths: list[Lengths], num_samples: int, seed: int = 0) -> LengthTable:
+    """A table of `num_samples` samples drawn from those of several, for plans of more packs than there are samples."""
+    columns = [
+        np.concatenate([np.asarray(getattr(table, name), np.int64) for table in lengths])
+        for name in ("text_tokens", "num_tiles", "learned_tokens")
+    ]
+    drawn = np.random.default_rng(seed).integers(0, len(columns[0]), num_samples)
+    text, tiles, learned = (column[drawn] for column in columns)
+    return LengthTable(text=text, tiles=tiles, learned=learned, name=f"{num_samples} samples drawn anew")
+
+
+def _split(tokens: int) -> tuple[int, ...]:
+    """Lengths of a few samples with so many tokens together."""
+    number = min(SAMPLES_OF_A_TRACE, tokens)
+    return tuple(np.diff(np.linspace(0, tokens, number + 1).astype(int)).tolist())
