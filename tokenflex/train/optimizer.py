@@ -118,23 +118,7 @@ def parameter_groups(model: torch.nn.Module, config: OptimizerConfig) -> list[di
             continue
         for parameter in named.values():
             parameter.requires_grad_(True)
-        decay = config.weight_decay if settings.weight_decay == "same" else settings.weight_decay
-        betas = config.betas if settings.betas == "same" else settings.betas
-        scales = layer_scales(list(named), settings.layer_decay)
-        for scale in sorted(set(scales.values()), reverse=True):
-            members = [p for name, p in named.items() if scales[name] == scale]
-            common = {"lr": settings.learning_rate * scale, "betas": betas}
-            by_muon = [p for p in members if p in hidden]
-            for parameter in by_muon:
-                parameter.moments = ("exp_avg",)  # what `parallel.slices` finds of it in an optimizer's state
-            matrices = [p for p in members if _is_matrix(p) and p not in hidden]
-            vectors = [p for p in members if not _is_matrix(p)]
-            groups += [
-                {"params": by_muon, "weight_decay": decay, "muon_momentum": config.muon_momentum, **common},
-                {"params": matrices, "weight_decay": decay, **common},
-                {"params": vectors, "weight_decay": 0.0, **common},
-            ]
-    groups = [group for group in groups if group["params"]]
+        groups += _groups_of_part(named, settings, config, hidden)
     if config.train_image_tokens:
         has_adapter = any(name.startswith(PARTS["text"]) and ADAPTER in name for name, _ in model.named_parameters())
         if config.text.train and not has_adapter:
@@ -148,6 +132,28 @@ def parameter_groups(model: torch.nn.Module, config: OptimizerConfig) -> list[di
             "optimizer: vision, projector and text are all frozen; set optimizer.projector.train=true or another part's"
         )
     return groups
+
+
+def _groups_of_part(named, settings, config, hidden):
+    """The groups of one part's trained parameters {name: parameter}, without those that would be empty."""
+    groups = []
+    decay = config.weight_decay if settings.weight_decay == "same" else settings.weight_decay
+    betas = config.betas if settings.betas == "same" else settings.betas
+    scales = layer_scales(list(named), settings.layer_decay)
+    for scale in sorted(set(scales.values()), reverse=True):
+        members = [p for name, p in named.items() if scales[name] == scale]
+        common = {"lr": settings.learning_rate * scale, "betas": betas}
+        by_muon = [p for p in members if p in hidden]
+        for parameter in by_muon:
+            parameter.moments = ("exp_avg",)  # what `parallel.slices` finds of it in an optimizer's state
+        matrices = [p for p in members if _is_matrix(p) and p not in hidden]
+        vectors = [p for p in members if not _is_matrix(p)]
+        groups += [
+            {"params": by_muon, "weight_decay": decay, "muon_momentum": config.muon_momentum, **common},
+            {"params": matrices, "weight_decay": decay, **common},
+            {"params": vectors, "weight_decay": 0.0, **common},
+        ]
+    return [group for group in groups if group["params"]]
 
 
 def layer_scales(names: Sequence[str], layer_decay: float) -> dict[str, float]:
