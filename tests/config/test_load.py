@@ -50,6 +50,12 @@ def test_a_mistake_is_one_line_that_names_it(override):
         assert part in str(error.value), str(error.value)
 
 
+def test_an_adapters_folder_with_single_rows_of_an_embedding_is_refused():
+    adapter = ["model.text_adapter.rank=4", "model.init_from=x", "train.export_adapter=true"]
+    with pytest.raises(UserError, match="optimizer.train_image_tokens=true: .*set one of them to false"):
+        load_config(None, [*adapter, "optimizer.train_image_tokens=true"])
+
+
 def test_compiled_blocks_and_checkpointed_ones_exclude_each_other():
     with pytest.raises(
         UserError, match="train.compile=blocks with model.gradient_checkpointing=true: .*set one of them off"

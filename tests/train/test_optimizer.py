@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tokenflex.config import OptimizerConfig, load_config
+from tokenflex.model.adapters import add_adapters
 from tokenflex.train.optimizer import (
     MUON_SIZE,
     VetoableAdamW,
@@ -40,6 +41,18 @@ def test_muon_moves_the_matrices_of_linear_layers_and_nothing_that_embeds(model)
     assert "projector.gate_up.weight" in names and all(name.endswith("weight") for name in names)
     assert not any("embed" in name or "lm_head" in name or "norm" in name or "vision" in name for name in names)
     assert not any("muon_momentum" in group for group in groups_of(model))
+
+
+def test_an_adapter_and_the_image_tokens_rows_are_trained_together(model):
+    """What the adapter stands on is frozen; the embedding gets a gradient in three rows."""
+    add_adapters(model, load_config(None, ["model.text_adapter.rank=2"]).model)
+    groups = groups_of(model, "train_image_tokens=true")
+    members = {p for group in groups for p in group["params"]}
+    text = {name for name, p in model.language_model.named_parameters() if p in members}
+    assert "model.embed_tokens.weight" in text and all(
+        ".lora_" in name for name in text - {"model.embed_tokens.weight"}
+    )
+    assert members == {p for p in model.parameters() if p.requires_grad}
 
 
 def test_a_layers_rate_is_a_share_of_the_one_aboves():
