@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from . import checkpoint, convert, doctor, estimate, generate, index, inspect, plan, report, simulate, validate
+from . import bench, checkpoint, convert, doctor, estimate, generate, index, inspect, plan, report, simulate, validate
 from .launching import entry_point
 
 
@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     simulate.add_to(commands)
     doctor.add_to(commands)
     report.add_to(commands)
+    bench.add_to(commands)
     return top
 
 
