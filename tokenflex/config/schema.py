@@ -262,9 +262,6 @@ class DataConfig(Section):
         return self
 
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
 class PartConfig(Section):
     """How one part of the model is trained."""
 
