@@ -72,6 +72,7 @@ def main(arguments: argparse.Namespace, say: Say) -> int:
     grad_accum_steps(
         recipe, launch.num_ranks
     )  # ranks that cannot share the packs are told before they wait for each other
+    parallel.check_zero(ds_config, launch.num_ranks, recipe.train.compile != "off")
     config = resolve_embedded(recipe, say)
     with stage("join", "the other ranks", say):
         ranks = parallel.join_ranks(launch)

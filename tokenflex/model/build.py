@@ -23,6 +23,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import UserError
+from .adapters import add_adapters
 from .attention import PACKED, register_packed_attention
 from .configuration_tokenflex import TokenFlexConfig
 from .generation import generation_settings
@@ -184,6 +185,7 @@ def build_model(
     built.config.text_config.vocab_size = built.get_input_embeddings().num_embeddings
     built.language_model.set_attn_implementation(PACKED)
     apply_liger(built.language_model, model.liger)
+    add_adapters(built, model)
     if model.gradient_checkpointing:
         recompute_activations(built)
     return built
