@@ -16,7 +16,7 @@ LEVELS = [
     {"data", "model", "parallel", "checkpoint"},
     {"prepare", "corpus", "doctor", "telemetry"},
     {"train", "evaluate", "infer", "export"},
-    {"study", "estimate"},
+    {"study", "estimate", "router"},
     {"cli", "slurm"},
 ]
 SIDEWAYS = {("train", "export"), ("train", "evaluate"), ("evaluate", "export"), ("infer", "export")}
@@ -218,6 +218,7 @@ TRAVELLING = [
     "pooling",
     "projector",
     "rendering",
+    "router",
     "tiling",
     "vision",
 ]

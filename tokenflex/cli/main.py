@@ -3,7 +3,20 @@
 import argparse
 from collections.abc import Sequence
 
-from . import checkpoint, convert, doctor, estimate, generate, index, inspect, plan, report, simulate, validate
+from . import (
+    checkpoint,
+    convert,
+    doctor,
+    estimate,
+    generate,
+    index,
+    inspect,
+    plan,
+    report,
+    simulate,
+    train_router,
+    validate,
+)
 from .launching import entry_point
 
 
@@ -29,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     simulate.add_to(commands)
     doctor.add_to(commands)
     report.add_to(commands)
+    train_router.add_to(commands)
     return top
 
 

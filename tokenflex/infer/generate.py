@@ -7,16 +7,17 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from ..config import DataConfig
 from ..data import Limits, decode_image
 from ..errors import UserError
 from ..export import is_exported
 from ..model.generation import greedy
+from ..model.router import AUTO, asks_auto
 
-Count = int | tuple[int, int]
-"""Visual tokens of an image: a number, or (rows, columns)."""
+Count = int | tuple[int, int] | str
+"""Visual tokens of an image: a number, (rows, columns), or "auto" for what the model's router chooses."""
 
 
 class Generator:
@@ -47,11 +48,14 @@ class Generator:
         images: Sequence[str | PathLike] = (),
         num_visual_tokens: Count | Sequence[Count] | None = None,
         max_new_tokens: int = 64,
+        effort: float | None = None,
     ) -> str:
         """The answer to `prompt` about `images` (paths), at `num_visual_tokens` (one for all or one per image).
 
+        `effort` in [0, 1] is for "auto"; by default what training the router found enough.
+
         Raises:
-            UserError: an image that cannot be read, or a count that does not fit.
+            UserError: an image that cannot be read, a count that does not fit, or "auto" where the model has no router.
         """
         opened = [_read_image(path) for path in images]
         content = [{"type": "image", "image": image} for image in opened] + [{"type": "text", "text": prompt}]
@@ -60,14 +64,35 @@ class Generator:
                 [{"role": "user", "content": content}],
                 tokenize=True,
                 add_generation_prompt=True,
-                num_visual_tokens=num_visual_tokens,
+                num_visual_tokens=None if asks_auto(num_visual_tokens) else num_visual_tokens,
             ).to(self.model.device)
         except ValueError as error:
             raise UserError(f"--num-visual-tokens: {error}") from None
         if opened:
             inputs["pixel_values"] = self._encoded(opened, inputs["pixel_values"], inputs.get("num_tiles"))
-        output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        options = self._chosen(inputs, num_visual_tokens, effort)
+        output = self.model.generate(**inputs, **options, max_new_tokens=max_new_tokens, do_sample=False)
         return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    def _chosen(self, inputs, num_visual_tokens, effort):
+        """Numbers in place of "auto", as an option of `generate`; nothing where the prompt has its counts already."""
+        if not asks_auto(num_visual_tokens):
+            if effort is not None:
+                raise UserError(f"--effort {effort:g} is for --num-visual-tokens auto; leave it out, or ask for auto")
+            return {}
+        if "pixel_values" not in inputs:
+            return {}
+        try:
+            own = self.model.choose_num_visual_tokens(
+                **{name: inputs.get(name) for name in ("input_ids", "pixel_values", "attention_mask", "num_tiles")},
+                effort=effort,
+            )
+        except ValueError as error:
+            raise UserError(f"--num-visual-tokens auto: {error}") from None
+        asked = [AUTO] * len(own) if num_visual_tokens == AUTO else num_visual_tokens
+        if len(asked) != len(own):
+            raise UserError(f"--num-visual-tokens: has {len(asked)} entries for {len(own)} images; give one per image")
+        return {"num_visual_tokens": [mine if count == AUTO else count for count, mine in zip(asked, own)]}
 
     @torch.no_grad()
     def _encoded(
@@ -102,18 +127,33 @@ def _read_image(path: str | PathLike) -> bytes:
     return data
 
 
+def check_auto(folder: str | PathLike) -> None:
+    """See that an exported model has a router, before its weights are loaded.
+
+    Raises:
+        UserError: it has none.
+    """
+    if is_exported(folder) and AutoConfig.from_pretrained(folder).router is None:
+        raise UserError(
+            f"--num-visual-tokens auto: the model in {folder} has no router; train one (tokenflex train-router {folder}), or give a count"
+        )
+
+
 def parse_num_visual_tokens(text: str) -> Count | list[Count]:
-    """`144`, `8x12` (rows x columns), or a list of either with commas, one per image.
+    """`144`, `8x12` (rows x columns), `auto`, or a list of these with commas, one per image.
 
     Raises:
         UserError: anything else, or a count below 1.
     """
     counts: list[Count] = []
     for entry in text.split(","):
+        if entry.strip().lower() == AUTO:
+            counts.append(AUTO)
+            continue
         numbers = entry.lower().split("x")
         if len(numbers) > 2 or not all(number.strip().isdigit() and int(number) > 0 for number in numbers):
             raise UserError(
-                f"--num-visual-tokens {text}: {entry!r} is no count; wanted a positive number such as 144, rows x columns such as 8x12, or a list such as 64,256"
+                f"--num-visual-tokens {text}: {entry!r} is no count; wanted a positive number such as 144, rows x columns such as 8x12, auto, or a list such as 64,256"
             )
         counts.append(int(numbers[0]) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1])))
     return counts[0] if len(counts) == 1 else counts
