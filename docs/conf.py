@@ -46,7 +46,7 @@ ROOMS = (
     ("Training", ("train",)),
     ("Preparing data", ("prepare",)),
     ("The quick start's corpus", ("corpus",)),
-    ("Evaluation, inference, export", ("evaluate", "infer", "export")),
+    ("Evaluation, inference, export", ("evaluate", "infer", "export", "router")),
     ("Command lines and jobs", ("cli", "slurm")),
 )
 

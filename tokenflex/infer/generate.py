@@ -80,19 +80,11 @@ class Generator:
             if effort is not None:
                 raise UserError(f"--effort {effort:g} is for --num-visual-tokens auto; leave it out, or ask for auto")
             return {}
-        if "pixel_values" not in inputs:
-            return {}
+        seen = {name: inputs.get(name) for name in ("input_ids", "pixel_values", "attention_mask", "num_tiles")}
         try:
-            own = self.model.choose_num_visual_tokens(
-                **{name: inputs.get(name) for name in ("input_ids", "pixel_values", "attention_mask", "num_tiles")},
-                effort=effort,
-            )
+            return {"num_visual_tokens": self.model.resolve_auto(num_visual_tokens, **seen, effort=effort)}
         except ValueError as error:
             raise UserError(f"--num-visual-tokens auto: {error}") from None
-        asked = [AUTO] * len(own) if num_visual_tokens == AUTO else num_visual_tokens
-        if len(asked) != len(own):
-            raise UserError(f"--num-visual-tokens: has {len(asked)} entries for {len(own)} images; give one per image")
-        return {"num_visual_tokens": [mine if count == AUTO else count for count, mine in zip(asked, own)]}
 
     @torch.no_grad()
     def _encoded(

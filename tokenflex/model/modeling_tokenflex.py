@@ -89,7 +89,7 @@ class _TokenFlexBase(PreTrainedModel):
         if self._is_loading and isinstance(module, TokenAdaptiveProjector):
             module.reset_parameters()
         elif self._is_loading and isinstance(module, CountRouter):
-            module.prices.fill_(float("nan"))  # it then refuses to choose
+            nn.init.constant_(module.prices, float("nan"))  # it then refuses to choose; where they came, they stay
 
     def train(self, mode: bool = True) -> "_TokenFlexBase":
         """As of any module, but the parts named in `frozen_parts` stay as at inference: no dropout, and batch normalisation by its
@@ -463,7 +463,11 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         """
         prompt_ids = kwargs.pop("input_ids", inputs)
         if asks_auto(num_visual_tokens):
-            num_visual_tokens, kwargs = self._chosen(num_visual_tokens, prompt_ids, effort, kwargs)
+            pixels = kwargs.get("pixel_values")
+            if pixels is not None and pixels.dim() != 3 and self.router is not None:
+                kwargs["pixel_values"] = self.encode_images(pixels.to(self.vision_tower.dtype))
+            seen = {name: kwargs.get(name) for name in ("pixel_values", "attention_mask", "num_tiles")}
+            num_visual_tokens = self.resolve_auto(num_visual_tokens, prompt_ids, **seen, effort=effort)
         elif effort is not None:
             raise ValueError(f"effort={effort!r} is the router's; give num_visual_tokens='auto' with it")
         pixel_values = kwargs.get("pixel_values")
@@ -489,24 +493,28 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         output.sequences = sequences
         return output
 
-    def _chosen(self, num_visual_tokens, prompt_ids, effort, inputs):
-        """(numbers in place of "auto", the inputs with features in place of pixel values)."""
-        pixel_values = inputs.get("pixel_values")
+    def resolve_auto(
+        self,
+        num_visual_tokens: str | Sequence[int | tuple[int, int] | str],
+        input_ids: torch.Tensor | None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        num_tiles: torch.Tensor | Sequence[int] | None = None,
+        effort: float | None = None,
+    ) -> list[int | tuple[int, int]] | None:
+        """A count per image, with what the router chooses in place of `"auto"`; None where there are no images.
+
+        Arguments and errors as in `choose_num_visual_tokens`. ValueError also for not as many entries as images.
+        """
         if pixel_values is None:
-            return None, inputs
-        if prompt_ids is None:
+            return None
+        if input_ids is None:
             raise ValueError("num_visual_tokens='auto' looks at the question; give input_ids, not inputs_embeds")
-        if pixel_values.dim() != 3 and self.router is not None:
-            inputs = {**inputs, "pixel_values": self.encode_images(pixel_values.to(self.vision_tower.dtype))}
-        mask, tiles = inputs.get("attention_mask"), inputs.get("num_tiles")
-        chosen = self.choose_num_visual_tokens(prompt_ids, inputs["pixel_values"], mask, tiles, effort)
-        if num_visual_tokens == AUTO:
-            return chosen, inputs
-        if len(num_visual_tokens) != len(chosen):
-            raise ValueError(
-                f"num_visual_tokens has {len(num_visual_tokens)} entries for {len(chosen)} images; give one per image"
-            )
-        return [own if count == AUTO else count for count, own in zip(num_visual_tokens, chosen)], inputs
+        chosen = self.choose_num_visual_tokens(input_ids, pixel_values, attention_mask, num_tiles, effort)
+        asked = [AUTO] * len(chosen) if isinstance(num_visual_tokens, str) else num_visual_tokens
+        if len(asked) != len(chosen):
+            raise ValueError(f"num_visual_tokens has {len(asked)} entries for {len(chosen)} images; give one per image")
+        return [own if count == AUTO else count for count, own in zip(asked, chosen)]
 
     def prepare_inputs_for_generation(
         self,
