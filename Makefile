@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: train test check paper docs test-slurm test-templates test-quickstart test-reliability bench-decode bench-packing gpu bench lint clean \
+.PHONY: train test check paper paper-gpu docs test-slurm test-templates test-quickstart test-reliability bench-decode bench-packing gpu bench lint clean \
         test-transformers test-ecosystem test-versions models-table
 
 train: $(VENV)/installed
@@ -42,6 +42,10 @@ test-quickstart: $(VENV)/installed
 # docs/paper.md; what is stopped goes on. ARGS="--arms all", ARGS="--seeds 1 --arms flexible,fixed-9", ARGS="--report"
 paper: $(VENV)/installed
 	$(BIN)/python launch/paper.py $(ARGS)
+
+# The same at the paper's geometry, for a GPU: as many runs as end within ARGS="--minutes 10" of a call, then the next call goes on
+paper-gpu: $(VENV)/installed
+	$(BIN)/python launch/paper.py --config configs/paper27.yaml --results docs/results/paper27.json --page docs/paper27.md --workers 4 $(ARGS)
 
 # CPU cost of decoding and tiling over the bare JPEG decoder; writes docs/results/decode.json
 bench-decode: $(VENV)/installed

@@ -8,6 +8,7 @@ python launch/paper.py --report                    judges what is there
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="N",
         help="runs at once (default: one per core)",
     )
+    parser.add_argument(
+        "--minutes",
+        type=positive,
+        metavar="N",
+        help="stop what runs after so long, as a signal would; the same command goes on",
+    )
     parser.add_argument("--report", action="store_true", help="train nothing")
     add_debug(parser)
     return parser.parse_intermixed_args(argv)
@@ -57,7 +64,10 @@ def main(arguments: argparse.Namespace, say: Say) -> int:
     study = open_study(arguments.config, arguments.protocol, arguments.results, tuple(arguments.overrides), say)
     arms, seeds = study.arms(arguments.arms), list(range(1, arguments.seeds + 1))
     if not arguments.report:
+        if arguments.minutes:
+            signal.alarm(60 * arguments.minutes)
         left, is_stopped = train(study, arms, seeds, arguments.workers, say)
+        signal.alarm(0)
         if is_stopped:
             return REQUEUE
         if left:

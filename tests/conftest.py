@@ -44,6 +44,26 @@ pytest_plugins = ["slurm.jobs"]  # fixtures of tests/slurm; a second file named 
 torch.set_num_threads(1)  # the suite shares two cores with the ranks that it starts
 
 
+LONGEST = (
+    "tests/train/test_run.py",
+    "tests/data/test_bad_samples.py",
+    "tests/kernels/test_kernel_interpreted.py",
+    "tests/reliability/",
+    "tests/kernels/",
+    "tests/distributed/",
+    "tests/train/",
+)
+"""Files that take minutes each: first, so that no worker ends with one of them while the others have nothing left to do."""
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        path = item.path.relative_to(ROOT).as_posix()
+        return next((number for number, prefix in enumerate(LONGEST) if path.startswith(prefix)), len(LONGEST))
+
+    items.sort(key=place)  # stable: within a file nothing moves
+
+
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory):
     """One folder for everything that is built once per session: the embedded corpus and its index."""

@@ -132,3 +132,30 @@ def test_without_the_kernels_auto_is_plain_and_kernels_says_so(monkeypatch):
     assert TokenAdaptiveProjector(4, 8)(features, [(2, 3)], [(1, 2)]).shape == (2, 8)
     with pytest.raises(ImportError, match="tokenflex_kernels is not installed; install it, or set 'auto'"):
         TokenAdaptiveProjector(4, 8, backend="kernels")(features, [(2, 3)], [(1, 2)])
+
+
+@pytest.mark.parametrize("backend", ["reference", "kernels"])
+@pytest.mark.parametrize("mode", ["adaptive", "resize"])
+def test_detail_counts_for_nothing_until_it_is_learned(backend, mode):
+    """At a share of 0 the projector is the plain one to the bit, at 1 it pools maxima, and the share has a gradient at once."""
+    grids, sides = [(6, 4), (6, 4), (5, 7)], [(2, 2), (3, 1), (2, 3)]
+    features = torch.randn(24 + 24 + 35, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    plain = TokenAdaptiveProjector(8, 6, mode=mode, backend="reference")
+    detailed = TokenAdaptiveProjector(8, 6, mode=mode, backend=backend, detail="max")
+    detailed.load_state_dict({**plain.state_dict(), "detail_share": torch.zeros(8)})
+    out = detailed(features, grids, sides)
+    torch.testing.assert_close(out, plain(features, grids, sides), rtol=0, atol=1e-6 if backend == "kernels" else 0)
+    out.square().sum().backward()
+    assert detailed.detail_share.grad.abs().min() > 0
+    detailed.detail_share.data.fill_(1.0)
+    windows = [features[:24].view(6, 4, 8), features[24:48].view(6, 4, 8), features[48:].view(5, 7, 8)]
+    peaks = [
+        window[i * h // n : -(-(i + 1) * h // n), j * w // m : -(-(j + 1) * w // m)].amax((0, 1))
+        for window, (h, w), (n, m) in zip(windows, grids, sides)
+        for i in range(n)
+        for j in range(m)
+    ]
+    gate, up = plain.gate_up(plain.norm(torch.stack(peaks))).chunk(2, -1)
+    wanted = plain.down(torch.nn.functional.silu(gate) * up)
+    torch.testing.assert_close(detailed(features, grids, sides), wanted, rtol=1e-5, atol=1e-6)

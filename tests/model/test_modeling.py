@@ -207,6 +207,31 @@ def test_features_stand_for_their_images_at_every_count(exported, processor):
     assert calls == [2]
 
 
+def test_detail_of_pooling_travels_and_takes_a_plan(tiny_config, processor, tmp_path):
+    from tokenflex.export import export_model
+    from tokenflex.model import TokenFlexForConditionalGeneration
+
+    model = build(tiny_config, processor, pooling_detail="max")
+    model.projector.detail_share.data.uniform_(0, 1)
+    model.language_model.set_attn_implementation("sdpa")
+    inputs = ask(processor, images=2, num_visual_tokens=[12, 6])
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        model.projector.backend = "kernels"
+        plan = model.projector.plan_maker(model.patch_grid, torch.empty(0))([12, 6])
+        planned = model(**inputs, num_visual_tokens=[12, 6], pool_plan=plan).logits
+    torch.testing.assert_close(planned, wanted, rtol=1e-4, atol=1e-5)
+    export_model(
+        model, {**dict(model.named_parameters()), **dict(model.named_buffers())}, processor, tmp_path / "model"
+    )
+    again = TokenFlexForConditionalGeneration.from_pretrained(tmp_path / "model")
+    assert again.config.pooling_detail == "max" and torch.equal(
+        again.projector.detail_share, model.projector.detail_share
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_features_of_another_grid_are_refused(exported, processor):
     _, model = exported
     inputs = ask(processor)
@@ -312,7 +337,7 @@ def test_going_on_from_a_folder_runs_no_code_of_that_folder(exported, tmp_path, 
 
 
 @pytest.mark.parametrize("key, value", [
-    ("pooling_mode", "resize"), ("vision_position_embedding", "sine2d"), ("image_size", (48, 48)), ("projector_multiplier", 2),
+    ("pooling_mode", "resize"), ("pooling_detail", "max"), ("vision_position_embedding", "sine2d"), ("image_size", (48, 48)), ("projector_multiplier", 2),
     ("vision_feature_layer", -2),
 ])  # fmt: skip
 def test_a_recipe_that_says_otherwise_of_the_model_it_goes_on_from_is_refused(

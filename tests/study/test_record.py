@@ -8,7 +8,7 @@ import pytest
 from tokenflex.config import load_config
 from tokenflex.errors import UserError
 from tokenflex.layout import RunLayout
-from tokenflex.study.arms import Arm, chosen, core_arms, further_arms
+from tokenflex.study.arms import chosen, core_arms, further_arms
 from tokenflex.study.jobs import Job
 from tokenflex.study.record import Record, protocol_version
 from tokenflex.study.report import PLOTS, TABLES, Findings, filled
@@ -43,7 +43,7 @@ def write_run(root, rng, mean, counts, shards=(("a.tar", 5, "00", 3),)):
 def study(recipe, tmp_path_factory):
     """A record of every arm at two seeds, and the findings."""
     folder, rng, record = tmp_path_factory.mktemp("study"), np.random.default_rng(0), Record("p", {}, {})
-    arms = [*core_arms(recipe), *further_arms(recipe)]
+    arms = [*core_arms(recipe), *further_arms(recipe, 4)]
     for arm in arms:
         for seed in range(2):
             job = Job(arm, seed, 20)
@@ -153,7 +153,7 @@ def test_every_table_and_plot_is_made_of_the_record(study, tmp_path):
 
 
 def test_arms_differ_from_the_recipe_as_they_say(recipe):
-    arms = [*core_arms(recipe), *further_arms(recipe)]
+    arms = [*core_arms(recipe), *further_arms(recipe, 4)]
     assert len({arm.name for arm in arms}) == len(arms) == 1 + 6 + 6 + 3 + 1
     for arm in arms:
         config = load_config("configs/paper.yaml", arm.settings(7, 3, f"{arm.name}-seed3"))
@@ -188,9 +188,3 @@ def test_shards_without_images_keep_everything_else(corpus, processor, tmp_path)
                 for members in (ours, theirs)
             ]
             assert texts[0] == texts[1] and '"type": "image"' not in ours["json"].decode()
-
-
-def test_an_unknown_arm_is_no_silent_default(recipe):
-    with pytest.raises(UserError, match="wanted a square of 16 patches"):
-        further_arms(recipe.model_copy(update={"model": recipe.model.model_copy(update={"image_size": (60, 64)})}))
-    assert Arm(name="x", title="").settings(1, 0, "x")[0] == "name=x"

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from . import (
+    bench,
     checkpoint,
     convert,
     doctor,
@@ -43,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_to(commands)
     report.add_to(commands)
     train_router.add_to(commands)
+    bench.add_to(commands)
     return top
 
 

@@ -124,6 +124,8 @@ class ModelConfig(Section):
     """Whether an image of several tiles is followed by the whole of it as one more tile."""
     pooling_mode: Literal["adaptive", "resize"] = "adaptive"
     """`adaptive`: the paper's adaptive average pooling; `resize`: the authors' release (bilinear, then average)."""
+    pooling_detail: Literal["none", "max"] = "none"
+    """`max` adds to each pooled patch a learned share, zero at first, of what its window's largest value has over the average."""
     projector_multiplier: PositiveInt = 3
     """Inner width of the SwiGLU projector in units of the vision width."""
     projector_backend: Literal["auto", "kernels", "reference"] = "auto"

@@ -174,8 +174,8 @@ class PackDataset(Dataset):
         except BadSample as problem:
             shard, offset, _ = self._place(sample_id)
             problem = problem.located(shard, key, offset)
-            views = [substitute(num_text, num_tiles, count, self.processor, problem) for count in counts]
-            return views[0], *(replace(view, is_further_view=True) for view in views[1:])
+            blanks = [substitute(num_text, num_tiles, count, self.processor, problem) for count in counts]
+            return blanks[0], *(replace(blank, is_further_view=True) for blank in blanks[1:])
 
     def _index_of(self, sample_id: int) -> tuple[Index, int]:
         """(the index that a sample is in, its number there)."""

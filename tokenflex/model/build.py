@@ -201,7 +201,9 @@ def shaped_model(model: "ModelConfig", budget: "BudgetConfig", dtype: torch.dtyp
     """
     register_packed_attention()
     if model.init_from:
-        config = _load("model.init_from", model.init_from, lambda: TokenFlexConfig.from_pretrained(model.init_from))
+        config = _load(
+            "model.init_from", model.init_from, lambda **hub: TokenFlexConfig.from_pretrained(model.init_from, **hub)
+        )
         config.router = None
         _check_same_model(model, config)
         num_tokens = tokenizer_size(model)
@@ -211,7 +213,7 @@ def shaped_model(model: "ModelConfig", budget: "BudgetConfig", dtype: torch.dtyp
         num_tokens = tokenizer_size(model)
         config = _composed_config(model, budget, num_tokens, dtype)
     with torch.device("meta"):
-        built = _load("model", config.text_config.model_type, lambda: TokenFlexForConditionalGeneration(config))
+        built = _made("model", config.text_config.model_type, lambda: TokenFlexForConditionalGeneration(config))
     built.to(dtype)
     built.projector.backend = "reference"
     try:
@@ -265,6 +267,7 @@ def _composed_config(model, budget, num_tokens, dtype, **token_ids):
         image_height=height,
         image_width=width,
         pooling_mode=model.pooling_mode,
+        pooling_detail=model.pooling_detail,
         projector_multiplier=model.projector_multiplier,
         vision_position_embedding=model.vision_position_embedding,
         vision_feature_layer=model.vision_feature_layer,
@@ -307,6 +310,7 @@ def _check_same_model(model, config):
     has = {
         "image_size": (config.image_height, config.image_width),
         "pooling_mode": config.pooling_mode,
+        "pooling_detail": config.pooling_detail,
         "projector_multiplier": config.projector_multiplier,
         "vision_position_embedding": config.vision_position_embedding,
         "vision_feature_layer": config.vision_feature_layer,

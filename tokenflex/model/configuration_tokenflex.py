@@ -17,6 +17,7 @@ class TokenFlexConfig(PreTrainedConfig):
         text_config: any Hugging Face causal language model's configuration (or its dict with `model_type`).
         image_height, image_width: pixels of the one size that every image (or tile) is resized to.
         pooling_mode: `adaptive` (the paper) or `resize` (the authors' release: bilinear to the next multiple, then average).
+        pooling_detail: `none`, or `max`: the average plus a learned share of what the window's largest value has over it.
         projector_multiplier: inner width of the SwiGLU in units of the vision width C; the release has 3.
         vision_position_embedding: `none`, or `sine2d` for encoders that do not know where a feature lies (convolutional).
         vision_feature_layer: which hidden state of the encoder to use; -1 is the last.
@@ -47,6 +48,7 @@ class TokenFlexConfig(PreTrainedConfig):
         trained_num_visual_tokens: list[int] | tuple[int, ...] = (64, 144, 256),
         default_num_visual_tokens: int = 0,
         router: dict[str, Any] | None = None,
+        pooling_detail: str = "none",
         **kwargs: Any,
     ):
         self.vision_config = _sub_config(vision_config, "siglip_vision_model")
@@ -56,6 +58,9 @@ class TokenFlexConfig(PreTrainedConfig):
         if pooling_mode not in ("adaptive", "resize"):
             raise ValueError(f"pooling_mode is {pooling_mode!r}; it must be 'adaptive' or 'resize'")
         self.pooling_mode = pooling_mode
+        if pooling_detail not in ("none", "max"):
+            raise ValueError(f"pooling_detail is {pooling_detail!r}; it must be 'none' or 'max'")
+        self.pooling_detail = pooling_detail
         self.projector_multiplier = projector_multiplier
         if vision_position_embedding not in ("none", "sine2d"):
             raise ValueError(

@@ -74,6 +74,7 @@ class _TokenFlexBase(PreTrainedModel):
             config.text_config.hidden_size,
             multiplier=config.projector_multiplier,
             mode=config.pooling_mode,
+            detail=config.pooling_detail,
         )
         self.router = self.new_router() if config.router else None
         self._can_compile_fullgraph = self.language_model._can_compile_fullgraph
@@ -261,7 +262,7 @@ class _TokenFlexBase(PreTrainedModel):
             input_ids = self._ids_of(inputs_embeds)
         sides = (
             None
-            if pool_plan is not None
+            if pool_plan is not None and self.config.pooling_detail == "none"
             else self._sides(
                 num_visual_tokens, _tiles(num_tiles, pixel_values if tile_index is None else tile_index), input_ids
             )

@@ -52,15 +52,17 @@ def pool_grid(features_BHWC: torch.Tensor, side: tuple[int, int], mode: str = "a
 
     `adaptive` averages over the windows [floor(i H / n), ceil((i + 1) H / n)) per axis (paper section 3.1); sides above
     the grid's repeat patches. `resize` is the authors' release: bilinear (align_corners) to the next multiple of the
-    side, then equal average windows.
+    side, then equal average windows. `max` takes the largest of each adaptive window, channel by channel.
     """
     features_BCHW = features_BHWC.permute(0, 3, 1, 2)
     if mode == "resize":
         size = tuple(-(-length // n) * n for length, n in zip(features_BCHW.shape[-2:], side))
         if size != tuple(features_BCHW.shape[-2:]):
             features_BCHW = F.interpolate(features_BCHW, size=size, mode="bilinear", align_corners=True)
+    elif mode == "max":
+        return F.adaptive_max_pool2d(features_BCHW, side).flatten(2).transpose(1, 2)
     elif mode != "adaptive":
-        raise ValueError(f"pooling mode is {mode!r}; it must be 'adaptive' or 'resize'")
+        raise ValueError(f"pooling mode is {mode!r}; it must be 'adaptive', 'resize' or 'max'")
     return F.adaptive_avg_pool2d(features_BCHW, side).flatten(2).transpose(1, 2)
 
 

@@ -24,12 +24,22 @@ class TokenAdaptiveProjector(nn.Module):
     (`plan_maker`). Gate and up projection share one weight [2 * 3C, C] (gate
     rows first), so they run as one GEMM and shard as one parameter.
 
+    With `detail="max"` each channel of a pooled patch is its window's average plus a learned share of what the window's
+    largest value has over it: what averaging blurs is there from the first step on, and counts for nothing until the share,
+    zero at the start, has been learned.
+
     `backend` is `auto` (fused kernels on GPU where installed), `kernels` (their operators on any device; on CPU these run
     plain torch) or `reference` (the statement below, everywhere).
     """
 
     def __init__(
-        self, vision_width: int, text_width: int, multiplier: int = 3, mode: str = "adaptive", backend: str = "auto"
+        self,
+        vision_width: int,
+        text_width: int,
+        multiplier: int = 3,
+        mode: str = "adaptive",
+        backend: str = "auto",
+        detail: str = "none",
     ):
         super().__init__()
         inner = multiplier * vision_width
@@ -38,6 +48,7 @@ class TokenAdaptiveProjector(nn.Module):
         self.norm = nn.LayerNorm(vision_width)
         self.gate_up = nn.Linear(vision_width, 2 * inner)
         self.down = nn.Linear(inner, text_width)
+        self.detail_share = nn.Parameter(torch.zeros(vision_width)) if detail == "max" else None
 
     def forward(
         self,
@@ -52,10 +63,19 @@ class TokenAdaptiveProjector(nn.Module):
                 plan = kernels.pool_plan(grids, sides, self.mode, features_PC.device)
             norm = kernels.Norm(self.norm.weight, self.norm.bias, self.norm.eps)
             gate_up, down = (kernels.Linear(x.weight, x.bias) for x in (self.gate_up, self.down))
+            if self.detail_share is not None:
+                pooled_NC = self._with_detail(features_PC, kernels.adaptive_pool(features_PC, plan), grids, sides)
+                return kernels.swiglu(pooled_NC, norm, gate_up, down)
             return kernels.pooled_swiglu(features_PC, plan, norm, gate_up, down)
         pooled_NC = adaptive_pool(features_PC, grids, sides, self.mode)
+        if self.detail_share is not None:
+            pooled_NC = self._with_detail(features_PC, pooled_NC, grids, sides)
         gate_NH, up_NH = self.gate_up(self.norm(pooled_NC)).chunk(2, dim=-1)
         return self.down(F.silu(gate_NH) * up_NH)
+
+    def _with_detail(self, features_PC, pooled_NC, grids, sides):
+        peaks_NC = adaptive_pool(features_PC, grids, sides, "max")
+        return pooled_NC + self.detail_share.to(pooled_NC.dtype) * (peaks_NC - pooled_NC)
 
     def plan_maker(self, grid: Sequence[int], tensor: torch.Tensor) -> Callable[[list[int]], Any] | None:
         """`counts -> plan` for tiles of `grid`, to be called where a batch is collated, also in another process.
@@ -85,6 +105,8 @@ class TokenAdaptiveProjector(nn.Module):
         """Start anew as the constructor does: torch's own start of linear layers, LayerNorm the identity."""
         for layer in (self.norm, self.gate_up, self.down):
             layer.reset_parameters()
+        if self.detail_share is not None:
+            nn.init.zeros_(self.detail_share)
 
 
 def _plan_of(counts, grid, mode):

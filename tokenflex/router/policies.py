@@ -81,8 +81,9 @@ def rows_of(asked: Asked, seed: int = 0) -> list[dict[str, float | str | None]]:
     weights = np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), DRAWS) / num
     base, rows = weights @ largest.right, []
     for outcome in all_outcomes:
-        kept = (weights @ outcome.right) / np.maximum(base, 1e-12)
-        low, high = np.percentile(kept, [2.5, 97.5])
+        low, high = (
+            np.percentile((weights @ outcome.right)[base > 0] / base[base > 0], [2.5, 97.5]) if base.any() else (0, 0)
+        )
         rows.append(
             {
                 "policy": outcome.policy,

@@ -63,13 +63,13 @@ def core_arms(recipe: RunConfig) -> list[Arm]:
     return arms
 
 
-def further_arms(recipe: RunConfig) -> list[Arm]:
-    """Other ways to be flexible, and baselines; samples as the flexible arm has."""
+def further_arms(recipe: RunConfig, patch: int) -> list[Arm]:
+    """Other ways to be flexible, and baselines; samples as the flexible arm has. `patch` is the side of the encoder's, in pixels."""
     counts, asked = recipe.budget.num_visual_tokens, recipe.evaluate.num_visual_tokens
     num_samples = recipe.train.num_steps * recipe.data.packs_per_step * recipe.data.max_images_per_pack
     small, large = _leaning(len(counts)), _leaning(len(counts))[::-1]
     views = {"data.pack_length": recipe.data.pack_length * (len(counts) + 1)}
-    arms = [
+    arms: list[tuple[str, str, dict[str, Any]]] = [
         ("uniform", "uniform per batch", {"budget.probabilities": [1] * len(counts)}),
         ("per-sample", "drawn per sample", {"data.mixing": "free"}),
         ("all", "all counts of each sample (M3)", {"budget.per_sample": "all", **views}),
@@ -82,16 +82,11 @@ def further_arms(recipe: RunConfig) -> list[Arm]:
         ("large-to-small", "large counts first", {"budget.schedule": [[0, large], [num_samples, small]]}),
     ]
     flexible = [Arm(name=name, title=title, overrides=keys, counts=asked) for name, title, keys in arms]
-    return [*flexible, *_smaller_images(recipe), _without_images(recipe)]
+    return [*flexible, *_smaller_images(recipe, patch), _without_images(recipe)]
 
 
-def _smaller_images(recipe: RunConfig) -> list[Arm]:
+def _smaller_images(recipe: RunConfig, patch: int) -> list[Arm]:
     """Images scaled down until the encoder itself gives so many tokens."""
-    counts, (height, width) = recipe.budget.num_visual_tokens, recipe.model.image_size
-    rows = round(max(counts) ** 0.5) * 2  # the base grid is twice the largest count's a side
-    patch = height // rows
-    if patch * rows != height or height != width:
-        raise UserError(f"model.image_size={height}x{width}: wanted a square of {rows} patches a side for these arms")
     return [
         Arm(
             name=f"small-image-{count}",
@@ -99,7 +94,7 @@ def _smaller_images(recipe: RunConfig) -> list[Arm]:
             overrides={**_one_count(count), "model.image_size": [patch * round(count**0.5)] * 2},
             counts=(count,),
         )
-        for count in counts
+        for count in recipe.budget.num_visual_tokens
     ]
 
 

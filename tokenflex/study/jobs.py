@@ -138,8 +138,9 @@ class Workers:
 
         A job that fails does not stop the others.
         """
-        waiting, running, left = list(jobs), [], []
-        previous = {name: signal.signal(name, self._stop) for name in STOP_SIGNALS}
+        waiting, left = list(jobs), []
+        running: list[_Running] = []
+        previous = {name: signal.signal(name, self._stop) for name in (*STOP_SIGNALS, signal.SIGALRM)}
         try:
             while waiting or running:
                 while waiting and len(running) < self.number and not self.is_stopped:

@@ -9,6 +9,8 @@ from ..config import load_config
 from ..corpus import resolve_embedded
 from ..errors import UserError
 from ..files import write_whole
+from ..model.build import vision_config
+from ..model.vision import patch_grid
 from .arms import Arm, chosen, core_arms, further_arms
 from .jobs import Job, Runs, Workers, jobs_of
 from .record import Record, code_version, protocol_version
@@ -32,7 +34,9 @@ class Study:
     @property
     def all_arms(self) -> list[Arm]:
         """Every arm of the protocol."""
-        return [*core_arms(self.runs.base), *further_arms(self.runs.base)]
+        model = self.runs.base.model
+        patch = model.image_size[0] // patch_grid(vision_config(model), *model.image_size)[0]
+        return [*core_arms(self.runs.base), *further_arms(self.runs.base, patch)]
 
     def arms(self, which: str) -> list[Arm]:
         """The arms that `core`, `all` or names with commas between them stand for.
@@ -53,6 +57,11 @@ def open_study(recipe: Path, protocol: Path, results: Path, overrides: tuple[str
     """
     record = Record.open(results, protocol_version(protocol, recipe, overrides))
     base = resolve_embedded(load_config(recipe, list(overrides)), say)
+    sides = {count**0.5 for count in base.budget.num_visual_tokens}
+    if not all(side.is_integer() for side in sides) or base.model.image_size[0] != base.model.image_size[1]:
+        raise UserError(
+            f"{recipe}: wanted square images and counts, for images that are scaled down to as many patches"
+        )
     if len(base.data.train) != 1 or len(base.data.evaluation) != 1:
         raise UserError(f"{recipe}: wanted one folder of training and one of evaluation shards")
     folders = [Path(base.data.train[0]), Path(base.data.evaluation[0])]

@@ -1,0 +1,74 @@
+"""The benchmark of inference: real generation timed, cases in turn, faults named."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from tokenflex.cli.main import main
+from tokenflex.export import export_model
+from tokenflex.infer import bench
+from tokenflex.model import build_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_config, processor):
+    torch.manual_seed(0)
+    model = build_model(tiny_config.model, tiny_config.budget, processor, torch.float32)
+    folder = tmp_path_factory.mktemp("bench") / "model"
+    export_model(model, {**dict(model.named_parameters()), **dict(model.named_buffers())}, processor, folder)
+    return folder
+
+
+def test_every_count_and_batch_size_is_timed_on_prompts_of_its_length(folder, tmp_path, capsys):
+    arguments = [
+        "bench",
+        str(folder),
+        "--batch-sizes",
+        "1,3",
+        "--new-tokens",
+        "3",
+        "--rounds",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main(arguments) == 0
+    cases = [bench.Case(**case) for case in json.loads((tmp_path / "bench.json").read_text())["cases"]]
+    assert [(case.num_visual_tokens, case.batch_size) for case in cases] == [(4, 1), (4, 3), (12, 1), (12, 3)]
+    assert {case.prompt_tokens - case.num_visual_tokens for case in cases} == {cases[0].prompt_tokens - 4}
+    for case in cases:
+        assert min(case.encode_s, case.first_token_s, case.from_features_s, case.tokens_per_s, case.memory_gb) > 0
+    out = capsys.readouterr().out
+    assert out.count("| 12 |") == 2 and "round 2 of 2" in out
+    with Image.open(tmp_path / "bench.png") as image:
+        assert image.size == (960, 432)
+
+
+def test_medians_are_of_the_rounds_after_the_warm_up(folder, monkeypatch):
+    """The first round is slow and does not count; of 1, 5 and 3 the median is 3."""
+    seconds = iter([100.0, 1.0, 5.0, 3.0])
+    monkeypatch.setattr(bench, "_measure", lambda *_: (next(seconds),) * 4)
+    (case,) = bench.bench(folder, bench.Workload(counts=[4], batch_sizes=[1], rounds=3), say=lambda text: None)
+    assert case.encode_s == case.tokens_per_s == 3.0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--new-tokens", "1"], "wanted 2 or more tokens"),
+        (["--counts", "0"], "argument --counts: invalid"),
+    ],
+)
+def test_workloads_that_cannot_be_timed_are_refused(folder, arguments, message, capsys):
+    try:
+        assert main(["bench", str(folder), *arguments]) == 2
+    except SystemExit as end:
+        assert end.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model_is_named(tmp_path, capsys):
+    assert main(["bench", str(tmp_path)]) == 2
+    assert "no exported model there; give the folder that training wrote" in capsys.readouterr().err
