@@ -21,13 +21,14 @@ KEPT = 0.99
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How a router is trained."""
+    """How a router is trained: `num_members` networks of `hidden_size`, whose mean in logits is one of them laid side by side."""
 
     hidden_size: int = 128
+    num_members: int = 4
     max_epochs: int = 60
     patience: int = 8
     batch_size: int = 256
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 0.05
     dropout: float = 0.1
     seed: int = 0
@@ -66,13 +67,13 @@ def fit_router(measured: Measured, counts: Sequence[int], settings: FitSettings)
     fit, held = (targets[~is_held_out], targets[is_held_out])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        router = CountRouter(measured.features.shape[1], counts, settings.hidden_size)
-        seen = measured.features[~is_held_out]
-        router.center.copy_(seen.mean(0))
-        router.scale.copy_(seen.std(0, unbiased=False).clamp(min=1e-4))
-        loss = _train(router, (seen, fit), (measured.features[is_held_out], held), settings)
+        seen, unseen = measured.features[~is_held_out], measured.features[is_held_out]
+        members = [_trained(counts, (seen, fit), (unseen, held), settings) for _ in range(settings.num_members)]
+    router = _side_by_side(members)
+    with torch.no_grad():
+        loss = float(F.binary_cross_entropy_with_logits(router(unseen), held))
     constant = F.binary_cross_entropy(fit.mean(0).expand_as(held), held)
-    effort = calibrate(router, measured.features[is_held_out], held)
+    effort = calibrate(router, unseen, held)
     return Fitted(router, effort, loss, float(constant), len(fit), len(held))
 
 
@@ -83,8 +84,26 @@ def _held_out(samples: torch.Tensor, seed: int) -> torch.Tensor:
     return torch.isin(samples, numbers[order[: round(HELD_OUT * len(numbers))]])
 
 
-def _train(router, fit, held_out, settings):
-    """AdamW until the held-out loss has not fallen for `patience` epochs; leaves the best weights, returns their loss."""
+def _side_by_side(members):
+    """One router whose logits are the mean of the members': one of them alone hangs on its random start."""
+    router = CountRouter(
+        members[0].center.numel(), members[0].counts, sum(member.hidden.out_features for member in members)
+    )
+    with torch.no_grad():
+        router.center.copy_(members[0].center)
+        router.scale.copy_(members[0].scale)
+        router.hidden.weight.copy_(torch.cat([member.hidden.weight for member in members]))
+        router.hidden.bias.copy_(torch.cat([member.hidden.bias for member in members]))
+        router.out.weight.copy_(torch.cat([member.out.weight for member in members], dim=1) / len(members))
+        router.out.bias.copy_(torch.stack([member.out.bias for member in members]).mean(0))
+    return router
+
+
+def _trained(counts, fit, held_out, settings):
+    """A router by AdamW until its held-out loss has not fallen for `patience` epochs, with the best weights."""
+    router = CountRouter(fit[0].shape[1], counts, settings.hidden_size)
+    router.center.copy_(fit[0].mean(0))
+    router.scale.copy_(fit[0].std(0, unbiased=False).clamp(min=1e-4))
     optimizer = torch.optim.AdamW(router.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     best, best_state, waited = float("inf"), copy.deepcopy(router.state_dict()), 0
     for _ in range(settings.max_epochs):
@@ -103,7 +122,7 @@ def _train(router, fit, held_out, settings):
         if waited == settings.patience:
             break
     router.load_state_dict(best_state)
-    return best
+    return router
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def train_router(
     ends = processor.turn_end_id()
     model.config.router = {
         "num_visual_tokens": counts,
-        "hidden_size": settings.hidden_size,
+        "hidden_size": settings.hidden_size * settings.num_members,
         "turn_end_ids": [] if ends is None else [ends],
         "effort": 1.0,
     }
