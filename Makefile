@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: train test check paper paper-gpu docs test-slurm test-templates test-quickstart test-reliability bench-decode bench-packing gpu bench lint clean \
+.PHONY: test-estimate bench-scaling train test check paper paper-gpu docs test-slurm test-templates test-quickstart test-reliability bench-decode bench-packing gpu bench lint clean \
         test-transformers test-ecosystem test-versions models-table
 
 train: $(VENV)/installed
@@ -50,6 +50,14 @@ paper-gpu: $(VENV)/installed
 # CPU cost of decoding and tiling over the bare JPEG decoder; writes docs/results/decode.json
 bench-decode: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/data/decode_bench.py $(ARGS)
+
+# what `tokenflex estimate` says against every tensor of two real ranks, 98M parameters; writes docs/results/memory.json
+test-estimate: $(VENV)/installed
+	TOKENFLEX_REPORT=1 $(BIN)/python -m pytest -m slow tests/estimate/test_costs.py $(ARGS)
+
+# `tokenflex simulate` beside real steps on 1, 2 and 4 ranks; writes docs/results/scaling.json
+bench-scaling: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/scaling/bench.py $(ARGS)
 
 test-reliability: $(VENV)/installed
 	TOKENFLEX_REPORT=1 $(BIN)/python -m pytest tests/reliability $(ARGS)

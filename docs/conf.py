@@ -44,8 +44,10 @@ ROOMS = (
     ("Ranks and engine", ("parallel",)),
     ("Checkpoints", ("checkpoint",)),
     ("Training", ("train",)),
+    ("Before a run", ("estimate", "doctor")),
     ("Preparing data", ("prepare",)),
     ("The quick start's corpus", ("corpus",)),
+    ("Telemetry and reports", ("telemetry",)),
     ("Evaluation, inference, export", ("evaluate", "infer", "export", "router")),
     ("Command lines and jobs", ("cli", "slurm")),
 )

@@ -72,6 +72,7 @@ def main(arguments: argparse.Namespace, say: Say) -> int:
     grad_accum_steps(
         recipe, launch.num_ranks
     )  # ranks that cannot share the packs are told before they wait for each other
+    parallel.check_zero(ds_config, launch.num_ranks, recipe.train.compile != "off")
     config = resolve_embedded(recipe, say)
     with stage("join", "the other ranks", say):
         ranks = parallel.join_ranks(launch)
@@ -81,7 +82,10 @@ def main(arguments: argparse.Namespace, say: Say) -> int:
 
         say(dry_run(recipe, config, ds_config, ranks, say=say))
         return DONE
-    profiled = ProfilePlan(*arguments.profile, tuple(arguments.profile_ranks)) if arguments.profile else None
+    profiled: ProfilePlan | None = None
+    if arguments.profile:
+        first, last = arguments.profile
+        profiled = ProfilePlan(first, last, tuple(arguments.profile_ranks))
     options = {"fresh": arguments.fresh, "accept_new_data": arguments.accept_new_data, "profiled": profiled, "say": say}
     if not run_training(recipe, config, ds_config, ranks, **options):
         say(f"stopped   and saved in {RunLayout.of(config).checkpoints}; the same command goes on from there")

@@ -103,8 +103,6 @@ def test_commands_hold_no_logic():
 
 
 LONG = {
-    "tokenflex/cli/convert.py:add_to": "one option after another",
-    "tokenflex/estimate/costs.py:estimate": "every part of an estimate in its place",
     "tokenflex/model/modeling_tokenflex.py:forward": "the model on one screen, with the shapes of all its arguments",
 }
 """Functions of more than 50 lines, and why they stay whole."""

@@ -104,7 +104,7 @@ def worst(findings: Sequence[Finding]) -> str:
 
 
 def _python() -> Iterator[Finding]:
-    wanted = metadata.metadata("tokenflex").get("Requires-Python", "") if _version("tokenflex") else ""
+    wanted = str(metadata.metadata("tokenflex")["Requires-Python"] or "") if _version("tokenflex") else ""
     is_fit = not wanted or Requirement(f"python{wanted}").specifier.contains(platform.python_version())
     yield _finding(
         "python", FAIL, is_fit, platform.python_version(), f"install one of {wanted}: make PYTHON=python3.12 ..."

@@ -137,7 +137,7 @@ def io_limit(operation: str, num_bytes: int = 0) -> int:
     """How many of `num_bytes` an operation may do: all of them, or half where a short write is due.
 
     Raises:
-        OSError: an `io` fault awaits this operation ("write", "fsync" or "rename").
+        OSError: an `io` fault awaits this operation ("write", "fsync", "rename" or "link").
     """
     if _state.faults:
         for fault in _due(operation, ("io",)):

@@ -82,6 +82,11 @@ class RunLayout:
         return self.root / "model"
 
     @property
+    def adapter(self) -> Path:
+        """The exported adapters, where they are wanted apart."""
+        return self.root / "adapter"
+
+    @property
     def health(self) -> Path:
         """Where the watchdogs of the ranks meet."""
         return self.root / "health"

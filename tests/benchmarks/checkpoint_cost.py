@@ -54,7 +54,7 @@ def main(folder, width, num_layers):
     num_parameters = sum(p.numel() for p in model.parameters())
     parameters = list(model.parameters())
     engine = parallel.Engine(
-        model, lambda should_skip: VetoableAdamW(parameters, should_skip, lr=1e-4, fused=True), ds_config, ranks
+        model, lambda should_skip, _: VetoableAdamW(parameters, should_skip, lr=1e-4, fused=True), ds_config, ranks
     )
 
     def step(before_update=lambda: None):

@@ -1,6 +1,7 @@
 """Strict configuration: what is written is what runs, and every mistake is one line that names its mend."""
 
 import pytest
+from conftest import ROOT
 
 from tokenflex.config import RunConfig, apply_overrides, describe, load_config, save_config
 from tokenflex.errors import UserError
@@ -25,6 +26,18 @@ WRONG = {
     "train": ["wanted section.key=value"],
     "train.num_steps.deep=1": ["train.num_steps"],
     "optimizer.betas=[0.9,nan]": ["optimizer.betas.1", "finite"],
+    "optimizer.betas=[0.9,1.0]": ["optimizer.betas.1", "less than 1"],
+    "optimizer.text.betas=often": ["optimizer.text.betas", "'often'"],
+    "optimizer.text.layer_decay=1.5": ["optimizer.text.layer_decay", "less than or equal to 1"],
+    "optimizer.schedule=wds": ["optimizer.schedule", "'wds'", "'wsd'"],
+    "optimizer.warmup_steps=2000": ["warmup_steps=2000", "train.num_steps=1000", "shorten the warm-up"],
+    "train.ema_decay=1": ["train.ema_decay", "less than 1"],
+    "model.projector_adapter.rank=4": ["unknown key model.projector_adapter"],
+    "model.text_adapter.rank=-1": ["model.text_adapter.rank", "greater than or equal to 0"],
+    "model.text_adapter.dropout=1": ["model.text_adapter.dropout", "less than 1"],
+    "train.export_adapter=true": ["needs an adapter", "model.init_from"],
+    "train.compile=all": ["train.compile", "'all'", "'blocks'"],
+    "train.export_average=true": ["train.ema_decay is 0", "no average is kept"],
 }
 
 
@@ -35,6 +48,25 @@ def test_a_mistake_is_one_line_that_names_it(override):
     assert "\n" not in str(error.value)
     for part in WRONG[override]:
         assert part in str(error.value), str(error.value)
+
+
+def test_an_adapters_folder_with_single_rows_of_an_embedding_is_refused():
+    adapter = ["model.text_adapter.rank=4", "model.init_from=x", "train.export_adapter=true"]
+    with pytest.raises(UserError, match="optimizer.train_image_tokens=true: .*set one of them to false"):
+        load_config(None, [*adapter, "optimizer.train_image_tokens=true"])
+
+
+def test_compiled_blocks_and_checkpointed_ones_exclude_each_other():
+    with pytest.raises(
+        UserError, match="train.compile=blocks with model.gradient_checkpointing=true: .*set one of them off"
+    ):
+        load_config(None, ["train.compile=blocks", "model.gradient_checkpointing=true"])
+
+
+@pytest.mark.parametrize("part", ["text", "vision"])
+def test_an_adapter_on_a_frozen_part_is_refused(part):
+    with pytest.raises(UserError, match=f"model.{part}_adapter .* but optimizer.{part}.train=false; set it"):
+        load_config(None, [f"model.{part}_adapter.rank=4", f"optimizer.{part}.train=false"])
 
 
 def test_overrides_reach_every_depth_and_keep_their_neighbours(tmp_path):
@@ -111,3 +143,8 @@ def test_overriding_does_not_touch_what_was_given():
 def test_the_default_image_is_a_whole_number_of_the_default_encoders_patches():
     """SigLIP-so400m has one patch per 14 pixels: 27 x 27 of them, as in the paper."""
     assert [pixels / 14 for pixels in RunConfig().model.image_size] == [27, 27]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_read(path):
+    assert load_config(path).name == path.stem

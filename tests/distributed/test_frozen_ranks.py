@@ -7,7 +7,7 @@ import torch
 from tokenflex import parallel
 from tokenflex.config import OptimizerConfig
 from tokenflex.model import TokenFlexConfig, TokenFlexForConditionalGeneration
-from tokenflex.train.optimizer import make_adamw, parameter_groups
+from tokenflex.train.optimizer import make_optimizer, parameter_groups
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 60}
 VISION = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"}
@@ -40,7 +40,7 @@ def trained(model, settings, stage, dtype="fp32"):
     if stage == 3:
         ds["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     groups = parameter_groups(model, settings)
-    engine = parallel.Engine(model, make_adamw(groups, settings), parallel.resolve_ds_config(ds, dtype, 1, 0.0), ranks)
+    engine = parallel.Engine(model, make_optimizer(groups, settings), parallel.resolve_ds_config(ds, dtype, 1, 0.0), ranks)
     engine.train()
     for step in range(STEPS):
         inputs = batch(step, launch.rank)

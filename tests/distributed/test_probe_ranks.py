@@ -11,7 +11,7 @@ from tokenflex.errors import UserError
 from tokenflex.model import TokenFlexConfig, TokenFlexForConditionalGeneration
 from tokenflex.model.attention import PACKED, packing, register_packed_attention
 from tokenflex.model.probe import probe
-from tokenflex.train.optimizer import make_adamw
+from tokenflex.train.optimizer import make_optimizer
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 300}
 VISION = {"model_type": "siglip_vision_model", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 48, "patch_size": 8}
@@ -31,7 +31,7 @@ def engine_of(stage, text):
     if stage == 3:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     groups = [{"params": list(model.parameters()), "lr": 1e-2}]
-    engine = parallel.Engine(model, make_adamw(groups, OptimizerConfig()), settings, ranks)
+    engine = parallel.Engine(model, make_optimizer(groups, OptimizerConfig()), settings, ranks)
     engine.train()
     return engine
 

@@ -168,7 +168,7 @@ from tokenflex.plan import Position
 from tokenflex.data.loader import MicroBatchPlan
 from tokenflex.model import build_model, build_processor
 from tokenflex.train.loss import fused_loss_head
-from tokenflex.train.optimizer import make_adamw, parameter_groups
+from tokenflex.train.optimizer import make_optimizer, parameter_groups
 from tokenflex.train.objective import Objective
 
 recipe, corpus, fused_loss = sys.argv[1:]
@@ -184,7 +184,7 @@ torch.manual_seed(0)
 model = build_model(config.model, config.budget, processor, torch.float32)
 groups = parameter_groups(model, config.optimizer)
 rates = [group["lr"] for group in groups]
-engine = parallel.Engine(model, make_adamw(groups, config.optimizer), ds_config, ranks)
+engine = parallel.Engine(model, make_optimizer(groups, config.optimizer), ds_config, ranks)
 engine.train()
 fused_head = fused_loss_head(engine.model.language_model, fused_loss, ranks.device)
 dataset = PackDataset(index, processor, "sqrt", blank_count=4, limits=Limits())

@@ -17,7 +17,7 @@ from tokenflex.config import load_config
 from tokenflex.corpus.tokenizer import build_tokenizer
 from tokenflex.model import build_model, build_processor
 from tokenflex.model.attention import packing
-from tokenflex.train.optimizer import make_adamw, parameter_groups
+from tokenflex.train.optimizer import make_optimizer, parameter_groups
 
 BUCKET = 1_000_000
 NUM_TOKENS = 32
@@ -57,7 +57,7 @@ def measure(config, processor, precision, stage, ranks):
     torch.manual_seed(0)
     model = build_model(config.model, config.budget, processor, dtype)
     groups = parameter_groups(model, config.optimizer)
-    engine = parallel.Engine(model, make_adamw(groups, config.optimizer), ds_config, ranks)
+    engine = parallel.Engine(model, make_optimizer(groups, config.optimizer), ds_config, ranks)
     del model, groups
     rates = [group["lr"] for group in engine._engine.optimizer.param_groups]
     gathered = Gathered(engine.model)

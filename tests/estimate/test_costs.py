@@ -24,7 +24,8 @@ from tokenflex.model import build_model
 from tokenflex.model.build import recompute_activations, shaped_model
 from tokenflex.parallel import load_ds_config
 from tokenflex.plan import Position
-from tokenflex.train.loss import weighted_cross_entropy
+from tokenflex.telemetry.flops import model_flops
+from tokenflex.train.loss import cross_entropies, weighted_sum
 from tokenflex.train.objective import Objective, model_inputs
 from tokenflex.train.optimizer import parameter_groups
 
@@ -87,6 +88,18 @@ def test_flops_are_those_of_torchs_counter(parts, tiny_config, model, batch, sha
 
 
 @pytest.mark.parametrize("parts", [(), ("vision",), ("vision", "text")])
+def test_a_run_logs_its_utilisation_by_the_same_flops(parts, tiny_config, shaped):
+    """What telemetry states by formulas is what the trace counts."""
+    parameter_groups(shaped, frozen(tiny_config, *parts))
+    ours, theirs = unit_costs(shaped), model_flops(shaped)
+    assert theirs.per_pair == pytest.approx(ours.pair.total, rel=0.01)
+    passes = 1 if "vision" in parts else 3  # pixels need no gradient, which a formula of passes leaves out of account
+    assert theirs.per_tile == pytest.approx(passes * ours.tile.forward, rel=0.01) and theirs.per_tile >= ours.tile.total
+    assert theirs.per_token == pytest.approx(ours.token.total, rel=0.02)
+    assert theirs.per_learned == pytest.approx(ours.learned_token.total, rel=0.02)
+
+
+@pytest.mark.parametrize("parts", [(), ("vision",), ("vision", "text")])
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_activations_are_those_of_a_real_pass(parts, recomputes, tiny_config, model, batch, shaped, processor):
     """Bytes alive at once in a forward and backward pass on the CPU, whose attention holds as much as flash attention does."""
@@ -135,7 +148,7 @@ def test_logits_of_a_real_loss(model):
     hidden = torch.zeros(num_learned, width, requires_grad=True)
     targets, weights = torch.zeros(num_learned, dtype=torch.long), torch.ones(num_learned)
     with LiveBytes([hidden, targets, weights, head.weight]) as live:
-        weighted_cross_entropy(head(hidden), targets, weights, 1.0).backward()
+        weighted_sum(cross_entropies(head(hidden), targets), weights, 1.0).backward()
     assert logits_bytes(model.to("meta"), num_learned, is_fused=False) == pytest.approx(live.peak, rel=0.1)
 
 
@@ -269,7 +282,7 @@ def test_the_command_prints_tables_and_json(tiny_config, cache_dir, capsys, tmp_
     (["--gpu", "h900"], "--gpu h900: not in the table; wanted one of a100"),
     (["--text-tokens", "9000"], "a sample has 9004 tokens at 4 per tile, a pack holds 640"),
     (["--set", "model.text=nobody/nothing"], "model.text nobody/nothing: its config.json is neither in the cache nor to be had"),
-    (["--set", "model.init_from=/nowhere"], "model.init_from: hub id or folder /nowhere cannot be loaded"),
+    (["--set", "model.init_from=/nowhere"], "model.init_from: /nowhere is no folder here"),
     (["--lengths", "/nowhere.npz"], "--lengths /nowhere.npz: No such file"),
 ])  # fmt: skip
 def test_what_cannot_be_estimated_is_named(words, part, cache_dir, capsys, monkeypatch):

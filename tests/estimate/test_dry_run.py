@@ -55,10 +55,3 @@ def test_it_runs_on_two_ranks_and_leaves_no_trace(tmp_path, cache_dir, corpus, i
     assert re.search(r"per rank +0: [\d.]+, 1: [\d.]+ GB; the most on rank [01] \(memory of the process", first.output)
     assert "dry run" not in second.output
     assert not (tmp_path / "runs").exists() and files_below(corpus.parent) == before
-
-
-def test_what_a_run_would_refuse_is_refused(tmp_path, cache_dir):
-    (end,) = run_ranks(
-        1, ["launch/train.py", "--config", TINY, "--dry-run", f"output_dir={tmp_path}", "data.train=/nowhere"]
-    )
-    assert end.status == 2 and "error: data.train" in end.output and not list(tmp_path.iterdir()), end.output[-2000:]

@@ -14,7 +14,7 @@ from tokenflex import cli
 from tokenflex.cli.launching import entry_point
 from tokenflex.errors import UserError
 from tokenflex.infer import parse_num_visual_tokens
-from tokenflex.parallel import load_ds_config
+from tokenflex.parallel import check_zero, load_ds_config
 
 
 def load_script(name):
@@ -89,6 +89,32 @@ def test_shipped_ds_configs_load():
         assert load_ds_config(path)["zero_optimization"]["stage"] in (0, 1, 2, 3)
 
 
+@pytest.mark.parametrize("zero, part", [
+    ({"stage": 4}, "ZeRO has the stages 0 to 3"),
+    ({"stage": 3, "mics_shard_size": 8}, "mics_shard_size: .*use zero_hpz_partition_size"),
+    ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "device=nvme: what lies on NVMe is in no checkpoint; set it to cpu"),
+    ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "would ignore it at stage 0; set stage 1, 2 or 3"),
+    ({"stage": 2, "offload_param": {"device": "cpu"}}, "would ignore it at stage 2; set stage 3"),
+    ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "ratio=0.5: .*nothing can veto"),
+    ({"stage": 2, "zero_hpz_partition_size": 2}, "zero_hpz_partition_size=2: needs stage 3, this is stage 2"),
+    ({"stage": 3, "zero_hpz_partition_size": 3}, "=3: does not divide the 4 ranks; set it to the number of ranks on a node"),
+])  # fmt: skip
+def test_what_zero_cannot_do_here_is_refused_before_weights_load(zero, part):
+    with pytest.raises(UserError, match=f"^--ds_config: zero_optimization.*{part}"):
+        check_zero({"zero_optimization": zero}, num_ranks=4)
+
+
+def test_compiled_blocks_are_refused_at_stage_3():
+    with pytest.raises(UserError, match="stage=3: gathers weights inside the blocks .*set stage 2, or compile off"):
+        check_zero({"zero_optimization": {"stage": 3}}, 1, is_compiled=True)
+    check_zero({"zero_optimization": {"stage": 2}}, 1, is_compiled=True)
+
+
+def test_shipped_ds_configs_are_not_refused():
+    for path in (ROOT / "configs").glob("*.json"):
+        check_zero(load_ds_config(path), num_ranks=16)
+
+
 WRONG_RUNS = {
     "unknown key": (["train.num_stps=3"], "did you mean train.num_steps"),
     "missing shard": (["data.train=/nowhere/*.tar"], "data.train: no shard at /nowhere/"),
@@ -101,6 +127,22 @@ WRONG_RUNS = {
         "does not know 'enable_thinking'",
     ),
     "a template that is not there": (["model.chat_template=short"], "neither a file nor a template of the tokenizer"),
+    "validation without shards": (
+        ["evaluate.every=2", "data.evaluation=[]"],
+        "data.evaluation is empty; name held-out",
+    ),
+    "validation at a count that fits no pack": (
+        ["evaluate.every=2", "evaluate.num_visual_tokens=[640]"],
+        "fit no pack",
+    ),
+    "trained counts above the grid": (
+        ["model.pooling_mode=resize", "budget.num_visual_tokens=[4,192]"],
+        "budget.num_visual_tokens: 192 visual tokens are 12 x 16, the image has 6 x 8 patches",
+    ),
+    "validated counts above the grid": (
+        ["model.pooling_mode=resize", "evaluate.every=2", "evaluate.num_visual_tokens=[4,49]"],
+        "evaluate.num_visual_tokens: 49 visual tokens are 7 x 7",
+    ),
     "all frozen": (
         ["optimizer.vision.train=false", "optimizer.text.train=false", "optimizer.projector.train=false"],
         "vision, projector and text are all frozen",

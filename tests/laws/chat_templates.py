@@ -63,10 +63,36 @@ GOOD = {
         "+ m.content + '<|im_end|>\\n' }}",
         "}}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}",
     ),
+    "turns that are numbered": CHATML.replace("m.role + '\\n'", "m.role + '\\n' + (loop.index ~ '') + ': '"),
+    "the length of each text before it": CHATML.replace(
+        "m.role + '\\n'", "m.role + '\\n' + (m.content | length ~ '') + ': '"
+    ),
+    "texts as JSON": CHATML.replace("m.content", "m.content | tojson"),
+    "texts in the middle of a line": CHATML.replace("m.content", "m.content | center(40)"),
+    "a rule behind the first turn": CHATML.replace(
+        "+ m.content +", "+ m.content + (' Be brief.' if loop.first else '') +"
+    ),
+    "a prompt at the end of every conversation": CHATML.replace("{% if add_generation_prompt %}", "").replace(
+        "{% endif %}", ""
+    ),
+    "no prompt at all": CHATML[: CHATML.index("{% if add_generation_prompt")],
     "a date in it": "{{ '<|im_start|>Today is ' + strftime_now('%d %b %Y') + '<|im_end|>\\n' }}" + CHATML,
 }
 
 WRONG = {
+    "only the last two turns": CHATML.replace("in messages", "in messages[-2:]"),
+    "sorted by role": CHATML.replace("in messages", "in messages | sort(attribute='role')"),
+    "another number every time": CHATML.replace("m.role + '\\n'", "m.role + '\\n' + (range(1, 10**5) | random ~ '')"),
+    "an arithmetic error": CHATML.replace("m.content", "(m.content ~ (1 / (messages | length - messages | length)))"),
+    "the number of turns at the top": "{{ messages | length }}\n" + CHATML,
+    "all texts at the top": "{% for m in messages %}{{ m.content }}{% endfor %}" + CHATML,
+    "questions and answers change places": CHATML.replace(
+        "m.role", "{'user': 'assistant', 'assistant': 'user'}.get(m.role, m.role)", 1
+    ),
+    "a mark at the last question": CHATML.replace("+ m.content +", "+ ('[now] ' if loop.last else '') + m.content +"),
+    "a think block that only the prompt opens": CHATML.replace(
+        "assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif"
+    ),
     "leaves out system messages": CHATML.replace("{{ '<|im", "{% if m.role != 'system' %}{{ '<|im", 1).replace(
         "{% endfor %}", "{% endif %}{% endfor %}", 1
     ),

@@ -79,7 +79,7 @@ def ask(address, home, *sources):
     variables = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(home)}
     variables["PYTHONPATH"] = os.pathsep.join(map(str, [ROOT, ROOT / "kernels"]))
     command = [sys.executable, "-c", ASK, str(TINY), *sources]
-    end = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=True)
+    end = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=280, check=True)
     return json.loads(end.stdout.splitlines()[-1])
 
 
@@ -87,12 +87,12 @@ def test_a_hub_out_of_reach(refused_address, tmp_path):
     came = ask(refused_address, tmp_path, "nobody/none", "owner/cached", "/no/such/folder")
     said, seconds = came["nobody/none"]
     assert f" model.vision: nobody/none is no folder here, and the hub {refused_address} cannot be reached" in said
-    assert seconds < 5, "transformers itself takes 20 s and more per file"
+    assert seconds < 15, "transformers itself takes 20 s and more per file"
     said, seconds = came["owner/cached"]
     assert said.startswith("vit model.tokenizer: hub id or folder owner/cached cannot be loaded"), (
         "its config alone is there"
     )
-    assert seconds < 5
+    assert seconds < 15
     assert came["/no/such/folder"][0].startswith(
         " model.vision: /no/such/folder is no folder here, and no hub id either"
     )
@@ -103,7 +103,7 @@ def test_a_hub_that_answers_no_or_not_at_all(hub_address, tmp_path):
     for name in ("nobody/none", "nobody/gated"):
         assert f" model.vision: {name} is no folder here, and the hub has no model of this name" in came[name][0]
     said, seconds = came["nobody/silent"]
-    assert "cannot be reached (ReadTimeout within 5 s)" in said and seconds < 8
+    assert "cannot be reached (ReadTimeout within 5 s)" in said and seconds < 15
 
 
 def test_where_the_hub_is_forbidden(monkeypatch):
@@ -130,6 +130,6 @@ def test_inspecting_data_says_so_too(refused_address, corpus, tmp_path):
     variables["PYTHONPATH"] = os.pathsep.join(map(str, [ROOT, ROOT / "kernels"]))
     command = [sys.executable, "-m", "tokenflex.cli", "data", "inspect", str(corpus / "train"), "--config", str(TINY)]
     command += ["--out", str(tmp_path / "page.html"), "--set", "model.tokenizer=nobody/none"]
-    end = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    end = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=280)
     assert end.returncode == 2 and "cannot be reached" in end.stderr, end.stderr
     assert len(end.stderr.strip().splitlines()) == 1, end.stderr

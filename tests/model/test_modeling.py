@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
 
@@ -349,10 +350,12 @@ def test_a_recipe_that_says_otherwise_of_the_model_it_goes_on_from_is_refused(
 
 
 @pytest.mark.parametrize("section, part", [
-    ({"vision": "/nowhere/siglip"}, "model.vision: .*nowhere/siglip cannot be loaded"),
+    ({"vision": "/nowhere/siglip"}, "model.vision: /nowhere/siglip is no folder here, and no hub id either"),
     ({"vision": {"model_type": "resnext"}}, "model.vision: model_type is 'resnext'"),
     ({"image_size": (50, 64)}, "model.image_size: an image of 50 x 64"),
     ({"text": {"model_type": "qwen3", "hidden_size": "wide"}}, "model.text: "),
+    ({"text": {"model_type": "t5"}}, "model.text: t5 is no causal language model"),
+    ({"text": {"model_type": "qwen3", "num_attention_heads": 0}}, "model.text: cannot be built with these values .ZeroDivisionError"),
 ])  # fmt: skip
 def test_a_part_that_cannot_be_built_is_named(section, part, tiny_config, processor, corpus):
     from tokenflex.model import build_processor
@@ -372,6 +375,19 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path, tiny_config, proce
     save_file(weights, tmp_path / "vision" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="1 weights are missing or of another shape"):
         build(tiny_config, processor, vision=str(tmp_path / "vision"))
+
+
+@pytest.mark.parametrize(("tokens", "said"), [
+    (("<img>", "<img>", "</img>"), "'<img>' is there twice"), (("<img>", "", "</img>"), "'' is empty"),
+    (("<img>", "<|im_end|>", "</img>"), "'<|im_end|>' is the tokenizer's eos_token"),
+    (("<img>", "<|endoftext|>", "</img>"), "'<|endoftext|>' is the tokenizer's pad_token"),
+])  # fmt: skip
+def test_image_tokens_that_mean_something_else_are_refused(tokens, said, tiny_config):
+    from tokenflex.model import build_processor
+
+    wanted = tiny_config.model.model_copy(update={"image_tokens": tokens, "add_image_tokens": True})
+    with pytest.raises(UserError, match=re.escape(f"model.image_tokens: {said}")):
+        build_processor(wanted, tiny_config.budget)
 
 
 def test_missing_image_tokens_are_added_only_when_asked(tiny_config, corpus, processor):

@@ -336,8 +336,8 @@ def test_hugging_face_parquet(tmp_path):
         assert answers == [f"number {i}" for i in range(23) if i not in (5, 9)] + ["me", "yes", "ok"]
         assert samples[0].images == [picture(0)] and samples[1].images == [picture(1)] * 2
         assert tally.skipped == {"image-format": 1, "no-answer": 1}
-    (folder / "broken.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(UserError, match="broken.parquet: not a readable parquet file"):
+    (folder / "train-broken.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(UserError, match="train-broken.parquet: not a readable parquet file"):
         convert("huggingface", tmp_path / "dataset", tmp_path / "x", options=PLAIN)
     with pytest.raises(UserError, match="holds no .parquet file"):
         convert("huggingface", tmp_path / "1", tmp_path / "x", options=PLAIN)

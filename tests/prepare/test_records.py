@@ -29,7 +29,20 @@ ASK = {"from": "human", "value": "What?"}
 TOLD = {"from": "gpt", "value": "a box"}
 CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
 READ = {
-    "a system text beside the conversation": ({"system": "Be brief.", **llava(None)}, ["Be brief.", "<image>\nWhat?", "a box"]),
+    "a system text beside the conversation": ({"system": "Be brief.", **llava(None, "What?")}, ["Be brief.", "What?", "a box"]),
+    "a tag as a word": ({"question": "What is <image> in a page?", "answer": "a tag"}, ["What is <image> in a page?", "a tag"]),
+    "tags as another model spells them": (
+        {"images": ["a.jpg", "b.jpg"], "question": "<|vision_start|><|image_pad|><|vision_end|>or [IMG]?", "answer": "a box"},
+        ["[image]or [image]?", "a box"],
+    ),
+    "a choice with a field for each option": (
+        {"question": "Which?", "A": "red", "B": "blue", "C": None, "answer": "B"}, ["Which?\nA. red\nB. blue", "B"],
+    ),
+    "a choice with numbered options": (
+        {"question": "Which?", "option_1": "red", "option_2": "blue", "answer": "blue"}, ["Which?\nA. red\nB. blue", "blue"],
+    ),
+    "a choice as an object": ({"question": "Which?", "options": {"A": "red", "B": "blue"}, "answer": "A"}, ["Which?\nA. red\nB. blue", "A"]),
+    "an answer that is there twice": ({"question": "What?", "answer": "a box", "response": "a box"}, ["What?", "a box"]),
     "the same system text twice": (
         {"system": "Be brief.", "conversations": [{"from": "system", "value": "Be brief."}, ASK, TOLD]}, ["Be brief.", "What?", "a box"],
     ),
@@ -70,14 +83,50 @@ def test_what_people_have_is_read(name):
         assert made.references == ["a.jpg", "b.jpg"]
 
 
+COUNTED = {
+    "the name of the image again": (
+        {
+            "image": "x/a.jpg",
+            "original_name": "a.jpg",
+            "origin_url": "http://far.away/b.jpg",
+            "question": "What?",
+            "answer": "a box",
+        },
+        ["[image]What?", "a box"],
+    ),
+    "an answer that is right": ({"question": "What?", "answer": "a box", "is_correct": True}, ["What?", "a box"]),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_what_says_nothing_more_is_counted(name):
+    record, texts = COUNTED[name]
+    made = convert_record(record, "Describe.")
+    assert [text_of(message) for message in made.messages] == texts and made.unread
+
+
 SKIPPED = {
+    "a lost image": (llava(None), "image-missing", "none came"),
+    "a lost image at the end": (llava(None, "What?\n<image>"), "image-missing", "none came"),
+    "frames of a video": ({"frames": ["a.jpg"], "question": "What?", "answer": "x"}, "field", "'frames'"),
+    "an image that would not be shown": ({"image": "a.jpg", "target": "b.png", "conversations": [ASK, TOLD]}, "field", "'target' holds an image"),
+    "bytes of an image under an unknown name": ({"left": {"bytes": b"..", "path": None}, "conversations": [ASK, TOLD]}, "field", "'left' holds an image"),
+    "a crop": ({"image": "a.jpg", "crop": [0, 0, 9, 9], "conversations": [ASK, TOLD]}, "field", "'crop'"),
+    "turns under an unknown name": ({"image": "a.jpg", "caption": "x", "qas": [{"question": "a", "answer": "b"}]}, "field", "'qas' holds turns"),
+    "an answer that is marked as wrong": ({"question": "x", "answer": "y", "is_correct": False}, "no-answer", "'is_correct'"),
+    "two answers": ({"question": "x", "answer": "y", "response": "z"}, "field", "different answers"),
+    "several questions": ({"question": ["a", "b"], "answer": ["c", "d"]}, "message", "2 questions"),
+    "a turn of several texts": ({"conversations": [ASK, {"from": "gpt", "value": ["a", "b"]}]}, "message", "2 texts"),
+    "a transcript as a caption": ({"image": "a.jpg", "text": "### Human: x\n### Assistant: y"}, "message", "whole conversation"),
+    "a masked turn": ({"conversations": [ASK, {**TOLD, "mask": True}]}, "no-answer", "no assistant"),
+    "a chain of thought": ({"question": "x", "answer": "y", "cot": "hm"}, "field", "'cot'"),
     "a video": ({"video": "a.mp4", **llava(None, "<video>\nWhat?")}, "media", "'video'"),
     "a sound": ({"audio": {"path": "a.wav"}, **llava(None, "What?")}, "media", "'audio'"),
     "an item of sound": ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}, {"role": "assistant", "content": "x"}]}, "message", "input_audio"),
     "a caption of nothing": ({"caption": "a box"}, "image-missing", "no image"),
     "a caption whose image is null": ({"image": None, "text": "a box"}, "image-missing", "no image"),
     "a question without answers": ({"question": "x", "answers": [], "image": "a.jpg", "text": "y"}, "no-answer", "no answer"),
-    "history beside a conversation": ({"history": [["a", "b"]], **llava(None)}, "field", "'history'"),
+    "history beside a conversation": ({"history": [["a", "b"]], **llava(None, "What?")}, "field", "'history'"),
     "options without a way to read the answer": ({"question": "x", "options": ["a", "b"], "answer": 1}, "field", "'1' is none of the 2 options"),
     "an answer that is no option": ({"question": "x", "options": ["a", "b"], "answer": "c"}, "field", "none of the 2 options"),
     "true as answer": ({"question": "x", "answer": True}, "message", "True"),
@@ -88,9 +137,9 @@ SKIPPED = {
     ),
     "a context": ({"context": "It is red.", "question": "x", "answer": "y"}, "field", "'context'"),
     "thoughts of a turn": ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "reasoning_content": "hm"}]}, "field", "turn.*'reasoning_content'"),
-    "tools": ({"tools": [{"name": "look"}], **llava(None)}, "field", "'tools'"),
+    "tools": ({"tools": [{"name": "look"}], **llava(None, "What?")}, "field", "'tools'"),
     "a function call": ({"conversations": [ASK, {"from": "function_call", "value": "{}"}, {"from": "observation", "value": "7"}, TOLD]}, "message", "--tool-turns"),
-    "a record of no weight": ({"weight": 0, **llava(None)}, "no-answer", "weight"),
+    "a record of no weight": ({"weight": 0, **llava(None, "What?")}, "no-answer", "weight"),
     "only a turn of no weight": ({"conversations": [ASK, {**TOLD, "loss": False}]}, "no-answer", "nothing|no assistant"),
     "half a weight": ({"conversations": [ASK, {**TOLD, "weight": 0.5}]}, "field", "weight=0.5"),
     "a question to be learned": ({"conversations": [{**ASK, "loss": True}, TOLD]}, "field", "user turn"),
@@ -326,8 +375,8 @@ def test_backslashes_in_paths(tmp_path, images):  # noqa: F811
 
 def test_files_in_utf_16_or_compressed_are_named(tmp_path):
     for data, part in (
-        (json.dumps([llava(None)]).encode("utf-16"), "UTF-16.*iconv"),
-        (json.dumps([llava(None)]).encode("utf-16-le"), "UTF-16"),
+        (json.dumps([llava(None, "What?")]).encode("utf-16"), "UTF-16.*iconv"),
+        (json.dumps([llava(None, "What?")]).encode("utf-16-le"), "UTF-16"),
         (b"\x1f\x8b\x08", "compressed"),
     ):
         (tmp_path / "x.json").write_bytes(data)
@@ -338,12 +387,12 @@ def test_files_in_utf_16_or_compressed_are_named(tmp_path):
 def test_objects_on_several_lines_are_records_each(tmp_path):
     for number in (1, 3):
         path = tmp_path / f"{number}.json"
-        path.write_text("\n".join(json.dumps(llava(None, answer=f"{{{i}\n"), indent=2) for i in range(number)))
+        path.write_text("\n".join(json.dumps(llava(None, "What?", answer=f"{{{i}\n"), indent=2) for i in range(number)))
         convert("llava", path, tmp_path / f"out{number}", options=PLAIN)
         assert [text_of(s.messages[1]) for s in samples_of(tmp_path / f"out{number}")] == [
             f"{{{i}\n" for i in range(number)
         ]
-    path.write_text('{"broken\n' + "\n".join(json.dumps(llava(None, answer=str(i))) for i in range(3)))
+    path.write_text('{"broken\n' + "\n".join(json.dumps(llava(None, "What?", answer=str(i))) for i in range(3)))
     tally = convert("llava", path, tmp_path / "lines", options=PLAIN)
     assert tally.num_good == 3 and tally.skipped == {"json": 1}
 

@@ -8,9 +8,12 @@ import os
 import random
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jobs import write_result
 from safetensors import safe_open
 
@@ -19,6 +22,7 @@ from tokenflex.checkpoint import (
     CheckpointWriter,
     Damaged,
     EarlyCheck,
+    Pieces,
     Retention,
     RunLock,
     check_files,
@@ -30,8 +34,11 @@ from tokenflex.checkpoint import (
     named_pieces,
     read_slices,
     read_whole,
+    store,
     tags,
 )
+from tokenflex.checkpoint.places import files_with
+from tokenflex.checkpoint.shard import ShardReader, shard_name
 from tokenflex.errors import UserError
 from tokenflex.layout import tag_of
 from tokenflex.parallel.slices import Slice
@@ -64,7 +71,8 @@ def state_of(step, num_ranks, rank):
         if begin < end:
             kinds = ("weight",) if name in FROZEN else ("weight", "exp_avg", "exp_avg_sq")
             places = torch.arange(begin, end, dtype=torch.float32)
-            tensors = {kind: places + 1000 * number + 100_000 * step + k * 0.25 for k, kind in enumerate(kinds)}
+            moved = 0 if name in FROZEN else 100_000 * step
+            tensors = {kind: places + 1000 * number + moved + k * 0.25 for k, kind in enumerate(kinds)}
             slices.append(Slice(name=name, shape=shape, start=begin, tensors=tensors, is_shared=False))
     return slices
 
@@ -173,9 +181,9 @@ def test_every_call_of_a_save_may_fail(tmp_path):
     one if it already had its name), nothing is left lying about, and the next save works.
     """
     num_cases = 0
-    for operation in ("write", "fsync", "rename"):
+    for operation in ("write", "fsync", "rename", "link"):
         calls = count_calls(tmp_path, operation)
-        assert calls >= {"write": 12, "fsync": 4, "rename": 2}[operation], (operation, calls)
+        assert calls >= {"write": 12, "fsync": 4, "rename": 2, "link": 1}[operation], (operation, calls)
         errors = [*WORDS, "short"] if operation == "write" else WORDS
         for count in range(1, calls + 1):
             for error in errors:
@@ -201,6 +209,125 @@ def test_every_call_of_a_save_may_fail(tmp_path):
     assert num_cases >= 100, num_cases
 
 
+def frozen_inodes(folder):
+    """{tag: inode} of the frozen file of one rank's checkpoints."""
+    return {tag: (folder / tag / "frozen-00000-of-00001.safetensors").stat().st_ino for tag in tags(folder)}
+
+
+def test_frozen_weights_are_written_twice_and_then_linked_by_turns(tmp_path):
+    writer = writer_for(tmp_path, keep=9)
+    sizes = [save(writer, step).num_bytes for step in range(1, 7)]
+    one, two, three, four, five, six = frozen_inodes(tmp_path).values()
+    assert one != two and (three, four, five, six) == (one, two, one, two)
+    frozen = (tmp_path / tag_of(1) / "frozen-00000-of-00001.safetensors").stat().st_size
+    assert sizes[0] == sizes[1] == sizes[2] + frozen and sizes[2:] == [sizes[2]] * 4
+    for step in range(1, 7):
+        manifest = checked_manifest(tmp_path / tag_of(step))
+        check_files(tmp_path / tag_of(step), manifest)
+        assert len(manifest.files) == 2, "a checkpoint is complete in its own folder"
+
+
+@pytest.mark.parametrize("keep, num_inodes", [(1, 1), (2, 2), (3, 2)])
+def test_what_retention_removes_takes_no_frozen_weight_along(keep, num_inodes, tmp_path):
+    writer = writer_for(tmp_path, keep=keep)
+    sizes = [save(writer, step).num_bytes for step in range(1, 8)]
+    assert len(set(frozen_inodes(tmp_path).values())) == num_inodes
+    assert len({*sizes[2:]}) == 1 and sizes[2] < sizes[0], "nothing frozen is written from the third save on"
+    loaded, slices = load(tmp_path)
+    assert_is_step(slices, 7)
+
+
+def test_the_next_start_links_what_it_finds_by_its_bytes(tmp_path):
+    first = writer_for(tmp_path, keep=9)
+    save(first, 1), save(first, 2)
+    before = frozen_inodes(tmp_path)
+    path = tmp_path / tag_of(2) / "frozen-00000-of-00001.safetensors"
+    flip(path, random.Random(0))
+    again = writer_for(tmp_path, keep=9)
+    save(again, 3), save(again, 4), save(again, 5)
+    inodes = frozen_inodes(tmp_path)
+    assert inodes[tag_of(3)] not in before.values(), "one good copy was there: a second is written"
+    assert inodes[tag_of(4)] == before[tag_of(1)] and inodes[tag_of(5)] == inodes[tag_of(3)]
+    assert_is_step(load(tmp_path)[1], 5)
+
+
+@pytest.mark.parametrize("error", ["EPERM", "EXDEV", "EOPNOTSUPP", "EMLINK"])
+def test_without_hard_links_frozen_weights_are_written_every_time(error, tmp_path):
+    writer = writer_for(tmp_path, keep=9)
+    faults = [failpoints.Fault("io", "link", count=count, error=error) for count in range(1, 9)]
+    with failpoints.planned(*faults):
+        assert all(not save(writer, step).problem for step in range(1, 6))
+    assert len(set(frozen_inodes(tmp_path).values())) == 5
+    assert_is_step(load(tmp_path)[1], 5)
+
+
+def test_damage_to_both_copies_is_not_repaired_and_passed_over(tmp_path):
+    writer = writer_for(tmp_path, keep=9)
+    save(writer, 1), save(writer, 2), save(writer, 3)
+    for step in (2, 3):  # step 1 shares its inode with step 3
+        flip(tmp_path / tag_of(step) / "frozen-00000-of-00001.safetensors", random.Random(step))
+    with pytest.raises(UserError, match="none of 3 can be loaded"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: os.truncate(path, 3)])
+def test_a_frozen_file_that_is_gone_or_cut_is_found_again(damage, tmp_path):
+    writer = writer_for(tmp_path, keep=9)
+    save(writer, 1), save(writer, 2)
+    damage(tmp_path / tag_of(2) / "frozen-00000-of-00001.safetensors")
+    said = []
+    loaded, slices = load(tmp_path, say=said.append)
+    assert loaded.manifest.step == 2 and "a good copy was found in" in said[0]
+    assert_is_step(slices, 2)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 500), st.sampled_from(["blocks", "even", "own"]), st.data())
+def test_the_manifest_names_the_files_with_a_stretch_and_no_other(num_ranks, total, cut, data):
+    """By brute force: each element lies on one rank; those of a stretch are what is named."""
+    start = data.draw(st.integers(0, total - 1))
+    length = data.draw(st.integers(1, total - start))
+    if cut == "own":
+        ends = sorted(data.draw(st.lists(st.integers(0, total), min_size=num_ranks - 1, max_size=num_ranks - 1)))
+        begins, ends = [0, *ends], [*ends, total]
+        owner = {at: rank for rank, (a, b) in enumerate(zip(begins, ends)) for at in range(a, b)}
+        place = [[rank, a, b - a] for rank, (a, b) in enumerate(zip(begins, ends)) if b > a]
+    else:
+        pieces = [
+            Slice(name="w", shape=(total,), start=0, tensors={"weight": torch.arange(total)}, is_shared=cut == "even")
+            for _ in range(num_ranks)
+        ]
+        if cut == "even":
+            held = [piece.share(rank, num_ranks)[1]["weight"].tolist() for rank, piece in enumerate(pieces)]
+            place = pieces[0].place(0, num_ranks)
+        else:
+            per_rank = -(-total // num_ranks)
+            held, place = (
+                [list(range(total))[per_rank * rank : per_rank * (rank + 1)] for rank in range(num_ranks)],
+                "blocks",
+            )
+        owner = {at: rank for rank, some in enumerate(held) for at in some}
+    assert owner.keys() == set(range(total))
+    manifest = SimpleNamespace(places={"w": place}, parameters={"w": [[total], "float32", True]}, num_ranks=num_ranks)
+    ranks = sorted({owner[at] for at in range(start, start + length)})
+    assert files_with(manifest, "w", start, length) == [shard_name(rank, num_ranks) for rank in ranks]
+
+
+@pytest.mark.parametrize("written, read, most", [(8, 8, 2), (8, 4, 4), (4, 8, 2), (8, 1, 16)])
+def test_a_rank_opens_the_files_with_its_slices_alone(written, read, most, tmp_path, monkeypatch):
+    """As many ranks as before: its own two; half as many: two ranks' each."""
+    save_over(tmp_path, 5, written)
+    opened = []
+    monkeypatch.setattr(store, "ShardReader", lambda path: opened.append(path.name) or ShardReader(path))
+    for rank in range(read):
+        opened.clear()
+        _, slices = load(tmp_path, read, rank)
+        assert_is_step(slices, 5, read, rank)
+        own = {name for piece in slices for name in files_with(checked_manifest(tmp_path / tag_of(5)), piece.name,
+               piece.start, piece.tensors["weight"].numel())}  # fmt: skip
+        assert len(opened) == len(set(opened)) <= most and set(opened) <= own
+
+
 DAMAGE_ROUNDS = 1000
 
 
@@ -221,7 +348,7 @@ def test_every_damage_is_found_and_the_one_before_is_taken(damage, rounds, tmp_p
         save_over(tmp_path, step, 2)
     draw = random.Random(0)
     files = sorted((tmp_path / tag_of(2)).iterdir())
-    assert len(files) == 3
+    assert len(files) == 4
     for _ in range(rounds):
         path = draw.choice(files)
         before = path.read_bytes()
@@ -229,9 +356,12 @@ def test_every_damage_is_found_and_the_one_before_is_taken(damage, rounds, tmp_p
         assert path.read_bytes() != before
         said = []
         loaded, slices = load(tmp_path, say=said.append)
-        assert loaded.manifest.step == 1, f"{path.name}: damage went unnoticed"
-        assert_is_step(slices, 1)
-        assert len(said) == 1 and tag_of(2) in said[0] and "passed over" in said[0]
+        has_copy = path.name.startswith("frozen")  # in the checkpoint before, by another inode
+        assert loaded.manifest.step == (2 if has_copy else 1), f"{path.name}: damage went unnoticed"
+        assert_is_step(slices, loaded.manifest.step)
+        assert len(said) == 1 and tag_of(2) in said[0] and ("a good copy" if has_copy else "passed over") in said[0]
+        assert not has_copy or path.read_bytes() == before
+        path.unlink()
         path.write_bytes(before)
     assert load(tmp_path)[0].manifest.step == 2
     write_result(f"damage: {damage.__name__}", cases=rounds, found=rounds)
@@ -416,14 +546,14 @@ def test_a_second_save_waits_for_the_first(tmp_path):
 
 
 def test_the_snapshot_is_of_the_moment(tmp_path):
-    """What passes may change at once, what lasts after `before_update`: neither change is seen in the file."""
+    """What passes may change at once, what is trained after `before_update`: neither change is seen in the file."""
     for step in range(1, 30):
         writer, live, passing = writer_for(tmp_path), state_of(step, 1, 0), torch.full((1000,), float(step))
         writer.start(named_pieces(live, 0, 1), {"buffer/scale": passing}, {"step": step})
         passing.fill_(float("nan"))
         writer.before_update()
         for piece in live:
-            for tensor in piece.tensors.values():
+            for tensor in piece.tensors.values() if piece.name not in FROZEN else ():
                 tensor.fill_(float("nan"))
         assert writer.finish().stall_s > 0
         loaded, slices = load(tmp_path)
@@ -436,7 +566,7 @@ def test_the_snapshot_is_of_the_moment(tmp_path):
 def test_an_error_that_is_not_the_disks_ends_the_run(tmp_path):
     """A programming error in the thread is raised in the step loop; nothing waits for ever."""
     writer = writer_for(tmp_path)
-    writer.start({"weight/a@0": torch.zeros(3, dtype=torch.complex64)}, {}, {"step": 1})
+    writer.start(Pieces({"weight/a@0": torch.zeros(3, dtype=torch.complex64)}), {}, {"step": 1})
     writer.before_update()
     with pytest.raises(KeyError, match="complex64"):
         writer.finish()

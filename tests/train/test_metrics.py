@@ -39,12 +39,15 @@ def test_each_way_of_reducing_over_time():
 
 
 def test_device_scalars_and_names_with_slashes():
-    metrics = metrics_of(**{"a/b": "sum", "a/c": "count", "d": "max"})
+    metrics = metrics_of(**{"a/b": "sum", "a/c": "count", "d": "max", "e": "spread"})
+    metrics.add("e", torch.tensor(1.0))
+    metrics.add("e", 3.0)
     metrics.add("a/b", torch.tensor(0.5))
     metrics.add("a/b", torch.tensor(0.25))
     metrics.add("d", torch.tensor(3.0))
     metrics.add("d", 2.0)
-    assert metrics.read(OneRank()) == {"a": {"b": 0.75, "c": 0}, "d": 3.0}
+    spread = {"mean": 2.0, "max": 2.0, "rank": 0}
+    assert metrics.read(OneRank()) == {"a": {"b": 0.75, "c": 0}, "d": 3.0, "e": spread}
 
 
 def test_an_interval_without_values_has_no_means_and_begins_anew():

@@ -116,6 +116,8 @@ def test_one_run_has_one_record_in_wandb(tmp_path, cache_dir, corpus):
         train_ranks(1, tmp_path, cache_dir, *overrides, environment=environment)
     records = [path.name.rpartition("-")[2] for path in (tmp_path / "tiny" / "wandb").glob("offline-run-*")]
     assert len(records) == 2 and set(records) == {(tmp_path / "tiny" / "wandb-id").read_text()}
+    written = b"".join(path.read_bytes() for path in (tmp_path / "tiny" / "wandb").glob("offline-run-*/*.wandb"))
+    assert b"count_histogram" in written and b"loss_per_count/4" in written
 
 
 def test_an_offloaded_optimizer_trains_and_can_be_vetoed(tmp_path, cache_dir, corpus):

@@ -42,6 +42,22 @@ def test_the_final_share_is_what_the_shape_falls_to(schedule):
     assert lifted == pytest.approx([0.25 + 0.75 * value for value in whole])
 
 
+def test_wsd_stays_at_the_peak_and_falls_at_the_end_alone():
+    """Ten steps, two of warm-up, the last four fall: at the peak until step 6, then three quarters, a half, a quarter."""
+    found = rates(10, schedule="wsd", warmup_steps=2, decay_fraction=0.4)
+    assert found == pytest.approx([0.5, *[1.0] * 6, 0.75, 0.5, 0.25])
+    whole = rates(10, schedule="wsd", warmup_fraction=0.0, decay_fraction=1.0)
+    assert whole == rates(10, schedule="linear", warmup_fraction=0.0)
+    assert rates(10, schedule="wsd", warmup_steps=8, decay_fraction=0.5)[7:] == [1.0, 1.0, 0.5], (
+        "no fall in the warm-up"
+    )
+
+
+@pytest.mark.parametrize("schedule", SHAPES)
+def test_a_warm_up_in_steps_is_one_in_its_share(schedule):
+    assert rates(40, schedule=schedule, warmup_steps=10) == rates(40, schedule=schedule, warmup_fraction=0.25)
+
+
 def test_each_group_has_its_own_peak():
     config = OptimizerConfig(schedule="linear", warmup_fraction=0.0)
     schedule = Schedule([1e-3, 4e-5], 4, config)

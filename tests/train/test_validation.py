@@ -1,9 +1,11 @@
 """Laws of validation while training: the same on any number of ranks, none repeated after a kill, and training is left alone."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY
 
 from tokenflex.checkpoint import entries
@@ -12,7 +14,9 @@ from tokenflex.data.held_out import open_held_out
 from tokenflex.data.sources import Here
 from tokenflex.errors import UserError
 from tokenflex.train.answers import rounds
-from tokenflex.train.validation import check_validation, figures
+from tokenflex.train.objective import Objective
+from tokenflex.train.progress import Progress
+from tokenflex.train.validation import Validation, check_validation, figures
 
 PLAIN = ["train.num_steps=6", "model.text.attention_dropout=0", "model.vision.attention_dropout=0"]
 VALIDATED = [*PLAIN, "evaluate.every=2", "evaluate.answers=true", "train.save_every=2", "train.keep_checkpoints=1"]
@@ -123,6 +127,58 @@ def test_every_sample_is_tried_once_per_count_by_one_rank_and_ranks_run_alike(he
     )
     for some in rounds(held_out, 3, num_ranks):
         assert len(some) <= num_ranks and len({name == "text" for name, _ in some}) == 1, "one kind at a time"
+
+
+class Alone:
+    """One rank, as far as a validation uses it."""
+
+    rank, num_ranks, device, is_main = 0, 1, torch.device("cpu"), True
+
+    def all_reduce_sum(self, values):
+        return values.clone()
+
+    def all_reduce_max(self, numbers):
+        return list(numbers)
+
+
+def test_a_run_that_is_asked_to_stop_leaves_its_validation_and_does_it_when_it_goes_on(
+    held_out, tiny_config, model, processor
+):
+    config = tiny_config.model_copy(update={"evaluate": tiny_config.evaluate.model_copy(update={"every": 4})})
+    modes, said, written, must_stop = [], [], [], [True]
+    engine = SimpleNamespace(
+        device=Alone.device, model=model, eval=lambda: modes.append(0), train=lambda: modes.append(1)
+    )
+    heartbeat = SimpleNamespace(phase=lambda *arguments: None)
+    progress = Progress(step=4)
+    state = SimpleNamespace(engine=engine, ranks=Alone(), heartbeat=heartbeat, say=said.append, progress=progress)
+    sink = SimpleNamespace(write=lambda record, section: written.append((section, record)))
+    objective = Objective(model.eval(), processor.image_processor.normalised)
+
+    def started():
+        return Validation(config, held_out, objective, state, [sink], lambda: must_stop[0])
+
+    started().on_step(None)
+    assert "left unfinished" in said[0] and not written and progress.validation == {} and modes == [0, 1]
+    must_stop[0] = False
+    again = started()
+    again.on_batch(4, None)
+    again.on_batch(4, None)
+    again.on_step(None)
+    ((section, record),) = written
+    assert (
+        section == "validation" and record["step"] == 4 and progress.validation == {"step": 4, "loss": record["loss"]}
+    )
+    assert not started()._is_due(4) and started()._is_due(8) and not started()._is_due(5) and not started()._is_due(0)
+    assert started()._is_due(config.train.num_steps), "also after the last step"
+    total = weight = 0.0
+    for plan in held_out.plans(0, 1):
+        if plan.counts[0] == 4:
+            batch = held_out.dataset.batch(plan)
+            with torch.no_grad():
+                total += float((objective.token_losses(batch)[1] * batch.weights).sum())
+            weight += float(batch.weights.sum())
+    assert record["loss_per_count"]["4"] == pytest.approx(total / weight, rel=1e-5)
 
 
 def test_what_has_no_sample_is_left_out():

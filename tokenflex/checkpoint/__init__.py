@@ -2,6 +2,7 @@
 
 from .disk import remove_folder
 from .folder import Entry, Retention, check_files, checked_manifest, entries, latest_tag, run_entries, tags
+from .frozen import checked_and_repaired
 from .lock import RunLock
 from .manifest import Damaged, Manifest
 from .shard import ShardReader, shard_name
@@ -9,6 +10,7 @@ from .store import (
     CheckpointWriter,
     EarlyCheck,
     Loaded,
+    Pieces,
     Saved,
     begin_folder,
     check_fits,
@@ -25,6 +27,7 @@ __all__ = [
     "Entry",
     "Loaded",
     "Manifest",
+    "Pieces",
     "Retention",
     "RunLock",
     "Saved",
@@ -32,6 +35,7 @@ __all__ = [
     "begin_folder",
     "check_files",
     "check_fits",
+    "checked_and_repaired",
     "checked_manifest",
     "entries",
     "latest_tag",

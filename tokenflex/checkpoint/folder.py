@@ -12,7 +12,7 @@ from .. import failpoints
 from ..errors import UserError
 from ..layout import RunLayout, step_of
 from .disk import checksum_of, remove_folder, replace_synced, write_synced
-from .manifest import Damaged, Manifest, read_manifest
+from .manifest import Damaged, FileEntry, Manifest, read_manifest
 
 LATEST = "latest"
 WRITING = ".writing-"
@@ -39,27 +39,45 @@ def checked_manifest(folder: str | PathLike) -> Manifest:
         raise Damaged("is a link, which is never followed")
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
-        path = folder / name
-        if path.is_symlink() or not path.is_file():
-            raise Damaged(f"{name} is missing" if not os.path.lexists(path) else f"{name} is no regular file")
-        if path.stat().st_size != entry["size"]:
-            raise Damaged(f"{name} has {path.stat().st_size} bytes, the manifest says {entry['size']}")
+        check_size(folder / name, entry)
     return manifest
 
 
 def check_files(folder: str | PathLike, manifest: Manifest, rank: int = 0, num_ranks: int = 1) -> None:
-    """Compare this rank's share of a checkpoint's files with their checksums.
+    """Compare this rank's share of a checkpoint's files with their sizes and checksums.
 
     Raises:
         Damaged: one differs or cannot be read.
     """
     for name in sorted(manifest.files)[rank::num_ranks]:
-        try:
-            found = checksum_of(Path(folder) / name)
-        except OSError as error:
-            raise Damaged(f"{name} cannot be read ({error.strerror})") from None
-        if found != manifest.files[name]["blake3"]:
-            raise Damaged(f"{name} does not match its checksum")
+        check_file(Path(folder) / name, manifest.files[name])
+
+
+def check_size(path: Path, entry: FileEntry) -> None:
+    """See that a file is there with the size that the manifest says.
+
+    Raises:
+        Damaged: it is not.
+    """
+    if path.is_symlink() or not path.is_file():
+        raise Damaged(f"{path.name} is missing" if not os.path.lexists(path) else f"{path.name} is no regular file")
+    if path.stat().st_size != entry["size"]:
+        raise Damaged(f"{path.name} has {path.stat().st_size} bytes, the manifest says {entry['size']}")
+
+
+def check_file(path: Path, entry: FileEntry) -> None:
+    """Compare a file with what the manifest says of it.
+
+    Raises:
+        Damaged: it differs or cannot be read.
+    """
+    check_size(path, entry)
+    try:
+        found = checksum_of(path)
+    except OSError as error:
+        raise Damaged(f"{path.name} cannot be read ({error.strerror})") from None
+    if found != entry["blake3"]:
+        raise Damaged(f"{path.name} does not match its checksum")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypedDict
@@ -11,8 +11,10 @@ from blake3 import blake3
 
 from ..layout import MANIFEST, step_of
 
-FORMAT = 1
-SHARD = re.compile(r"rank-\d{5}-of-\d{5}\.safetensors")
+FORMAT = 2
+READ = (1, 2)
+"""Formats that are read. 1 has no `places`, and frozen weights in the files of the ranks."""
+SHARD = re.compile(r"(rank|frozen)-\d{5}-of-\d{5}\.safetensors")
 MAX_BYTES = 256 * 1024 * 1024
 
 
@@ -34,7 +36,9 @@ class Manifest:
     progress: the loop's own state: step, position in the data, counters. parameters: {name: [shape, dtype, is_trained]}.
     buffers: names. num_updates: of the optimizer. files: {name: {"size": bytes, "blake3": hex digits}}. num_ranks: ranks
     that wrote it. config: the run's configuration. model: the model's own configuration. versions: of the libraries.
-    score: validation loss, or mean loss over the last steps where the run does not validate; None where there is neither. attempt: which start of the run wrote it.
+    score: validation loss, or mean loss over the last steps where the run does not validate; None where there is neither. attempt:
+    which start of the run wrote it. places: {name of a parameter: which rank's file has which elements}, see `places.files_with`;
+    empty where it is not known.
     """
 
     progress: dict[str, Any]
@@ -49,6 +53,7 @@ class Manifest:
     score: float | None
     attempt: str
     time: str
+    places: dict[str, Any] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -85,9 +90,9 @@ def read_manifest(folder: str | PathLike) -> Manifest:
         raise Damaged(f"its {MANIFEST} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):
         raise Damaged(f"its {MANIFEST} is not valid JSON") from None
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    if not isinstance(record, dict) or record.get("format") not in READ:
         found = record.get("format") if isinstance(record, dict) else type(record).__name__
-        raise Damaged(f"its {MANIFEST} is of format {found!r}, this version reads {FORMAT}")
+        raise Damaged(f"its {MANIFEST} is of format {found!r}, this version reads {' and '.join(map(str, READ))}")
     checksum = record.pop("blake3", None)
     if checksum != blake3(_canonical(record)).hexdigest():
         raise Damaged(f"its {MANIFEST} does not match its own checksum")
@@ -106,8 +111,9 @@ def _check(manifest: Manifest, folder_name: str) -> None:
             raise Damaged(f"its {MANIFEST} names the file {name!r}, which is none of a checkpoint's")
         if set(entry) != {"size", "blake3"}:
             raise Damaged(f"its {MANIFEST} says {sorted(entry)} of {name}; wanted size and blake3")
-    if len(manifest.files) != manifest.num_ranks:
-        raise Damaged(f"its {MANIFEST} names {len(manifest.files)} files of {manifest.num_ranks} ranks")
+    of_ranks = [name for name in manifest.files if name.startswith("rank")]
+    if len(of_ranks) != manifest.num_ranks:
+        raise Damaged(f"its {MANIFEST} names {len(of_ranks)} files of {manifest.num_ranks} ranks")
     if step_of(folder_name) not in (None, manifest.step):
         raise Damaged(f"its {MANIFEST} is of step {manifest.step}")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
 from .. import failpoints
@@ -32,16 +33,48 @@ DTYPES = {
 
 
 def shard_name(rank: int, num_ranks: int) -> str:
-    """File name of a rank's part."""
+    """File name of a rank's part: what is trained, moments, generators and buffers."""
     return f"rank-{rank:05d}-of-{num_ranks:05d}.safetensors"
 
 
+def frozen_name(rank: int, num_ranks: int) -> str:
+    """File name of a rank's part of the frozen weights."""
+    return f"frozen-{rank:05d}-of-{num_ranks:05d}.safetensors"
+
+
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], step: int) -> FileEntry:
-    """Write {name: contiguous CPU tensor} and sync it; returns {"size", "blake3"} of the file.
+    """Write {name: contiguous tensor} and sync it; returns {"size", "blake3"} of the file.
 
     Raises:
         OSError: the disk is full or fails; what was written stays, in a folder that no reader takes for a checkpoint.
     """
+    text, header = _header(tensors)
+    failpoints.hit("shard-0", step)
+    half: int | None = max((entry["data_offsets"][1] for entry in header.values()), default=0) // 2
+    with HashingFile(path) as file:
+        file.write(text)
+        for name, tensor in tensors.items():
+            file.write(_bytes(tensor))
+            if half is not None and header[name]["data_offsets"][1] >= half:
+                failpoints.hit("shard-50", step)
+                half = None
+        failpoints.hit("shard-100", step)
+    return {"size": file.num_bytes, "blake3": file.checksum}
+
+
+def describe_shard(tensors: Mapping[str, torch.Tensor]) -> FileEntry:
+    """What `write_shard` would return, without writing."""
+    text, _ = _header(tensors)
+    size, digest = len(text), blake3(text)
+    for tensor in tensors.values():
+        data = memoryview(_bytes(tensor)).cast("B")
+        size += len(data)
+        digest.update(data)
+    return {"size": size, "blake3": digest.hexdigest()}
+
+
+def _header(tensors):
+    """(the file's beginning, {name: where and what it is}) of the safetensors format."""
     header: dict[str, dict[str, Any]] = {}
     begin = 0
     for name, tensor in tensors.items():
@@ -50,17 +83,7 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], step: int) -> F
         begin = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
-    failpoints.hit("shard-0", step)
-    half: int | None = begin // 2
-    with HashingFile(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name, tensor in tensors.items():
-            file.write(_bytes(tensor))
-            if half is not None and header[name]["data_offsets"][1] >= half:
-                failpoints.hit("shard-50", step)
-                half = None
-        failpoints.hit("shard-100", step)
-    return {"size": file.num_bytes, "blake3": file.checksum}
+    return struct.pack("<Q", len(text)) + text, header
 
 
 class ShardReader:
@@ -117,4 +140,4 @@ def slice_name(kind: str, parameter: str, start: int) -> str:
 
 
 def _bytes(tensor: torch.Tensor) -> bytes | memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
+    return memoryview(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""

@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -22,11 +22,14 @@ from .. import failpoints
 from ..errors import UserError
 from ..layout import MANIFEST, step_of, tag_of
 from .disk import free_bytes, remove_folder, replace_synced, sync_folder, write_synced
-from .folder import WRITING, Retention, check_files, checked_manifest, clean_up, point_latest, sweep, tags
-from .manifest import Damaged, FileEntry, Manifest, encode
-from .shard import ShardReader, shard_name, slice_name, write_shard
+from .folder import WRITING, Retention, clean_up, point_latest, sweep, tags
+from .frozen import FrozenFile, checked_and_repaired
+from .manifest import Damaged, Manifest, encode
+from .places import Place, files_with, gathered_places
+from .shard import ShardReader, frozen_name, shard_name, slice_name, write_shard
 
 WEIGHT = "weight"
+AVERAGE = "average"
 T = TypeVar("T")
 
 
@@ -65,12 +68,27 @@ class HeldSlice(Protocol):
     def share(self, rank: int, num_ranks: int) -> tuple[int, dict[str, torch.Tensor]]:
         """(start, tensors) of what this rank saves."""
 
+    def place(self, rank: int, num_ranks: int) -> Place:
+        """Where the parameter lies over the files of all ranks, as far as this rank can say."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What a rank saves of its slices.
+
+    trained, frozen: {name in the file: live tensor}. places: {parameter: where it lies}, this rank's part of the manifest's.
+    """
+
+    trained: dict[str, torch.Tensor]
+    frozen: dict[str, torch.Tensor] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
+
 
 @dataclass(frozen=True)
 class Saved:
     """How a save ended. `problem` is empty on success; `seconds` runs from the copy to the end.
 
-    `stall_s`: what the step loop waited. `note` is what went wrong once the checkpoint stood: `latest` not moved, an old checkpoint not removed.
+    `stall_s`: what the step loop waited. `num_bytes`: written by all ranks. `note` is what went wrong once the checkpoint stood: `latest` not moved, an old checkpoint not removed.
     """
 
     step: int
@@ -103,6 +121,7 @@ class CheckpointWriter:
         self.folder, self.ranks, self.retention, self.attempt = Path(folder), ranks, retention, attempt
         self.describe = describe
         self.stall_s = 0.0
+        self._frozen_file = FrozenFile(self.folder, num_copies=min(2, retention.last))
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread = threading.Thread()  # of the part of a save that runs; none does yet
         self._result: Any = None
@@ -118,13 +137,11 @@ class CheckpointWriter:
         """Whether no save is under way."""
         return self._phase == "idle"
 
-    def start(
-        self, lasting: Mapping[str, torch.Tensor], passing: Mapping[str, torch.Tensor], progress: dict[str, Any]
-    ) -> Saved | None:
-        """Begin to save: {name: tensor} of what no one changes before the next update, and of what may change at once.
+    def start(self, pieces: Pieces, passing: Mapping[str, torch.Tensor], progress: dict[str, Any]) -> Saved | None:
+        """Begin to save: what no one changes before the next update, and {name: tensor} of what may change at once.
 
-        `passing` (small) is copied here and now, `lasting` in the background: call `before_update` before weights or
-        moments move. A save that is still under way is brought to its end first, and returned as `Saved`; the state of
+        `passing` (small) is copied here and now, what is trained in the background: call `before_update` before weights or
+        moments move. What is frozen is written where the disk does not have it yet. A save that is still under way is brought to its end first, and returned as `Saved`; the state of
         the step just saved or loaded is not saved again.
         """
         begin = time.perf_counter()
@@ -141,7 +158,7 @@ class CheckpointWriter:
         self._described = self.describe(self._progress)
         self._place = self.folder / f"{WRITING}{tag_of(step)}-{self.attempt}"
         self._is_copied.clear()
-        self._run(self._write, lasting, copied, is_moved)
+        self._run(self._write, pieces, copied, is_moved)
         self._phase = "writing"
         self.stall_s = time.perf_counter() - begin
         return before
@@ -166,7 +183,9 @@ class CheckpointWriter:
             raise self._crash
         if self._phase == "writing" and not has_failed:
             parts = self.ranks.all_gather(self._result)
-            self._files = {shard_name(rank, len(parts)): part for rank, part in enumerate(parts)}
+            self._files = {name: entry for part in parts for name, entry in part["files"].items()}
+            self._num_bytes = sum(part["num_bytes"] for part in parts)
+            self._places = gathered_places(part["places"] for part in parts)
             self._run(self._commit if self.ranks.rank == 0 else _nothing)
             self._phase = "committing"
             return None
@@ -176,7 +195,7 @@ class CheckpointWriter:
             shutil.rmtree(self._place, ignore_errors=True)
         self._phase, self._problem = "idle", None
         self._saved_step = None if problems else self._step
-        num_bytes = 0 if problems else sum(entry["size"] for entry in self._files.values())
+        num_bytes = 0 if problems else self._num_bytes
         return Saved(self._step, "; ".join(problems), note, time.perf_counter() - self._begin, self.stall_s, num_bytes)
 
     def finish(self) -> Saved | None:
@@ -222,8 +241,9 @@ class CheckpointWriter:
         return f"rank {self.ranks.rank}: {where}: {error.strerror or error} ({_free(self.folder)} bytes free)"
 
     def _write(
-        self, lasting: Mapping[str, torch.Tensor], copied: dict[str, torch.Tensor], is_moved: torch.cuda.Event | None
-    ) -> FileEntry:
+        self, pieces: Pieces, copied: dict[str, torch.Tensor], is_moved: torch.cuda.Event | None
+    ) -> dict[str, Any]:
+        lasting, rank, num_ranks = pieces.trained, self.ranks.rank, self.ranks.num_ranks
         if is_moved:  # on a stream of its own, behind the last update and beside the next forward pass
             with torch.cuda.stream(torch.cuda.Stream()):
                 stream = torch.cuda.current_stream()
@@ -234,7 +254,15 @@ class CheckpointWriter:
             copied |= {name: self._copy(name, tensor) for name, tensor in lasting.items()}
         self._is_copied.set()
         self._place.mkdir(parents=True, exist_ok=True)
-        return write_shard(self._place / shard_name(self.ranks.rank, self.ranks.num_ranks), copied, self._step)
+        name = shard_name(rank, num_ranks)
+        files = {name: write_shard(self._place / name, copied, self._step)}
+        num_bytes = files[name]["size"]
+        if pieces.frozen:
+            name = frozen_name(rank, num_ranks)
+            target = self.folder / tag_of(self._step) / name
+            files[name], written = self._frozen_file.put(self._place / name, target, pieces.frozen, self._step)
+            num_bytes += written
+        return {"files": files, "num_bytes": num_bytes, "places": pieces.places}
 
     def _commit(self) -> str:
         manifest = Manifest(
@@ -243,6 +271,7 @@ class CheckpointWriter:
             num_ranks=self.ranks.num_ranks,
             attempt=self.attempt,
             time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            places=self._places,
             **self._described,
         )
         failpoints.hit("manifest", self._step)
@@ -270,8 +299,8 @@ class Loaded:
     passed_over: tuple[tuple[str, str], ...]
 
 
-Checked = tuple[Manifest | None, str | None]
-"""(manifest, None) of a checkpoint whose files are good, else (None, what is wrong)."""
+Checked = tuple[Manifest | None, str | None, list[str]]
+"""(manifest, None, what was repaired) of a checkpoint whose files are good, else (None, what is wrong, [])."""
 
 
 class EarlyCheck:
@@ -283,7 +312,7 @@ class EarlyCheck:
 
     def __init__(self, folder: str | PathLike, rank: int, num_ranks: int):
         self._place = (Path(folder), rank, num_ranks)
-        self._found: tuple[str, list | None, Checked] = ("", None, (None, None))
+        self._found: tuple[str, list | None, Checked] = ("", None, (None, None, []))
         self._thread = threading.Thread(target=self._run, name="check", daemon=True)
         self._thread.start()
 
@@ -304,13 +333,12 @@ class EarlyCheck:
 
 
 def check(place: Path, rank: int, num_ranks: int) -> Checked:
-    """What is wrong with a checkpoint, by this rank's share of its files."""
+    """What is wrong with a checkpoint, by this rank's share of its files; what can be repaired is, and named."""
     try:
-        manifest = checked_manifest(place)
-        check_files(place, manifest, rank, num_ranks)
+        manifest, repaired = checked_and_repaired(place, rank, num_ranks)
     except Damaged as damage:
-        return None, str(damage)
-    return manifest, None
+        return None, str(damage), []
+    return manifest, None, repaired
 
 
 def _stamps(place: Path) -> list[tuple[str, int, int, int, int]] | None:
@@ -342,8 +370,11 @@ def load_newest(
     wanted = [tag for tag in tags(folder) if max_step is None or (step_of(tag) or 0) <= max_step]
     candidates = ranks.all_gather(wanted)[0]
     for tag in reversed(candidates):
-        manifest, problem = check(Path(folder) / tag, ranks.rank, ranks.num_ranks)
-        problems = [text for text in ranks.all_gather(problem) if text]
+        manifest, problem, repaired = check(Path(folder) / tag, ranks.rank, ranks.num_ranks)
+        answers = ranks.all_gather((problem, repaired))
+        problems = [text for text, _ in answers if text]
+        for text in (text for _, texts in answers for text in texts):
+            say(f"repaired  checkpoint {Path(folder) / tag}: {text}")
         if manifest is not None and not problems:
             failpoints.hit("load")
             fill(manifest, Path(folder) / tag)
@@ -371,17 +402,20 @@ def read_slices(folder: str | PathLike, manifest: Manifest, slices: Sequence[Hel
         for kind, t in s.tensors.items()
     ]
     missing = {id(target): target.numel() for _, _, target in wanted}
-    names = sorted(manifest.files)
-    own = rank % len(names)
-    for name in names[own:] + names[:own]:  # the rank's own file first: with as many ranks as before it is the only one
+    holders = {s.name: set(files_with(manifest, s.name, s.start, s.tensors[WEIGHT].numel())) for s in slices}
+    names = sorted(set().union(*holders.values()))
+    own = rank % max(1, len(names))
+    for name in names[own:] + names[:own]:  # ranks begin at different files
         if not any(missing.values()):
             break
         with ShardReader(Path(folder) / name) as reader:
             for piece, kind, target in wanted:
-                if missing[id(target)]:
+                if missing[id(target)] and name in holders[piece.name]:
                     missing[id(target)] -= reader.copy_into(target, kind, piece.name, piece.start)
     for piece, kind, target in wanted:
-        if missing[id(target)]:
+        if kind == AVERAGE and missing[id(target)] == target.numel():  # the run kept none until now: it begins here
+            target.copy_(piece.tensors[WEIGHT])
+        elif missing[id(target)]:
             raise UserError(
                 f"checkpoint {folder}: lacks {missing[id(target)]} elements of {kind} of {piece.name}; it was written incompletely"
             )
@@ -438,14 +472,18 @@ def read_whole(folder: str | PathLike, manifest: Manifest, kind: str = WEIGHT) -
     return state
 
 
-def named_pieces(slices: Sequence[HeldSlice], rank: int, num_ranks: int) -> dict[str, torch.Tensor]:
-    """{name in the file: live tensor} of what this rank saves of its `slices`."""
-    pieces: dict[str, torch.Tensor] = {}
+def named_pieces(slices: Sequence[HeldSlice], rank: int, num_ranks: int) -> Pieces:
+    """What this rank saves of its `slices`; one without moments is frozen."""
+    pieces = Pieces({})
     for piece in slices:
         start, tensors = piece.share(rank, num_ranks)
-        pieces.update(
-            {slice_name(kind, piece.name, start): tensor for kind, tensor in tensors.items() if tensor.numel()}
-        )
+        file = pieces.trained if len(tensors) > 1 else pieces.frozen
+        file.update({slice_name(kind, piece.name, start): tensor for kind, tensor in tensors.items() if tensor.numel()})
+        place = piece.place(rank, num_ranks)
+        if rank == 0 or isinstance(
+            place, list
+        ):  # rank 0 has a part of what is cut by a rule, and need not hear it from all
+            pieces.places[piece.name] = place
     return pieces
 
 

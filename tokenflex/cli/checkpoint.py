@@ -19,6 +19,9 @@ def add_to(commands: Commands) -> None:
         action.add_argument("folder", metavar="DIR", help="a run's folder (runs/NAME); for export also one checkpoint")
         if name == "export":
             action.add_argument("--to", required=True, metavar="DIR", help="folder to write the model to")
+            action.add_argument(
+                "--average", action="store_true", help="the average of its weights (train.ema_decay) instead"
+            )
         add_debug(action)
         action.set_defaults(run=run)
 
@@ -47,6 +50,6 @@ def run_export(arguments: argparse.Namespace, say: Callable[[str], None]) -> int
     """`tokenflex checkpoint export`."""
     from ..export import export_checkpoint
 
-    manifest = export_checkpoint(arguments.folder, arguments.to)
+    manifest = export_checkpoint(arguments.folder, arguments.to, arguments.average)
     say(f"exported  the model of step {manifest.step} to {arguments.to}")
     return 0

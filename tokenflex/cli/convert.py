@@ -27,18 +27,7 @@ def add_to(commands: Commands) -> None:
     add("source", metavar="SOURCE", help="the JSON file, the folder, or the shards (a glob pattern)")
     add("--out", required=True, metavar="DIR", help="folder of the new shards")
     add("--images", metavar="DIR", help="folder that image paths are relative to")
-    add(
-        "--split",
-        default="",
-        metavar="NAME",
-        help="which of a Hugging Face folder's splits: train, validation, ... or all",
-    )
-    add(
-        "--subset",
-        default="",
-        metavar="NAME",
-        help="which of a Hugging Face folder's configurations, by its README or its folders, or all",
-    )
+    _add_choices(command)
     add("--samples-per-shard", type=positive, default=1000, metavar="N", help="records per shard (default 1000)")
     add(
         "--caption-prompt",
@@ -64,6 +53,17 @@ def add_to(commands: Commands) -> None:
     add_workers(command)
     add_debug(command)
     command.set_defaults(run=run)
+
+
+def _add_choices(command: argparse.ArgumentParser) -> None:
+    """Which part of a Hugging Face folder."""
+    for option, what in (
+        ("--subset", "configurations, by its README or its folders"),
+        ("--split", "splits: train, validation, ..."),
+    ):
+        command.add_argument(
+            option, default="", metavar="NAME", help=f"which of a Hugging Face folder's {what}; or all"
+        )
 
 
 def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:

@@ -2,6 +2,7 @@
 
 from .load import apply_overrides, describe, load_config, save_config
 from .schema import (
+    AdapterConfig,
     BudgetConfig,
     CostConfig,
     DataConfig,
@@ -17,6 +18,7 @@ from .schema import (
 )
 
 __all__ = [
+    "AdapterConfig",
     "BudgetConfig",
     "CostConfig",
     "DataConfig",

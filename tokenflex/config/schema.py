@@ -24,6 +24,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Names = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), Field(min_length=1)
+]
 Paths = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
@@ -95,6 +99,19 @@ class BudgetConfig(Section):
                 )
 
 
+class AdapterConfig(Section):
+    """A low-rank adapter (LoRA) on a part, which is then trained in the part's place."""
+
+    rank: NonNegativeInt = 0
+    """Rank; 0 for no adapter."""
+    alpha: PositiveFloat = 16.0
+    """What the adapter adds is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of the adapter's input in training."""
+    layers: Names = ("all-linear",)
+    """Names of the linear layers that get one, such as [q_proj, v_proj]; `all-linear` is all but the output layer."""
+
+
 class ModelConfig(Section):
     """What the model is made of."""
 
@@ -144,6 +161,10 @@ class ModelConfig(Section):
     probe: bool = True
     """Before the first step, try whether the parts do in a pack what they do alone (some forward passes). Off, a part that does
     not is trained all the same: samples that see each other, attention without its window or cap, features out of order."""
+    text_adapter: AdapterConfig = AdapterConfig()
+    """LoRA on the language model."""
+    vision_adapter: AdapterConfig = AdapterConfig()
+    """LoRA on the vision encoder."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     trust_remote_code: bool = False
@@ -248,10 +269,16 @@ class PartConfig(Section):
     """Whether it is trained; a frozen part keeps its weights and statistics bit for bit, and has no dropout."""
     learning_rate: NonNegativeFloat = 2e-5
     """Peak learning rate."""
+    layer_decay: PositiveFloat = Field(default=1.0, le=1)
+    """Rate of a layer as a share of the one above it: 0.9 trains early layers gently; 1 trains all of them alike."""
+    weight_decay: NonNegativeFloat | Literal["same"] = "same"
+    """Decoupled weight decay of the part's matrices; `same` takes `optimizer.weight_decay`."""
+    betas: tuple[Beta, Beta] | Literal["same"] = "same"
+    """Decay rates of the part's moments; `same` takes `optimizer.betas`."""
 
 
 class OptimizerConfig(Section):
-    """AdamW with one group per part, and the learning-rate schedule."""
+    """AdamW (or Muon for hidden matrices) with groups per part, and the learning-rate schedule."""
 
     vision: PartConfig = PartConfig(learning_rate=2e-6)
     """The vision encoder."""
@@ -263,16 +290,25 @@ class OptimizerConfig(Section):
     """Of a frozen language model, train the rows of `model.image_tokens` in embedding and output layer, at its learning rate."""
     weight_decay: NonNegativeFloat = 0.05
     """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
-    betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay rates of the two moments."""
+    matrices: Literal["adamw", "muon"] = "adamw"
+    """What moves the matrices of linear layers, but for the output layer: `muon` orthogonalises their momentum, of the size
+    that AdamW's updates have, so rates and weight decay keep their meaning; embeddings, convolutions and vectors stay at AdamW."""
+    muon_momentum: Beta = 0.95
+    """Decay rate of Muon's momentum (Nesterov's)."""
     eps: PositiveFloat = 1e-8
     """Added to the denominator."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are clipped to this global norm; 0 clips nothing."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after the warm-up; `wsd` (warm-up, stable, decay) stays at the peak and falls in a straight line at the end."""
+    decay_fraction: PositiveFloat = Field(default=0.2, le=1)
+    """Share of the steps over which `wsd` falls at the end."""
     warmup_fraction: NonNegativeFloat = Field(default=0.03, le=1)
     """Share of the steps over which the rate rises from zero."""
+    warmup_steps: NonNegativeInt = 0
+    """The same in steps; where it is not 0 it takes the place of `warmup_fraction`."""
     final_fraction: NonNegativeFloat = Field(default=0.0, le=1)
     """Rate at the end as a share of the peak."""
 
@@ -292,6 +328,14 @@ class TrainConfig(Section):
     resume_from: str = ""
     """Another run's folder, or one of its checkpoints, to branch off from with its moments and its place in the data (a
     cooldown, say); a run that has checkpoints of its own goes on from those."""
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Decay rate of an average of the trained weights over the steps (0.999, say), kept in fp32 and in checkpoints; 0 for none."""
+    export_average: bool = False
+    """Export that average instead of the weights."""
+    export_adapter: bool = False
+    """Write the adapters beside the merged model too, as a folder that peft loads onto the model of `model.init_from`."""
+    compile: Literal["off", "blocks"] = "off"
+    """`blocks`: torch.compile for the layers of encoder and language model, once for all lengths; at ZeRO 0 to 2."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the forward and backward pass; `auto` is bf16 on GPU and fp32 on CPU, where it is the fast one."""
     seed: NonNegativeInt = 0
@@ -370,6 +414,41 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
+        if self.optimizer.warmup_steps > self.train.num_steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than train.num_steps={self.train.num_steps}: the "
+                "rate would never reach its peak; shorten the warm-up"
+            )
+        for part in ("text", "vision"):
+            if getattr(self.model, f"{part}_adapter").rank and not getattr(self.optimizer, part).train:
+                raise ValueError(
+                    f"model.{part}_adapter is trained in the place of the {part} part, but optimizer.{part}.train=false; set it "
+                    f"to true, or model.{part}_adapter.rank=0"
+                )
+        has_adapter = self.model.text_adapter.rank or self.model.vision_adapter.rank
+        if self.train.export_adapter and not (has_adapter and self.model.init_from):
+            raise ValueError(
+                "train.export_adapter=true needs an adapter (model.text_adapter.rank) and an exported model that it is for "
+                "(model.init_from); without them the merged model is exported alone"
+            )
+        if self.train.export_adapter and self.optimizer.train_image_tokens:
+            raise ValueError(
+                "train.export_adapter=true with optimizer.train_image_tokens=true: an adapter's folder has no place for single rows of "
+                "an embedding; set one of them to false (the merged model has them)"
+            )
+        if self.train.compile == "blocks" and self.model.gradient_checkpointing:
+            raise ValueError(
+                "train.compile=blocks with model.gradient_checkpointing=true: attention stays outside of what is compiled, and a "
+                "checkpointed layer is compiled whole or not at all; set one of them off"
+            )
+        if self.train.export_average and not self.train.ema_decay:
+            raise ValueError(
+                "train.export_average=true, but train.ema_decay is 0: no average is kept; set it to 0.999, say"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_views(self) -> "RunConfig":
         if self.train.consistency and self.budget.per_sample == "one":
             raise ValueError(
                 f"train.consistency={self.train.consistency:g} compares a sample's counts, and budget.per_sample is one; set it to "

@@ -127,11 +127,8 @@ def estimate(
     costs = _traced(config, lambda: unit_costs(model))
     activations = _traced(config, lambda: trace_activations(config, model, pack))
     sizes = ModelSizes.of(model, ds_config)
-    held = {
-        "activations": float(activations.recomputed if config.model.gradient_checkpointing else activations.kept),
-        "logits": float(activations.logits),
-        "reserved": assumptions.reserved_gb * 1e9,
-    }
+    held = {"logits": float(activations.logits), "reserved": assumptions.reserved_gb * 1e9}
+    held["activations"] = float(activations.recomputed if config.model.gradient_checkpointing else activations.kept)
     work = {name: value for name, value in asdict(workload.step).items() if name != "samples"}
     return Estimate(
         name=config.name,

@@ -184,7 +184,7 @@ def worst_micro_batches(planner: Planner, packs_at_once: int) -> Iterator[tuple[
 def shape_of(batch: PackedBatch) -> PackShape:
     """What of a batch decides its memory."""
     tiles = 0 if batch.is_dummy_image else len(batch.images)
-    count = len(batch.visual_positions) // tiles if tiles else batch.tile_counts[0]
+    count = max(batch.tile_counts)  # a pack of several counts is estimated at its largest
     lengths = tuple(batch.cu_seq_lens.diff().tolist())
     return PackShape(lengths=lengths, tiles=tiles, count=count, learned=len(batch.targets))
 

@@ -1,8 +1,9 @@
-"""What is known of GPUs: dense 16-bit FLOPs per second and memory, by their makers' data sheets."""
+"""What is known of GPUs by their makers' data sheets: memory here, dense 16-bit FLOPs per second in `telemetry.peaks`."""
 
 from dataclasses import dataclass
 
 from ..errors import UserError
+from ..telemetry.peaks import PEAK_BF16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,17 +18,17 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu(name="a100", flops=312e12, memory=80e9),
-        Gpu(name="a100-40", flops=312e12, memory=40e9),
-        Gpu(name="h100", flops=989.4e12, memory=80e9),
-        Gpu(name="h200", flops=989.4e12, memory=141e9),
-        Gpu(name="h20", flops=148e12, memory=96e9),
-        Gpu(name="gh200", flops=989.4e12, memory=96e9),
-        Gpu(name="b200", flops=2250e12, memory=180e9),
-        Gpu(name="b300", flops=2250e12, memory=288e9),
-        Gpu(name="l40s", flops=362e12, memory=48e9),
-        Gpu(name="rtx4090", flops=165.2e12, memory=24e9),
-        Gpu(name="mi300x", flops=1307.4e12, memory=192e9),
+        Gpu(name="a100", flops=PEAK_BF16["A100"], memory=80e9),
+        Gpu(name="a100-40", flops=PEAK_BF16["A100"], memory=40e9),
+        Gpu(name="h100", flops=PEAK_BF16["H100"], memory=80e9),
+        Gpu(name="h200", flops=PEAK_BF16["H200"], memory=141e9),
+        Gpu(name="h20", flops=PEAK_BF16["H20"], memory=96e9),
+        Gpu(name="gh200", flops=PEAK_BF16["GH200"], memory=96e9),
+        Gpu(name="b200", flops=PEAK_BF16["B200"], memory=180e9),
+        Gpu(name="b300", flops=PEAK_BF16["B300"], memory=288e9),
+        Gpu(name="l40s", flops=PEAK_BF16["L40S"], memory=48e9),
+        Gpu(name="rtx4090", flops=PEAK_BF16["RTX 4090"], memory=24e9),
+        Gpu(name="mi300x", flops=PEAK_BF16["MI300X"], memory=192e9),
     )
 }
 """By the name that `--gpu` takes; the SXM form where there are several."""

@@ -92,8 +92,15 @@ def indexed_sources(data: DataConfig) -> list[Source]:
         if not found:
             return []
         newest = max(found, key=lambda index: (index.folder / "manifest.json").stat().st_mtime_ns)
-        options = {"weight": source.weight, "epochs": source.epochs, "over_long": source.over_long}
-        sources.append(Source(index=open_index(newest.folder), name=", ".join(source.paths), **options))
+        sources.append(
+            Source(
+                index=open_index(newest.folder),
+                name=", ".join(source.paths),
+                weight=source.weight,
+                epochs=source.epochs,
+                over_long=source.over_long,
+            )
+        )
     return sources
 
 
@@ -110,10 +117,13 @@ def planned(planner: Planner, source: str) -> Workload:
     per_step = planner.data.packs_per_step / len(every.tokens)
     means = {name: float(getattr(every, name).sum()) * per_step for name in StepWork.__annotations__}
     fullest = int(every.tiles.argmax())
+    mean_count = every.visual_tokens[fullest] / max(
+        every.tiles[fullest], 1
+    )  # packs of several counts go by the next trained one
     worst = PackShape(
         lengths=_split(int(every.tokens.max())),
         tiles=int(every.tiles.max()),
-        count=int(every.visual_tokens[fullest] // max(every.tiles[fullest], 1)) or min(planner.budget.counts),
+        count=min((c for c in planner.budget.counts if c >= mean_count), default=max(planner.budget.counts)),
         learned=int(every.learned_tokens.max()),
     )
     return Workload(step=StepWork(**means), worst=worst, source=source)

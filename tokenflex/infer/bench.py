@@ -81,15 +81,14 @@ def bench(folder: str | PathLike, workload: Workload, say: Callable[[str], None]
             if round_number:
                 times[case].append(measured)
         say(f"bench     round {round_number} of {workload.rounds}" + ("" if round_number else " (warm-up)"))
-    return [
-        Case(
-            *case,
-            inputs[case]["input_ids"].shape[1],
-            *map(statistics.median, zip(*times[case])),
-            round(memory[case], 3),
-        )
-        for case in cases
-    ]
+    result = []
+    for count, batch_size in cases:
+        medians = [statistics.median(values) for values in zip(*times[count, batch_size])]
+        length = inputs[count, batch_size]["input_ids"].shape[1]
+        encode_s, first_s, again_s, rate = medians
+        peak = round(memory[count, batch_size], 3)
+        result.append(Case(count, batch_size, length, encode_s, first_s, again_s, rate, peak))
+    return result
 
 
 def trained_counts(folder: str | PathLike) -> list[int]:

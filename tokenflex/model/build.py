@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import UserError
+from .adapters import add_adapters
 from .attention import PACKED, register_packed_attention
 from .configuration_tokenflex import TokenFlexConfig
 from .generation import generation_settings
@@ -68,6 +69,7 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
         lambda **hub: AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code, **hub),
     )
     template = _template(model.chat_template, tokenizer, source)
+    _check_image_tokens(model.image_tokens, tokenizer)
     missing = missing_tokens(tokenizer, model.image_tokens)
     if missing and not model.add_image_tokens:
         raise UserError(
@@ -76,15 +78,11 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
         )
     if missing:
         tokenizer.add_special_tokens({"additional_special_tokens": missing})
-    height, width = model.image_size
-    image_processor = TokenFlexImageProcessor(
-        height, width, model.image_mean, model.image_std, max_tiles=model.max_tiles, thumbnail=model.thumbnail
-    )
     grid = _grid(vision_config(model), model.image_size)
     check_counts(budget.num_visual_tokens, grid, model.pooling_mode, "budget.num_visual_tokens")
     start, token, end = model.image_tokens
     processor = TokenFlexProcessor(
-        image_processor,
+        _image_processor(model),
         tokenizer,
         chat_template=template,
         chat_template_options=model.chat_template_options,
@@ -95,7 +93,34 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
         image_end_token=end,
     )
     check_template(processor)
+    if processor.turn_end_id() in tokenizer.convert_tokens_to_ids(list(model.image_tokens)):
+        raise UserError(
+            f"model.image_tokens {list(model.image_tokens)}: one of them ends a turn in the template; name others"
+        )
     return processor
+
+
+def _image_processor(model):
+    height, width = model.image_size
+    return TokenFlexImageProcessor(
+        height, width, model.image_mean, model.image_std, max_tiles=model.max_tiles, thumbnail=model.thumbnail
+    )
+
+
+def _check_image_tokens(tokens, tokenizer):
+    """That the image tokens are three, and mean nothing else.
+
+    Raises:
+        UserError: one is empty, twice there, or what begins, ends or fills a text.
+    """
+    used = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    for token in tokens:
+        other = next((name for name, value in used.items() if value == token), None)
+        if not token.strip() or tokens.count(token) > 1 or other:
+            what = f"is the tokenizer's {other}" if other else "is empty" if not token.strip() else "is there twice"
+            raise UserError(
+                f"model.image_tokens: {token!r} {what}; name three tokens of their own, for begin, place and end"
+            )
 
 
 def _template(name, tokenizer, source):
@@ -160,6 +185,7 @@ def build_model(
     built.config.text_config.vocab_size = built.get_input_embeddings().num_embeddings
     built.language_model.set_attn_implementation(PACKED)
     apply_liger(built.language_model, model.liger)
+    add_adapters(built, model)
     if model.gradient_checkpointing:
         recompute_activations(built)
     return built
@@ -245,8 +271,10 @@ def tokenizer_size(model: "ModelConfig") -> int:
     """How many tokens the tokenizer of a run has with its image tokens; 0 where it is not at hand."""
     source = model.tokenizer or model.init_from or (model.text if isinstance(model.text, str) else "")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code) if source else []
-    except LOADING_ERRORS:
+        hub = hub_options("model.tokenizer", source) if source else {}
+        load = functools.partial(AutoTokenizer.from_pretrained, trust_remote_code=model.trust_remote_code)
+        tokenizer = load(source, **hub) if source else []
+    except (*LOADING_ERRORS, UserError):
         return 0
     if len(tokenizer) < MIN_TOKENS:  # transformers makes an empty one of a folder without its files
         return 0
@@ -258,6 +286,8 @@ def _composed_config(model, budget, num_tokens, dtype, **token_ids):
     """The configuration of a model of two parts; a language model from scratch has a row for each of `num_tokens`."""
     vision, text = vision_config(model), _part_config("model.text", model.text, model.trust_remote_code)
     text = getattr(text, "text_config", text)
+    if isinstance(model.text, dict) and type(text) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(f"model.text: {text.model_type} is no causal language model of transformers; choose another")
     if isinstance(model.text, dict):
         text.vocab_size = max(model.text.get("vocab_size", 0), num_tokens) or text.vocab_size
     height, width = model.image_size
@@ -288,7 +318,18 @@ def _composed(model, budget, processor, dtype, loading):
         tower = _pretrained("model.vision", AutoModel, vision, dtype, model, loading)
     if isinstance(model.text, str):
         language = _pretrained("model.text", AutoModelForCausalLM, text, dtype, model, loading)
-    return TokenFlexForConditionalGeneration(config, vision_tower=tower, language_model=language).to(dtype)
+    try:
+        return TokenFlexForConditionalGeneration(config, vision_tower=tower, language_model=language).to(dtype)
+    except (
+        *LOADING_ERRORS,
+        ArithmeticError,
+        RuntimeError,
+        AssertionError,
+    ) as error:  # sizes that no class checks by itself
+        parts = " and ".join(f"model.{part}" for part in ("vision", "text") if isinstance(getattr(model, part), dict))
+        raise UserError(
+            f"{parts or 'model'}: cannot be built with these values ({type(error).__name__}: {_brief(error)})"
+        ) from error
 
 
 def _initialised_from(model, dtype, loading, hub):
@@ -432,10 +473,14 @@ def _made(key, source, make):
 
 def _loading_error(key, source, error):
     kind = "folder" if Path(source).exists() else "hub id or folder"
-    return UserError(f"{key}: {kind} {source} cannot be loaded: {' '.join(str(error).split())[:300]}")
+    return UserError(f"{key}: {kind} {source} cannot be loaded: {_brief(error)}")
 
 
-def check_counts(counts: Iterable[int], grid: tuple[int, int], pooling_mode: str, key: str) -> None:
+def _brief(error):
+    return " ".join(str(error).split())[:300]
+
+
+def check_counts(counts: Iterable[int], grid: Sequence[int], pooling_mode: str, key: str) -> None:
     """See that pooling gives each of `counts` tokens of its own.
 
     `resize` averages a grid that was stretched: above the patches there are, tokens would be made up between them.

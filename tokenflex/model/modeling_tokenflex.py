@@ -103,6 +103,11 @@ class _TokenFlexBase(PreTrainedModel):
 
     def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
         self._is_loading = True
+        # What was found has its start already, and under ZeRO-3 no shape that one could be drawn for.
+        for module in self.modules():
+            tensors = [*module.parameters(), *module.buffers(recurse=False)]
+            if tensors and all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
+                module._is_hf_initialized = True
         super()._initialize_missing_keys(*args, **kwargs)
         self._is_loading = False
 

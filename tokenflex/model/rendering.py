@@ -22,7 +22,9 @@ MAX_KEPT = 512  # rendered texts and outlines that are kept
 CALLS = {"tool_calls", "function_call"}
 FORMS = ("text", "items", "mixed")
 """How a template wants content: as a string; as a list of items; or system messages as a string and others as a list."""
-FAILURES = (jinja2.TemplateError, TypeError, KeyError, IndexError, AttributeError, ValueError)
+FAILURES = (
+    jinja2.TemplateError, TypeError, KeyError, IndexError, AttributeError, ValueError, ArithmeticError, RecursionError,
+)  # fmt: skip
 """What running somebody's template may raise."""
 DIRECTIVE = re.compile("%([-#]?[A-Za-z%])")
 

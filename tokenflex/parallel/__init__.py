@@ -15,6 +15,7 @@ from .environment import Launch, join
 from .heartbeat import Heartbeat
 from .ranks import Ranks
 from .world import check_world
+from .zero import check_zero
 
 __all__ = [
     "Engine",
@@ -23,6 +24,7 @@ __all__ = [
     "Ranks",
     "Update",
     "check_world",
+    "check_zero",
     "gathered",
     "join",
     "join_ranks",

@@ -17,16 +17,18 @@ def without_shared_memory_collective() -> None:
     deepspeed.ops.__compatible_ops__ = {}
 
 
-def grad_norm_before_update(engine: deepspeed.DeepSpeedEngine) -> float:
-    """Global gradient norm of the step whose update is about to run, NaN where it is not finite; ZeRO stages 1 to 3.
+def grad_norm_before_update(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor:
+    """Global gradient norm of the step whose update is about to run, not yet read from the device; ZeRO stages 1 to 3.
+
+    A scalar, negative or NaN where it is not finite.
 
     DeepSpeed's public `get_global_grad_norm` answers only after the update, when it is too late to leave it out; its
     wrapper of the optimizer has the norm by the time it calls the optimizer.
     """
     norm = engine.optimizer._global_grad_norm
-    return float("nan") if norm is None or norm < 0 else float(norm)
+    return torch.as_tensor(float("nan") if norm is None else norm)
 
 
-def grad_norm_without_zero(model: torch.nn.Module) -> float:
+def grad_norm_without_zero(model: torch.nn.Module) -> torch.Tensor:
     """The same at stage 0, where DeepSpeed keeps no norm: of the gradients as they lie in the parameters."""
-    return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])

@@ -16,7 +16,17 @@ import torch
 from ..errors import UserError
 from .environment import Launch
 from .ranks import Ranks
-from .slices import Slice, before_loading, held_slices, num_updates, publish_weights, set_num_updates
+from .slices import (
+    AVERAGE,
+    WEIGHT,
+    Slice,
+    before_loading,
+    held_slices,
+    num_updates,
+    places_in,
+    publish_weights,
+    set_num_updates,
+)
 from .stopwatch import Stopwatch
 
 OURS = {
@@ -146,11 +156,12 @@ class Update:
     """How the update of an optimizer step ended.
 
     grad_norm: global norm of the gradients before clipping, NaN where it is not finite. vetoed: why the weights did not
-    move, in words; empty where they did.
+    move, in words; empty where they did. beside: what was read from the device with the norm.
     """
 
     grad_norm: float
     vetoed: str = ""
+    beside: tuple[float, ...] = ()
 
 
 class Engine:
@@ -158,32 +169,38 @@ class Engine:
 
     Args:
         model: its weights may be sharded already.
-        make_optimizer: (should_skip) -> an optimizer that, before it moves anything, asks `should_skip()` whether to.
+        make_optimizer: (should_skip, map_matrices) -> an optimizer that, before it moves anything, asks `should_skip()` whether
+            to; what needs whole matrices has them by `map_matrices` (see the method).
         ds_config: from `resolve_ds_config`.
         ranks: the job.
+        with_average: keep an average of the trained weights (`update_average`), which `slices` have and checkpoints with them.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
-        make_optimizer: Callable[[Callable[[], bool]], torch.optim.Optimizer],
+        make_optimizer: Callable[[Callable[[], bool], Callable[..., None]], torch.optim.Optimizer],
         ds_config: dict[str, Any],
         ranks: Ranks,
+        with_average: bool = False,
     ):
         import deepspeed
 
         from . import bends
 
         self._bends = bends
+        self.with_average = with_average
         self.ranks, self.device, self.ds_config = ranks, ranks.device, ds_config
         self.stopwatch = Stopwatch(ranks.device)
         """Of this rank's passes, from a forward to the end of its backward."""
         # At stage 0 in bf16 DeepSpeed runs the optimizer once to make it create its state: that would decay the weights.
         self._is_ready = False
-        self._veto: Callable[[float], str] | None = None
+        self._veto: Callable[..., str] | None = None
+        self._beside: Sequence[torch.Tensor] = ()
+        self._read: tuple[float, ...] = ()
         self._answer: str | None = None
         self._norm = float("nan")
-        self._optimizer = make_optimizer(self._should_skip)
+        self._optimizer = make_optimizer(self._should_skip, self.map_matrices)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=ds_config)
         self._is_ready = True
 
@@ -218,25 +235,30 @@ class Engine:
         self._engine.backward(loss * self.ranks.num_ranks, scale_wrt_gas=False)
         self.stopwatch.stop()
 
-    def step(self, learning_rates: Sequence[float], veto: Callable[[float], str] | None = None) -> Update:
+    def step(
+        self,
+        learning_rates: Sequence[float],
+        veto: Callable[..., str] | None = None,
+        beside: Sequence[torch.Tensor] = (),
+    ) -> Update:
         """End of a micro-step; on the last one of a step the optimizer runs with one learning rate per group.
 
-        `veto(grad_norm)` is given on the last one: where it answers with a reason the optimizer does not run, and weights
-        and moments keep every bit. DeepSpeed itself leaves the optimizer out where the norm is not finite; `veto` is then
-        asked about NaN.
+        `veto(grad_norm, *beside)` is given on the last one: where it answers with a reason the optimizer does not run, and
+        weights and moments keep every bit. The norm and the scalars `beside` it are read from the device together: the one time
+        that a step waits for it. DeepSpeed itself leaves the optimizer out where the norm is not finite; `veto` is then asked
+        about NaN.
         """
         for group, rate in zip(self._engine.optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = rate
-        self._veto, self._answer = veto, None
+        self._veto, self._answer, self._beside = veto, None, beside
         if veto is not None and zero_stage(self.ds_config) == 0:
-            self._norm = self._bends.grad_norm_without_zero(self.model)
+            self._norm_on_device = self._bends.grad_norm_without_zero(self.model)
         self._engine.step()
         if veto is None:
             return Update(self._norm)
         if self._answer is None:  # DeepSpeed left the optimizer out
-            self._norm = float("nan")
-            self._answer = veto(self._norm)
-        return Update(self._norm, self._answer)
+            self._ask(torch.tensor(float("nan")))
+        return Update(self._norm, self._answer or "", self._read)
 
     def _should_skip(self) -> bool:
         """The optimizer asks this before it runs, once per group of parameters; the answer is found once per step."""
@@ -244,13 +266,79 @@ class Engine:
             return True
         if self._answer is None and self._veto is not None:
             if zero_stage(self.ds_config) > 0:
-                self._norm = self._bends.grad_norm_before_update(self._engine)
-            self._answer = self._veto(self._norm)
+                self._norm_on_device = self._bends.grad_norm_before_update(self._engine)
+            self._ask(self._norm_on_device)
         return bool(self._answer)
+
+    def _ask(self, norm: torch.Tensor) -> None:
+        """Read the norm and what goes beside it in one go, and ask the veto."""
+        device = self._beside[0].device if self._beside else norm.device
+        scalars = torch.stack([x.detach().double().to(device).view(()) for x in (norm, *self._beside)])
+        self._norm, *read = scalars.tolist()
+        self._norm = float("nan") if self._norm < 0 else self._norm
+        self._read = tuple(read)
+        assert self._veto is not None
+        self._answer = self._veto(self._norm, *read)
 
     def slices(self) -> list[Slice]:
         """What this rank holds of every parameter and its optimizer state: a list of `Slice`s, live."""
-        return held_slices(self._engine, self._optimizer, self.ranks.rank)
+        return held_slices(self._engine, self._optimizer, self.ranks.rank, self.with_average)
+
+    def map_matrices(
+        self,
+        parameters: Sequence[torch.nn.Parameter],
+        flat: torch.Tensor,
+        values: torch.Tensor,
+        function: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """In place: `function(matrix)` for each matrix of `values`, laid out as `flat`, the weights that an optimizer is given.
+
+        parameters: of its group. Below stage 1 an optimizer has matrices; above, a rank has stretches of them. Each is put
+        together on one rank, in turn, so the work is shared out; every rank must call it for the same weights in one order.
+        """
+        if zero_stage(self.ds_config) == 0:
+            values.copy_(function(values))
+            return
+        places, num_ranks = (
+            places_in(self._engine, self._optimizer, parameters, flat, self.ranks.rank),
+            self.ranks.num_ranks,
+        )
+        for begin in range(0, len(places), num_ranks):
+            several, mine = list(enumerate(places[begin : begin + num_ranks])), torch.empty(0)
+            for owner, (shape, there, here) in several:
+                whole = torch.zeros(shape, dtype=values.dtype, device=self.device)
+                whole.view(-1)[there] = values[here].to(self.device)
+                torch.distributed.reduce(whole, owner)
+                mine = function(whole).contiguous() if owner == self.ranks.rank else mine
+            for owner, (shape, there, here) in several:
+                is_mine = owner == self.ranks.rank
+                whole = mine if is_mine else torch.empty(shape, dtype=values.dtype, device=self.device)
+                torch.distributed.broadcast(whole, owner)
+                values[here] = whole.view(-1)[there].to(values.device)
+
+    def update_average(self, decay: float) -> None:
+        """Move the average of the trained weights towards them: average = decay x average + (1 - decay) x weights."""
+        for weight, state in self._optimizer.state.items():
+            if AVERAGE in state:
+                state[AVERAGE].lerp_(weight.detach(), 1 - decay)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this context the model's trained weights are their average; every rank must enter it."""
+        self._exchange_average()
+        try:
+            yield
+        finally:
+            self._exchange_average()
+
+    def _exchange_average(self):
+        before_loading(self._engine)
+        for piece in self.slices():
+            if AVERAGE in piece.tensors:
+                weight = piece.tensors[WEIGHT].clone()
+                piece.tensors[WEIGHT].copy_(piece.tensors[AVERAGE])
+                piece.tensors[AVERAGE].copy_(weight)
+        publish_weights(self._engine)
 
     @property
     def num_updates(self) -> int:

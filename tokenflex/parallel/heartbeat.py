@@ -12,6 +12,7 @@ from collections import defaultdict, deque
 from os import PathLike
 from pathlib import Path
 
+from ..errors import UserError
 from . import watchdog
 from .environment import Launch
 
@@ -29,7 +30,7 @@ class Heartbeat:
     and in phases that say so, after `startup_s`. `seconds` has how long this rank has been in each phase so far.
 
     Args:
-        folder: where the watchdogs of this start of the run meet; shared by all ranks.
+        folder: where the watchdogs of this start of the run meet; shared by all ranks. Its name is the start's own.
     """
 
     def __init__(self, launch: Launch, folder: str | PathLike, min_s: float, startup_s: float):
@@ -41,11 +42,17 @@ class Heartbeat:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._phase, self._since = "start", time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.local = Path(tempfile.gettempdir()) / f"tokenflex-{os.getuid()}-{self.folder.name}"
+        self.local.mkdir(mode=0o700, exist_ok=True)
+        if self.local.stat().st_uid != os.getuid():
+            raise UserError(
+                f"{self.local}: belongs to another user; set TMPDIR to a folder of your own on the node's disk"
+            )
         with tempfile.NamedTemporaryFile(prefix="tokenflex-pulse-") as file:
             file.truncate(watchdog.PULSE.size)
             self._pulse = mmap.mmap(file.fileno(), watchdog.PULSE.size)
             self.phase("start", startup_s)
-            self._stacks = open(self.folder / f"stacks-{self.rank}", "w")  # noqa: SIM115  faulthandler writes to it later
+            self._stacks = open(self.local / f"stacks-{self.rank}", "w")  # noqa: SIM115  faulthandler writes to it later
             faulthandler.register(watchdog.STACK_SIGNAL, self._stacks, all_threads=True)
             self.label = f"{socket.gethostname()}, process {os.getpid()}"
             arguments = [
@@ -54,6 +61,7 @@ class Heartbeat:
                 os.getpid(),
                 f"/proc/self/fd/{file.fileno()}",
                 self.folder,
+                self.local,
                 self.label,
             ]
             self._process = subprocess.Popen(
@@ -106,9 +114,10 @@ class Heartbeat:
         self._process.kill()
         self._process.wait()
         self._stacks.close()
+        watchdog.leave(self.local, self.rank)
 
     def _first_failure(self) -> str:
-        for name in sorted(os.listdir(self.folder)):
+        for name in sorted(watchdog.left_names(self.local, set())):
             kind, _, rank = name.partition("-")
             if kind in ("dead", "failed") and rank != str(self.rank):
                 return watchdog.describe_loss(self.folder, name)

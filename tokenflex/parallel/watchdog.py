@@ -7,14 +7,18 @@ times a second. It ends its rank, whatever state that is in, when
   with the stacks of all threads, and the one of the lowest rank names the culprit;
 - another rank has died: within a second, instead of when a collective runs into its timeout.
 
-Watchdogs speak through files in the run's folder, which all ranks share: one listing per second each, one file per event.
+Watchdogs speak through files in the run's folder, which all ranks share: one file per event, and one listing per second for
+each node. The watchdog that holds the node's lock lists, and leaves what it saw on the node's own disk for the others; when it
+ends another has the lock. Until there is an alarm a rank's stacks are on the node's own disk too.
 Run as a script without site packages, so it imports nothing but the standard library: tokenflex is not importable here.
 """
 
 import contextlib
+import fcntl
 import json
 import mmap
 import os
+import shutil
 import signal
 import struct
 import sys
@@ -28,6 +32,8 @@ PULSE = struct.Struct("<QqddH62s")
 FINISHED = "finished"
 LOOK_S = 0.25
 LIST_S = 1.0
+STALE_S = 4.0
+"""Age at which what the lister has left is believed no longer (it is frozen, say): then a watchdog lists for itself."""
 REPORTS_S = 3.0
 """How long the lowest rank's watchdog waits for the others' reports."""
 STACK_SIGNAL = signal.SIGUSR2
@@ -37,12 +43,54 @@ Report = dict[str, Any]
 IN_COLLECTIVE = ("torch/distributed/", "deepspeed/comm/")
 
 
-def watch(rank: int, num_ranks: int, process: int, pulse_path: str, folder: str | Path, label: str) -> None:
-    """Watch process `process` until it ends or must be ended."""
-    folder = Path(folder)
+class Listing:
+    """The names in the run's folder, with one listing per node and second; `local` is on the node's own disk."""
+
+    def __init__(self, folder: Path, local: Path):
+        self.folder, self.local = folder, local
+        self._lock = open(local / "lister", "w")  # noqa: SIM115  held until the process ends
+        self._listed, self._names = 0.0, set[str]()
+        self.is_lister = False
+
+    def names(self) -> set[str]:
+        """What was there a second ago at most (two for one who does not list himself)."""
+        if not self.is_lister:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.is_lister = True
+        now = time.monotonic()
+        if now - self._listed <= LIST_S:
+            return self._names if self.is_lister else left_names(self.local, self._names)
+        if self.is_lister or time.time() - age_of(self.local / "names") > STALE_S:
+            self._listed, self._names = now, set(os.listdir(self.folder))
+            if self.is_lister:
+                write(self.local / "names", sorted(self._names))
+            return self._names
+        return left_names(self.local, self._names)
+
+
+def left_names(local: Path, otherwise: set[str]) -> set[str]:
+    """What the node's lister has left, or `otherwise` where there is nothing yet."""
+    try:
+        return set(json.loads((local / "names").read_text()))
+    except FileNotFoundError:
+        return otherwise
+
+
+def age_of(path: Path) -> float:
+    """When a file was last written; 0 where it was not."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def watch(rank: int, num_ranks: int, process: int, pulse_path: str, places: tuple[Path, Path], label: str) -> None:
+    """Watch process `process` until it ends or must be ended. places: the folder that all share, and the node's own."""
+    folder, local = places
     with open(pulse_path, "rb") as file:
         pulse = mmap.mmap(file.fileno(), PULSE.size, prot=mmap.PROT_READ)
-    listed = 0.0
+    listing = Listing(folder, local)
     while True:
         time.sleep(LOOK_S)
         count, step, at, limit, phase = read_pulse(pulse)
@@ -55,45 +103,38 @@ def watch(rank: int, num_ranks: int, process: int, pulse_path: str, folder: str 
             continue
         if now - at > limit:
             announce(folder, "hung", rank, {"step": step, "phase": phase, "label": label, "seconds": now - at})
-        if now - listed > LIST_S or now - at > limit:
-            listed = now
-            events = set(os.listdir(folder))
-            if any(name.startswith("hung-") for name in events):
-                settle_hang(folder, rank, num_ranks, process, (count, step, phase, now - at), label)
-                return
-            lost = sorted(name for name in events if name.startswith(("dead-", "failed-")) and name != f"failed-{rank}")
-            if lost:
-                time.sleep(2.0)  # the rank may find out for itself and end in order
-                if is_gone(process) or read_pulse(pulse)[-1] == FINISHED:
-                    continue
-                if rank == min(set(range(num_ranks)) - {int(name.partition("-")[2]) for name in lost}):
-                    say(f"rank {rank}: ended with all others, because {describe_loss(folder, lost[0])}")
-                end(process)
-                return
+        events = listing.names()
+        if now - at > limit or any(name.startswith("hung-") for name in events):
+            report: Report = {"rank": rank, "count": count, "step": step, "phase": phase, "age_s": round(now - at, 1)}
+            report |= {"label": label, "is_lister": listing.is_lister}
+            settle_hang(places, num_ranks, process, report)
+            return
+        lost = sorted(name for name in events if name.startswith(("dead-", "failed-")) and name != f"failed-{rank}")
+        if lost:
+            time.sleep(2.0)  # the rank may find out for itself and end in order
+            if is_gone(process) or read_pulse(pulse)[-1] == FINISHED:
+                continue
+            if rank == min(set(range(num_ranks)) - {int(name.partition("-")[2]) for name in lost}):
+                say(f"rank {rank}: ended with all others, because {describe_loss(folder, lost[0])}")
+            end(process)
+            return
 
 
-def settle_hang(
-    folder: Path, rank: int, num_ranks: int, process: int, standing: tuple[int, int, str, float], label: str
-) -> None:
-    """Write down where this rank stands; on the lowest rank also name the culprit. Then end the rank."""
-    count, step, phase, age = standing
-    stack = stacks_of(folder, rank, process)
-    report: Report = {
-        "rank": rank,
-        "count": count,
-        "step": step,
-        "phase": phase,
-        "age_s": round(age, 1),
-        "label": label,
-    }
+def settle_hang(places: tuple[Path, Path], num_ranks: int, process: int, report: Report) -> None:
+    """Write down where this rank stands; the lowest of those that list also names the culprit. Then end the rank."""
+    folder, local = places
+    rank = report["rank"]
+    stack = stacks_of(local, rank, process)
     report |= {"state": state_of(process), "stopped_children": stopped_children(process), "stack": stack}
     write(folder / f"report-{rank}", report)
     deadline = time.monotonic() + REPORTS_S
-    reports: list[Report] = []
-    while time.monotonic() < deadline and len(reports) < num_ranks:
+    found: dict[str, Report] = {f"report-{rank}": report}
+    while report["is_lister"] and time.monotonic() < deadline and len(found) < num_ranks:
         time.sleep(0.1)
-        reports = [json.loads((folder / name).read_text()) for name in os.listdir(folder) if name.startswith("report-")]
-    if rank == min(entry["rank"] for entry in reports):
+        new = [name for name in os.listdir(folder) if name.startswith("report-") and name not in found]
+        found |= {name: json.loads((folder / name).read_text()) for name in new}
+    reports = list(found.values())
+    if rank == min((entry["rank"] for entry in reports if entry["is_lister"]), default=None):
         verdict, culprits = judge(reports, num_ranks)
         write(folder / "verdict", {"culprits": culprits, "reason": verdict})
         lines = [f"hang: {verdict}; all ranks are ended, their stacks are in {folder}"]
@@ -103,7 +144,7 @@ def settle_hang(
         ]
         say("\n".join(lines))
     else:
-        wait_for(folder / "verdict", REPORTS_S)
+        wait_for(folder / "verdict", REPORTS_S + 1)
     end(process)
 
 
@@ -163,9 +204,9 @@ def read_pulse(pulse: mmap.mmap) -> tuple[int, int, float, float, str]:
     return count, step, at, limit, phase[:length].decode(errors="replace")
 
 
-def stacks_of(folder: Path, rank: int, process: int) -> str:
+def stacks_of(local: Path, rank: int, process: int) -> str:
     """The rank's own account of its threads, or why there is none."""
-    path = folder / f"stacks-{rank}"
+    path = local / f"stacks-{rank}"
     if state_of(process) in "Tt":
         return "stopped: it cannot write its stacks"
     with contextlib.suppress(ProcessLookupError):
@@ -211,10 +252,17 @@ def describe_loss(folder: Path, name: str) -> str:
     )
 
 
-def write(path: Path, record: Report) -> None:
+def write(path: Path, record: Report | list[str]) -> None:
     temporary = path.with_name("." + path.name)
     temporary.write_text(json.dumps(record))
     os.replace(temporary, path)
+
+
+def leave(local: Path, rank: int) -> None:
+    """Take a rank's stacks from the node's own disk, and with the last of them the folder."""
+    (local / f"stacks-{rank}").unlink(missing_ok=True)
+    if not any(local.glob("stacks-*")):
+        shutil.rmtree(local, ignore_errors=True)
 
 
 def wait_for(path: Path, seconds: float) -> None:
@@ -239,4 +287,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     _rank, _num_ranks, _process = map(int, sys.argv[1:4])
-    watch(_rank, _num_ranks, _process, *sys.argv[4:7])
+    _pulse, _folder, _local, _label = sys.argv[4:8]
+    watch(_rank, _num_ranks, _process, _pulse, (Path(_folder), Path(_local)), _label)
+    leave(Path(_local), _rank)

@@ -27,18 +27,17 @@ def ask(
 
     A choice that gives all images of a question one count has the answer of that count; others are generated as well.
     """
-    counts = tuple(model.router.counts)
+    counts = tuple(model.config.router["num_visual_tokens"])
     efforts = tuple(sorted({*EFFORTS, model.config.router["effort"]}))
     parts = []
     for begin in range(0, len(samples), settings.batch_size):
         batch = samples[begin : begin + settings.batch_size]
         parts.append(_Batch(model, processor, batch, settings).asked(counts, efforts))
         on_samples(len(batch))
-    columns = [np.concatenate(column) for column in zip(*parts)]
-    chosen = columns.pop()
+    tiles, right, confidence, routed, spent, chosen = (np.concatenate(column) for column in zip(*parts))
     shares = np.stack([(chosen == count).mean(0) for count in counts], axis=1)
-    names = [sample.key for sample in samples], [sample.task for sample in samples]
-    return Asked(*names, counts, efforts, *columns, shares)
+    keys, tasks = [sample.key for sample in samples], [sample.task for sample in samples]
+    return Asked(keys, tasks, counts, efforts, tiles, right, confidence, routed, spent, shares)
 
 
 class _Batch:

@@ -47,8 +47,8 @@ def measure(
         batch = samples[begin : begin + batch_size]
         parts.append(_measure_batch(model, processor, batch, counts, begin))
         on_samples(len(batch))
-    columns = [torch.cat(column) for column in zip(*parts)]
-    return Measured(*columns, tasks=[sample.task for sample in samples])
+    features, losses, right, numbers = (torch.cat(column) for column in zip(*parts))
+    return Measured(features, losses, right, numbers, [sample.task for sample in samples])
 
 
 def _measure_batch(model, processor, samples, counts, first):

@@ -101,7 +101,7 @@ def evaluate_router(folder: str | PathLike, config: RunConfig, say: Say, out: st
     model, processor = _loaded(folder)
     model.generation_config = greedy(model.generation_config)
     say(
-        f"evaluate  {len(samples)} questions with images at {model.router.counts} visual tokens and as the router chooses"
+        f"evaluate  {len(samples)} questions with images at {model.config.router['num_visual_tokens']} visual tokens and as the router chooses"
     )
     with Bar(len(samples), "evaluate", "questions", say, True) as bar:
         asked = ask(model, processor, samples, config.evaluate, bar.update)

@@ -132,6 +132,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path, first_step: int):
         self.folder = folder
+        self._writer: Any = None
         self.rewind(first_step)
 
     def write(self, record: Mapping[str, Any], section: str = "") -> None:
@@ -160,7 +161,7 @@ class TensorBoard:
     def rewind(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        if hasattr(self, "_writer"):
+        if self._writer is not None:
             self._writer.close()
         self._writer = SummaryWriter(str(self.folder), purge_step=step + 1)
 

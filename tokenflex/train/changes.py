@@ -22,6 +22,9 @@ HOW = (
     "model.probe",
     "model.projector_backend",
     "model.trust_remote_code",
+    "train.compile",
+    "train.export_adapter",
+    "train.export_average",
     "train.fused_loss",
     "train.hang_timeout_s",
     "train.keep_best",
@@ -39,16 +42,22 @@ HOW = (
 """Keys, or beginnings of keys, that change freely."""
 NEXT = (
     "optimizer.betas",
+    "optimizer.decay_fraction",
     "optimizer.eps",
     "optimizer.final_fraction",
     "optimizer.max_grad_norm",
-    "optimizer.projector.learning_rate",
+    "optimizer.muon_momentum",
+    *(
+        f"optimizer.{part}.{key}"
+        for part in ("projector", "text", "vision")
+        for key in ("betas", "layer_decay", "learning_rate", "weight_decay")
+    ),
     "optimizer.schedule",
-    "optimizer.text.learning_rate",
-    "optimizer.vision.learning_rate",
     "optimizer.warmup_fraction",
+    "optimizer.warmup_steps",
     "optimizer.weight_decay",
     "train.consistency",
+    "train.ema_decay",
     "train.loss_weighting",
     "train.max_bad_steps",
     "train.max_rollbacks",

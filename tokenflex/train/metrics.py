@@ -1,5 +1,6 @@
 """Figures by name, each with its way of being reduced: added where they are computed, read in one exchange when logged."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -84,16 +85,23 @@ class Metrics:
         if not names:
             return {}
         numbers = torch.tensor([self._numbers.get(name, 0) for name in names], dtype=torch.float64)
-        sums = torch.cat([torch.stack([self._summand(name) for name in names]), numbers])
+        sums = torch.cat([self._summands(names), numbers])
         sums = ranks.all_reduce_sum(sums).tolist()
         return dict(zip(names, zip(sums, sums[len(names) :])))
 
-    def _summand(self, name):
+    def _summands(self, names: Sequence[str]) -> torch.Tensor:
+        """What this rank has of each name: [names] in fp64 on the host; what is on one device comes in one transfer."""
+        own = {name: self._summand(name) for name in names}
+        tensors = {name: value for name, value in own.items() if isinstance(value, torch.Tensor)}
+        for device in {value.device for value in tensors.values()}:
+            there = {name: value.double() for name, value in tensors.items() if value.device == device}
+            own |= dict(zip(there, torch.stack(list(there.values())).tolist()))
+        return torch.tensor([own[name] for name in names], dtype=torch.float64)
+
+    def _summand(self, name: str) -> float | torch.Tensor:
         if name in self._together:
-            return torch.tensor(sum(self._together[name]), dtype=torch.float64)
-        if self._reductions[name] == "spread":
-            return torch.tensor(self._own_mean(name), dtype=torch.float64)
-        return torch.as_tensor(self._values.get(name, 0.0), dtype=torch.float64).cpu()
+            return sum(self._together[name])
+        return self._own_mean(name) if self._reductions[name] == "spread" else self._values.get(name, 0.0)
 
     def _highest(self, ranks: Ranks) -> dict[str, list[float]]:
         """{name: highest values over ranks} in one exchange."""

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from ..data.collate import PackedBatch
+from ..parallel import Engine
 from .metrics import Metrics
 from .objective import Loss
 from .progress import Progress, StepOutcome
@@ -37,6 +38,18 @@ class Observer:
 
     def close(self) -> None:
         """The run ends, well or not."""
+
+
+class WeightAverage(Observer):
+    """Moves the average of the weights (`train.ema_decay`) after every step that moved them."""
+
+    def __init__(self, engine: Engine, decay: float):
+        self.engine, self.decay = engine, decay
+        engine.slices()  # a new run's average begins at the weights before its first step
+
+    def on_step(self, outcome: StepOutcome) -> None:
+        if not outcome.problem:
+            self.engine.update_average(self.decay)
 
 
 class FirstStep(Observer):

@@ -9,16 +9,20 @@ SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "wsd": lambda progress: 1.0 - progress,
 }
-"""Share of the peak, from 1 to 0 (or not), at a share of the steps after the warm-up."""
+"""Share of the peak, from 1 to 0 (or not), at a share of the steps after the warm-up (`wsd`: of those at the end)."""
 
 
 def lr_multiplier(step: int, num_steps: int, config: OptimizerConfig) -> float:
     """Share of the peak learning rate at `step` (0-based) of `num_steps`: linear warm-up, then the chosen shape."""
-    warmup = math.ceil(config.warmup_fraction * num_steps)
+    warmup = config.warmup_steps or math.ceil(config.warmup_fraction * num_steps)
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, num_steps - warmup)
+    begin = warmup  # of the fall
+    if config.schedule == "wsd":
+        begin = max(warmup, num_steps - math.ceil(config.decay_fraction * num_steps))
+    progress = max(0, step - begin) / max(1, num_steps - begin)
     return config.final_fraction + (1.0 - config.final_fraction) * SHAPES[config.schedule](progress)
 
 

@@ -13,6 +13,7 @@ from .. import __version__
 from ..checkpoint import (
     CheckpointWriter,
     Loaded,
+    Pieces,
     Retention,
     ShardReader,
     begin_folder,
@@ -122,8 +123,8 @@ class RunState:
     def save(self) -> None:
         """Begin to copy the state and to write it, in the background."""
         self.heartbeat.phase("save", self.recipe.train.startup_timeout_s)
-        lasting, passing = self._tensors()
-        self._note(self.writer.start(lasting, passing, self.progress.to_dict()))
+        pieces, passing = self._tensors()
+        self._note(self.writer.start(pieces, passing, self.progress.to_dict()))
 
     def before_update(self) -> None:
         """Weights and moments are about to change: wait until what is being saved of them has been copied."""
@@ -206,13 +207,13 @@ class RunState:
                 f"{saved.problem}; free space or set output_dir, then give the same command"
             )
 
-    def _tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """({name: live tensor} that lasts until the next update, {name: tensor} that may change before) of this rank."""
-        lasting = named_pieces(self.engine.slices(), self.ranks.rank, self.ranks.num_ranks)
+    def _tensors(self) -> tuple[Pieces, dict[str, torch.Tensor]]:
+        """(what lasts until the next update, {name: tensor} that may change before) of this rank."""
+        pieces = named_pieces(self.engine.slices(), self.ranks.rank, self.ranks.num_ranks)
         passing = {f"random/{name}": state for name, state in random_states().items()}
         if self.ranks.rank == 0:
             passing.update({f"buffer/{name}": buffer for name, buffer in self.engine.model.named_buffers()})
-        return lasting, passing
+        return pieces, passing
 
     def _describe(self, progress):
         return {

@@ -1,6 +1,5 @@
 """The training loop, on one screen: fetch, forward, backward, step, log, agree, save."""
 
-import functools
 import math
 import signal
 from collections.abc import Callable, Generator, Sequence
@@ -109,6 +108,7 @@ class Trainer:
             failpoints.hit("fetch")
             plan, batch = next(batches)
             self._tell("on_batch", step, batch)
+            ids += batch.sample_ids.tolist()  # while they are on the host: reading them back would wait for the device
             batch = batch.to(engine.device)
             enter("forward")
             failpoints.hit("forward")
@@ -119,29 +119,33 @@ class Trainer:
             engine.backward(share)
             total += share.detach()
             parts = {name: parts.get(name, 0.0) + part for name, part in loss.parts.items()}
-            ids += batch.sample_ids.tolist()
             if plan.is_last:
                 break
             engine.step(rates)
             micro += 1
         enter("wait for the loss")
-        loss_value = engine.ranks.all_reduce_sum(total.view(1)).item()
+        loss = engine.ranks.all_reduce_sum(total.view(1))
         failpoints.hit("before-step")
         state.before_update()
-        enter("step")
-        update = engine.step(rates, functools.partial(state.spike_filter.judge, loss_value))
+        enter("wait for the loss")  # it is read with the gradient norm, once both are known
+        update = engine.step(rates, self._judge, [loss])
         failpoints.hit("after-step")
         return StepOutcome(
             step=step,
             position=plan.position,
             next_position=plan.next_position,
             sample_ids=ids,
-            loss=loss_value,
+            loss=update.beside[0],
             loss_parts=parts,
             grad_norm=update.grad_norm,
             problem=update.vetoed,
             digest=plan.digest,
         )
+
+    def _judge(self, grad_norm, loss):
+        """Why the step must be skipped; asked when the figures are there and the update is about to be made."""
+        self.state.heartbeat.phase("step")
+        return self.state.spike_filter.judge(loss, grad_norm)
 
     def _log(self, outcome):
         self.state.heartbeat.phase("log")

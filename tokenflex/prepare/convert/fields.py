@@ -6,6 +6,7 @@ The law: a field that changes what a conversation says or shows is used, or its 
 import json
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from ...data.problems import BadSample
@@ -30,9 +31,20 @@ CHANGES_THE_TEXT = (
     "context", "passage", "hint", "lecture", "rationale", "explanation", "reasoning", "reasoning_content", "thinking",
     "prefix", "suffix", "objects", "bbox", "bboxes", "boxes", "chosen", "rejected", "functions", "tools", "history", "options",
     "choices", "candidates", "system", "system_prompt", "input", "instruction", "instructions", "question", "query",
-    "tool_calls", "function_call",
+    "tool_calls", "function_call", "cot", "chain_of_thought", "thought", "thoughts", "analysis", "solution", "steps",
+    "crop", "crop_box", "roi", "region", "regions", "rotation", "rotate", "flip", "frames", "visual_prompt",
 )  # fmt: skip
-"""Fields that say something where they hold something; what is not used of them leads to a skip."""
+"""Fields that say or show something where they hold something; what is not used of them leads to a skip."""
+CORRECT = ("correct", "is_correct", "is_valid", "valid", "is_right", "passed")
+"""Fields that, where they are false, say that the answer is not one to learn."""
+WEIGHTS = ("weight", "loss", "loss_weight", "train", "trainable", "learn", "loss_mask")
+UNLEARNED = ("mask", "masked", "is_masked", "ignore_loss", "no_loss", "skip_loss")
+"""Fields of a turn that say whether it is learned, or that it is not."""
+SPOKEN = frozenset(
+    ("question", "answer", "role", "content", "from", "value", "user", "assistant", "caption", "human", "gpt")
+)
+COLUMN_OPTION = re.compile(r"(?:(?:option|choice|opt)[_ ]?)?([a-hA-H])|(?:option|choice|opt)[_ ]?([0-9])")
+"""Fields that hold one option of a multiple choice each."""
 BOOKKEEPING = frozenset(
     (
         "id",
@@ -175,11 +187,14 @@ def check_media(record: Fields) -> None:
             raise BadSample("media", f"the field {key!r} holds {value!r:.80}; only images are read")
 
 
-def check_unused(record: Fields, used: set[str], said: str, where: str = "") -> list[str]:
+def check_unused(record: Fields, used: set[str], said: str, where: str = "", shown: Sequence[object] = ()) -> list[str]:
     """The names of fields that are neither used nor known as bookkeeping, to be counted; what is `said` anyway is not.
 
+    Args:
+        shown: the record's images; a field that names one of these shows nothing more.
+
     Raises:
-        BadSample: one of them is known to change what is said.
+        BadSample: one of them is known to change what is said or shown, or holds an image or turns.
     """
     unread = []
     for key, value in record.items():
@@ -192,8 +207,36 @@ def check_unused(record: Fields, used: set[str], said: str, where: str = "") -> 
             raise BadSample(
                 "field", f"{where}the field {name!r} holds {value!r:.80}, which would not be said; put it into the text"
             )
+        if _is_image(value) and not (
+            _are_names(_as_list(value)) and set(_base_names(_as_list(value))) <= set(_base_names(shown))
+        ):
+            raise BadSample(
+                "field", f"{where}the field {name!r} holds an image ({value!r:.60}) that would not be shown"
+            )
+        if _are_turns(value):
+            raise BadSample("field", f"{where}the field {name!r} holds turns ({value!r:.80}) that would not be said")
+        if name.casefold() in CORRECT and value in (False, 0, "false", "False", "no"):
+            raise BadSample("no-answer", f"{where}the field {name!r} says that the answer is not to be learned")
         unread.append(where + name)
     return unread
+
+
+def _is_image(value: Any) -> bool:
+    """Whether a field holds one or more images, or the names of local image files."""
+    values = _as_list(value)
+    if isinstance(value, dict):
+        return isinstance(value.get("bytes"), (bytes, bytearray)) or _names_image(value.get("path"))
+    if any(isinstance(entry, dict) for entry in values):
+        return any(_is_image(entry) for entry in values if isinstance(entry, dict))
+    is_data = any(isinstance(entry, str) and entry.startswith("data:image/") for entry in values)
+    is_local = _names_image(value) and not any("://" in entry for entry in values)  # an address is where it came from
+    return is_data or is_local or any(isinstance(entry, (bytes, bytearray)) for entry in values)
+
+
+def _are_turns(value: Any) -> bool:
+    """Whether a field holds a conversation or pairs of question and answer."""
+    entries = [entry for entry in _as_list(value) if isinstance(entry, dict)]
+    return any(len(SPOKEN & entry.keys()) >= 2 for entry in entries)
 
 
 def weight_of(fields: Fields, role: str) -> int:
@@ -203,10 +246,14 @@ def weight_of(fields: Fields, role: str) -> int:
         BadSample: another weight, or a turn that is not the assistant's and is to be learned.
     """
     weights = []
-    for key in ("weight", "loss", "loss_weight", "train"):
+    for key in (*WEIGHTS, *UNLEARNED):
         value = fields.get(key)
         if value is None:
             continue
+        if key in UNLEARNED and isinstance(value, (bool, int)):
+            if not value:
+                continue  # says nothing that is not so anyway
+            value = 0
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise BadSample("field", f"a turn has {key}={value!r:.40}; wanted 0 or 1, true or false")
         if value and role != "assistant":
@@ -240,6 +287,8 @@ def with_options(question: object, options: object, answer: object) -> tuple[str
     Raises:
         BadSample: options that are no list of texts, or an answer that is none of them and no letter of them.
     """
+    if isinstance(options, dict) and [str(key).upper() for key in options] == list(LETTERS[: len(options)]):
+        options = list(options.values())
     if not isinstance(options, (list, tuple)) or not all(isinstance(option, (str, int, float)) for option in options):
         raise BadSample("field", f"the options are {options!r:.80}; wanted a list of texts")
     texts = [str(option) for option in options]
@@ -254,6 +303,18 @@ def with_options(question: object, options: object, answer: object) -> tuple[str
     return "\n".join([question, *letters]), answer
 
 
+def column_options(record: Fields) -> tuple[list, set[str]]:
+    """(options of a multiple choice that has one field for each, the fields), in the order of their letters or numbers.
+
+    Single letters count where `A` and `B` are there. Options that are empty, as tables pad them, are left out.
+    """
+    found = {str(match[1] or match[2]).upper(): key for key in record if (match := COLUMN_OPTION.fullmatch(str(key)))}
+    names = sorted(found)
+    if len(names) < 2 or names[:2] not in (["A", "B"], ["0", "1"], ["1", "2"]):
+        return [], set()
+    return [record[found[name]] for name in names if holds(record[found[name]])], set(found.values())
+
+
 def _names_image(value: Any) -> bool:
     names = _as_list(value)
     return bool(names) and all(isinstance(name, str) and IMAGE_NAME.search(name) for name in names)
@@ -264,7 +325,7 @@ def _are_names(references: list) -> bool:
     return all(isinstance(entry, str) and not entry.startswith("data:") and len(entry) < 4096 for entry in references)
 
 
-def _base_names(references: list) -> list[str]:
+def _base_names(references: Sequence[object]) -> list[str]:
     return [str(entry).replace("\\", "/").rsplit("/", 1)[-1] for entry in references]
 
 

@@ -14,10 +14,13 @@ from typing import Any
 from ...data.problems import BadSample
 from ...data.sample import Message, has_answer, parse_message
 from .fields import (
+    UNLEARNED,
+    WEIGHTS,
     Fields,
     as_answer,
     check_media,
     check_unused,
+    column_options,
     first_of,
     holds,
     image_fields,
@@ -26,7 +29,14 @@ from .fields import (
 )
 
 TAG = "<image>"
-OTHER_TAGS = re.compile(r"<ImageHere>|<image[ _-](\d+)>|<\|image_(\d+)\|>")
+OTHER_TAGS = re.compile(
+    r"<ImageHere>|<image[ _-](\d+)>|<\|image_(\d+)\|>|<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>|<\|image\|>|<IMAGE>|<Image>|"
+    r"\[IMG\]|\[IMAGE\]|<image_placeholder>|\{image\}"
+)
+TAG_OF_ITS_OWN = re.compile(r"\A\s*(<image>)|\n\s*(<image>)\s*\Z")
+"""A tag at the beginning or on a line at the end, where an image is put, and not a word of a sentence."""
+TRANSCRIPT = re.compile(r"^\s*(#+ ?(Human|User)|USER:|Human:|<\|im_start\|>|\[INST\])", re.MULTILINE)
+"""How a text begins that is a whole conversation."""
 OTHER_MEDIA_TAGS = re.compile(r"<(video|audio|speech|sound)>", re.IGNORECASE)
 INLINE_IMAGE = re.compile(r"<img>([^<>\n]+\.(?:jpe?g|png|webp|gif|bmp|tiff?|avif|heic))</img>", re.IGNORECASE)
 SPECIAL_TEXT = re.compile(r"<image>|</?img>|<IMG_CONTEXT>|<\|[A-Za-z_]+\|>|</?s>")
@@ -100,7 +110,7 @@ def convert_record(record: object, caption_prompt: str, tool_turns: str = "skip"
     if not has_answer(messages):
         raise BadSample("no-answer", "has no assistant text to learn from")
     said = "\n".join(item["text"] for message in messages for item in message["content"] if item["type"] == "text")
-    unread = (*check_unused(record, reading.used | image_keys, said), *reading.unread)
+    unread = (*check_unused(record, reading.used | image_keys, said, shown=ordered), *reading.unread)
     return Converted(messages, ordered, (*reading.repairs, *repairs, *more, *text_repairs(messages)), unread)
 
 
@@ -174,6 +184,9 @@ class _Reading:
         if question is None:
             self.used -= set(OUTPUTS)
             return None
+        if isinstance(question, (list, tuple)) and len(question) > 1 and all(isinstance(one, str) for one in question):
+            raise BadSample("message", f"holds {len(question)} questions in one field; wanted one, or a list of turns")
+        self._one_of(OUTPUTS)
         if answer is None:
             raise BadSample("no-answer", "has a question and no answer")
         answer = self._answer(answer)
@@ -183,9 +196,22 @@ class _Reading:
                 raise BadSample("message", f"its input is {more!r:.80}; wanted a text")
             question = f"{question}\n{more}"
         options = self._take(OPTIONS)
-        if options is not None:
+        if options is None:
+            options, fields = column_options(self.record)
+            self.used |= fields
+        if options:
             question, answer = with_options(question, options, answer)
         return [*self._history(), Turn("user", question), Turn("assistant", answer)]
+
+    def _one_of(self, keys):
+        """That those of the fields `keys` that hold a text hold the same.
+
+        Raises:
+            BadSample: they do not, so that it is not clear which is to be learned.
+        """
+        held = [key for key in keys if isinstance(self.record.get(key), str) and holds(self.record[key])]
+        if len({self.record[key].strip() for key in held}) > 1:
+            raise BadSample("field", f"the fields {held} hold different answers; wanted one")
 
     def _history(self) -> list[Turn]:
         history = self._take(("history",))
@@ -205,6 +231,8 @@ class _Reading:
         if not references:
             raise BadSample("image-missing", "has a caption and no image that it could be the caption of")
         caption = self._answer(caption)
+        if isinstance(caption, str) and (TRANSCRIPT.search(caption) or TAG in caption):
+            raise BadSample("message", f"its only text is a whole conversation ({caption!r:.60}); wanted it as turns")
         return [Turn("user", self.caption_prompt), Turn("assistant", caption)] if isinstance(caption, str) else None
 
     def _system(self, turns: list[Turn]) -> list[Turn]:
@@ -233,7 +261,7 @@ class _Reading:
         role_key, key = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
         said = message.get(role_key) if isinstance(message, dict) else None
         name = said.casefold() if isinstance(said, str) else None
-        used = {role_key, key, "images", "weight", "loss", "loss_weight", "train", "tool_calls", "function_call"}
+        used = {role_key, key, "images", *WEIGHTS, *UNLEARNED, "tool_calls", "function_call"}
         if name not in _ROLE and name not in _TOOL_ROLE:
             raise BadSample("message", f"a turn is from {said!r:.80}; known are {', '.join(_ROLE)}")
         role, content = _ROLE.get(name) or _TOOL_ROLE[name], message.get(key)
@@ -248,6 +276,8 @@ class _Reading:
             content = f"[{name if name in _TOOL_ROLE else 'function_call'}]\n{content if isinstance(content, str) else _as_text(content)}"
         elif role == "assistant" and isinstance(content, (int, float)):
             content = self._answer(content)
+        if isinstance(content, list) and len(content) > 1 and all(isinstance(item, str) for item in content):
+            raise BadSample("message", f"a turn holds {len(content)} texts; wanted one, or items with their type")
         if holds(message.get("images")):
             content = _with_own_images(content, message["images"])
         self.unread += check_unused(message, used, content if isinstance(content, str) else "", "turn.")
@@ -329,6 +359,10 @@ def _with_images(turns: list[Turn], references: list) -> tuple[list, list, tuple
         return _messages(contents), _explicit(explicit, references), repairs
     tags = sum(item["text"].count(TAG) for turn, items in contents if turn.role == "user" for item in items)
     if tags and not references:
+        if any(
+            TAG_OF_ITS_OWN.search(item["text"]) for turn, items in contents if turn.role == "user" for item in items
+        ):
+            raise BadSample("image-missing", f"a question has {TAG} where an image is put, and none came")
         return _messages(contents), [], ("tag-as-text",)
     if tags and tags != len(references):
         raise BadSample("image-tags", f"{tags} {TAG} tags but {len(references)} images; each image needs one tag")

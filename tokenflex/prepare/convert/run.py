@@ -20,7 +20,7 @@ from .images import checked_image, fetch_image
 from .records import convert_record
 from .sources import AnyPart, csv_records, json_parts, parquet_parts, read_parts, shard_parts
 
-VERSION = 2  # of the rules by which records are read: shards of two versions do not mix
+VERSION = 3  # of the rules by which records are read: shards of two versions do not mix
 FORMATS: dict[str, Callable[..., Iterator[AnyPart]]] = {
     "llava": json_parts,
     "openai": json_parts,

@@ -22,12 +22,12 @@ h2 { font-size:18px; margin:32px 0 10px } p.lead,p.note { color:var(--soft); mar
 .gridline { stroke:var(--line); vector-effect:non-scaling-stroke } .curve { fill:none; stroke-width:1.8; stroke-linejoin:round; stroke-linecap:round; vector-effect:non-scaling-stroke }
 .dashed { stroke-dasharray:5 4 } .cursor { position:absolute; top:0; bottom:0; width:1px; background:var(--soft); display:none; pointer-events:none }
 .tip { position:absolute; top:4px; display:none; pointer-events:none; background:var(--paper); border:1px solid var(--line); border-radius:6px; padding:4px 8px;
-  font-size:12px; line-height:1.45; white-space:nowrap; box-shadow:0 2px 8px #0003; z-index:2; font-variant-numeric:tabular-nums } .tip i { width:9px; height:9px }
+  font-size:12px; line-height:1.45; width:max-content; max-width:calc(50% - 10px); overflow-wrap:anywhere; box-shadow:0 2px 8px #0003; z-index:2; font-variant-numeric:tabular-nums } .tip i { width:9px; height:9px }
 .legend { list-style:none; display:flex; flex-wrap:wrap; gap:2px 14px; margin:4px 0 0; padding:0; font-size:12.5px } .legend li { overflow-wrap:anywhere }
 i { display:inline-block; width:11px; height:11px; border-radius:3px; margin-right:5px; vertical-align:-1px } i.hollow { background:none!important; border:2px dashed currentColor }
 .bar { display:flex; height:22px; border-radius:4px; overflow:hidden; background:var(--line); margin:6px 0 } .piece { display:block; height:100% } .barname { font-size:12.5px; color:var(--soft); overflow-wrap:anywhere }
 .panel { overflow-x:auto; width:fit-content; max-width:100% } .sample.panel { width:auto } .pair { display:flex; flex-wrap:wrap; gap:0 28px } .pair > div { min-width:0; max-width:100% } table { border-collapse:collapse; font-size:13px; } td,th { border-bottom:1px solid var(--line); padding:4px 10px; text-align:right; font-variant-numeric:tabular-nums }
-tr:last-child td { border-bottom:0 } th { color:var(--soft); font-weight:600 } td.t,th.t { text-align:left; overflow-wrap:anywhere } .bad { color:var(--bad) } .best { font-weight:700 }
+tr:last-child td { border-bottom:0 } th { color:var(--soft); font-weight:600 } td.t,th.t { text-align:left; overflow-wrap:anywhere; min-width:6.5em } .bad { color:var(--bad) } .best { font-weight:700 }
 details { margin:8px 0 } summary { cursor:pointer } pre { margin:0; padding:10px 14px; font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace; overflow-x:auto }
 .samples { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(100%,260px),1fr)); gap:10px; margin:10px 0 } .sample { padding:10px 12px; font-size:12.5px; overflow-wrap:anywhere }
 .sample img { display:inline-block; max-width:100%; max-height:130px; margin:6px 6px 0 0; border:1px solid var(--line); border-radius:4px } .sample b { font-size:13px } .sample p { margin:2px 0; color:var(--soft) }

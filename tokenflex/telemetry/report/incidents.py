@@ -41,11 +41,12 @@ def incidents(run: RunRecord, name: str) -> str:
 def _limits(run: RunRecord) -> Limits:
     """The limits that the run read its data under, or the usual ones where its recipe does not say."""
     defaults, data = DataConfig(), run.settings.get("data") or {}
-    values = {
-        key: data.get(key) if isinstance(data.get(key), int) else getattr(defaults, key)
-        for key in ("max_member_bytes", "max_image_pixels")
-    }
-    return Limits(**values)
+
+    def limit(key: str) -> int:
+        value = data.get(key)
+        return value if isinstance(value, int) else int(getattr(defaults, key))
+
+    return Limits(max_member_bytes=limit("max_member_bytes"), max_image_pixels=limit("max_image_pixels"))
 
 
 def _about(event: Record) -> str:

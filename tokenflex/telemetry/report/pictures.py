@@ -56,7 +56,7 @@ def _members(shard: str, offset: int, most: int) -> Iterator[tuple[tarfile.TarIn
                     member = tar.next()
                     if member is None:
                         return
-                    tar.members = []  # else it remembers every file that it has passed
+                    tar.members = []  # type: ignore[attr-defined]  # else it remembers every file that it has passed
                     yield member, tar
     except (OSError, tarfile.TarError, ValueError):
         return

@@ -66,7 +66,8 @@ def checkpoint_table(run: RunRecord, name: str) -> str:
         return ""
     stalls = {event.get("step"): event for event in run.events if event.get("event") == "saved"}
     latest = latest_tag(RunLayout(run.folder).checkpoints)
-    rows, scores = [], []
+    rows: list[list[Any]] = []
+    scores: list[tuple[float, int]] = []
     for entry in run.checkpoints:
         m = entry.manifest
         if m is None:
