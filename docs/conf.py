@@ -48,7 +48,7 @@ ROOMS = (
     ("Preparing data", ("prepare",)),
     ("The quick start's corpus", ("corpus",)),
     ("Telemetry and reports", ("telemetry",)),
-    ("Evaluation, inference, export", ("evaluate", "infer", "export")),
+    ("Evaluation, inference, export", ("evaluate", "infer", "export", "router")),
     ("Command lines and jobs", ("cli", "slurm")),
 )
 

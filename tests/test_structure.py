@@ -16,7 +16,7 @@ LEVELS = [
     {"data", "model", "parallel", "checkpoint"},
     {"prepare", "corpus", "doctor", "telemetry"},
     {"train", "evaluate", "infer", "export"},
-    {"study", "estimate", "serve"},
+    {"study", "estimate", "serve", "router"},
     {"cli", "slurm"},
 ]
 SIDEWAYS = {
@@ -223,6 +223,7 @@ TRAVELLING = [
     "pooling",
     "projector",
     "rendering",
+    "router",
     "tiling",
     "vision",
 ]

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from .options import Commands, add_debug
+from .options import Commands, add_debug, share
 
 
 def add_to(commands: Commands) -> None:
@@ -18,7 +18,13 @@ def add_to(commands: Commands) -> None:
     add(
         "--num-visual-tokens",
         metavar="N",
-        help="visual tokens per image: 144, 8x12 (rows x columns), or a list with one per image: 64,256 (default: the model's largest trained count)",
+        help="visual tokens per image: 144, 8x12 (rows x columns), auto (the model's router chooses), or a list with one per image: 64,256 (default: the model's largest trained count)",
+    )
+    add(
+        "--effort",
+        type=share,
+        metavar="X",
+        help="of auto: from 0 (fewest visual tokens) to 1 (most); default: what training the router found enough",
     )
     add("--max-new-tokens", type=int, default=64, metavar="N", help="length of the answer at most (default 64)")
     add_debug(command)
@@ -26,9 +32,11 @@ def add_to(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
-    from ..infer import Generator, parse_num_visual_tokens
+    from ..infer import Generator, check_auto, parse_num_visual_tokens
 
     counts = None if arguments.num_visual_tokens is None else parse_num_visual_tokens(arguments.num_visual_tokens)
+    if counts == "auto" or (isinstance(counts, list) and "auto" in counts):
+        check_auto(arguments.model)
     generator = Generator(arguments.model)
-    say(generator(arguments.prompt, arguments.image, counts, arguments.max_new_tokens))
+    say(generator(arguments.prompt, arguments.image, counts, arguments.max_new_tokens, arguments.effort))
     return 0

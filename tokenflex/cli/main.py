@@ -16,6 +16,7 @@ from . import (
     report,
     serve,
     simulate,
+    train_router,
     validate,
 )
 from .launching import entry_point
@@ -44,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     simulate.add_to(commands)
     doctor.add_to(commands)
     report.add_to(commands)
+    train_router.add_to(commands)
     bench.add_to(commands)
     return top
 

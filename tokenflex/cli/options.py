@@ -48,6 +48,17 @@ def non_negative(text: str) -> int:
 non_negative.__name__ = "whole number"
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1; argparse says so otherwise."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise ValueError
+    return number
+
+
+share.__name__ = "number from 0 to 1"
+
+
 def add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", default=str(QUICKSTART), metavar="FILE", help="recipe (default: the quick start)")
     text = "override a value of the recipe"

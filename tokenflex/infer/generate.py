@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
 from ..config import DataConfig
 from ..data import Limits, decode_image
 from ..errors import UserError
 from ..export import is_exported
 from ..model.generation import greedy
+from ..model.router import AUTO, asks_auto
 
-Count = int | tuple[int, int]
-"""Visual tokens of an image: a number, or (rows, columns)."""
+Count = int | tuple[int, int] | str
+"""Visual tokens of an image: a number, (rows, columns), or "auto" for what the model's router chooses."""
 
 
 class Generator:
@@ -48,17 +49,20 @@ class Generator:
         images: Sequence[str | PathLike] = (),
         num_visual_tokens: Count | Sequence[Count] | None = None,
         max_new_tokens: int = 64,
+        effort: float | None = None,
     ) -> str:
         """The answer to `prompt` about `images` (paths), at `num_visual_tokens` (one for all or one per image).
 
+        `effort` in [0, 1] is for "auto"; by default what training the router found enough.
+
         Raises:
-            UserError: an image that cannot be read, or a count that does not fit.
+            UserError: an image that cannot be read, a count that does not fit, or "auto" where the model has no router.
         """
         content = [{"type": "image", "image": _read_image(path)} for path in images]
-        inputs = self.inputs(
-            [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}], num_visual_tokens
-        )
-        output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        counts = None if asks_auto(num_visual_tokens) else num_visual_tokens
+        inputs = self.inputs([{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}], counts)
+        options = self._chosen(inputs, num_visual_tokens, effort)
+        output = self.model.generate(**inputs, **options, max_new_tokens=max_new_tokens, do_sample=False)
         return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     def inputs(
@@ -82,6 +86,18 @@ class Generator:
         if images and all(isinstance(image, bytes) for image in images):
             inputs["pixel_values"] = self._encoded(images, inputs["pixel_values"], inputs.get("num_tiles"))
         return inputs
+
+    def _chosen(self, inputs, num_visual_tokens, effort):
+        """Numbers in place of "auto", as an option of `generate`; nothing where the prompt has its counts already."""
+        if not asks_auto(num_visual_tokens):
+            if effort is not None:
+                raise UserError(f"--effort {effort:g} is for --num-visual-tokens auto; leave it out, or ask for auto")
+            return {}
+        seen = {name: inputs.get(name) for name in ("input_ids", "pixel_values", "attention_mask", "num_tiles")}
+        try:
+            return {"num_visual_tokens": self.model.resolve_auto(num_visual_tokens, **seen, effort=effort)}
+        except ValueError as error:
+            raise UserError(f"--num-visual-tokens auto: {error}") from None
 
     @torch.no_grad()
     def _encoded(
@@ -116,18 +132,33 @@ def _read_image(path: str | PathLike) -> bytes:
     return data
 
 
+def check_auto(folder: str | PathLike) -> None:
+    """See that an exported model has a router, before its weights are loaded.
+
+    Raises:
+        UserError: it has none.
+    """
+    if is_exported(folder) and AutoConfig.from_pretrained(folder).router is None:
+        raise UserError(
+            f"--num-visual-tokens auto: the model in {folder} has no router; train one (tokenflex train-router {folder}), or give a count"
+        )
+
+
 def parse_num_visual_tokens(text: str) -> Count | list[Count]:
-    """`144`, `8x12` (rows x columns), or a list of either with commas, one per image.
+    """`144`, `8x12` (rows x columns), `auto`, or a list of these with commas, one per image.
 
     Raises:
         UserError: anything else, or a count below 1.
     """
     counts: list[Count] = []
     for entry in text.split(","):
+        if entry.strip().lower() == AUTO:
+            counts.append(AUTO)
+            continue
         numbers = entry.lower().split("x")
         if len(numbers) > 2 or not all(number.strip().isdigit() and int(number) > 0 for number in numbers):
             raise UserError(
-                f"--num-visual-tokens {text}: {entry!r} is no count; wanted a positive number such as 144, rows x columns such as 8x12, or a list such as 64,256"
+                f"--num-visual-tokens {text}: {entry!r} is no count; wanted a positive number such as 144, rows x columns such as 8x12, auto, or a list such as 64,256"
             )
         counts.append(int(numbers[0]) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1])))
     return counts[0] if len(counts) == 1 else counts

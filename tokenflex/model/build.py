@@ -230,6 +230,7 @@ def shaped_model(model: "ModelConfig", budget: "BudgetConfig", dtype: torch.dtyp
         config = _load(
             "model.init_from", model.init_from, lambda **hub: TokenFlexConfig.from_pretrained(model.init_from, **hub)
         )
+        config.router = None
         _check_same_model(model, config)
         num_tokens = tokenizer_size(model)
     else:
@@ -334,8 +335,8 @@ def _composed(model, budget, processor, dtype, loading):
 def _initialised_from(model, dtype, loading, hub):
     with loading():
         built, info = TokenFlexForConditionalGeneration.from_pretrained(
-            model.init_from, dtype=dtype, output_loading_info=True, **hub
-        )
+            model.init_from, dtype=dtype, output_loading_info=True, router=None, **hub
+        )  # a router knows the losses of the model as it was: one is trained anew when this one is
     _check_complete("model.init_from", model.init_from, info)
     _check_same_model(model, built.config)
     return built

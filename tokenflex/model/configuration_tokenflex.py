@@ -24,6 +24,8 @@ class TokenFlexConfig(PreTrainedConfig):
         image_start_token_id, image_token_id, image_end_token_id: `<img>`, `<IMG_CONTEXT>`, `</img>`.
         trained_num_visual_tokens: the counts seen in training; any other count works and is warned of once.
         default_num_visual_tokens: the count used where the caller names none; 0 takes the largest trained count.
+        router: where the model has one (`router.py`): `num_visual_tokens` it chooses among, `hidden_size`, `turn_end_ids`, and the
+            `effort` where the caller names none. None: the model has none.
     """
 
     model_type = "tokenflex"
@@ -45,6 +47,7 @@ class TokenFlexConfig(PreTrainedConfig):
         image_end_token_id: int = 2,
         trained_num_visual_tokens: list[int] | tuple[int, ...] = (64, 144, 256),
         default_num_visual_tokens: int = 0,
+        router: dict[str, Any] | None = None,
         pooling_detail: str = "none",
         **kwargs: Any,
     ):
@@ -70,6 +73,7 @@ class TokenFlexConfig(PreTrainedConfig):
         self.image_end_token_id = image_end_token_id
         self.trained_num_visual_tokens = sorted(trained_num_visual_tokens)
         self.default_num_visual_tokens = default_num_visual_tokens or max(self.trained_num_visual_tokens)
+        self.router = router
         kwargs.setdefault("tie_word_embeddings", bool(getattr(self.text_config, "tie_word_embeddings", False)))
         super().__init__(**kwargs)
 

@@ -19,6 +19,15 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .configuration_tokenflex import TokenFlexConfig
 from .pooling import sides_of
 from .projector import TokenAdaptiveProjector
+from .router import (
+    AUTO,
+    CountRouter,
+    asks_auto,
+    check_effort,
+    image_summary,
+    question_mask,
+    question_summary,
+)
 from .vision import patch_grid, patch_outputs, patch_width
 
 logger = logging.get_logger(__name__)
@@ -46,6 +55,7 @@ class _TokenFlexBase(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = {"router"}  # a choice must not hang on the number format
     _is_loading = False
     frozen_parts: Sequence[str] = ()
 
@@ -66,6 +76,7 @@ class _TokenFlexBase(PreTrainedModel):
             mode=config.pooling_mode,
             detail=config.pooling_detail,
         )
+        self.router = self.new_router() if config.router else None
         self._can_compile_fullgraph = self.language_model._can_compile_fullgraph
         self.post_init()
 
@@ -78,6 +89,8 @@ class _TokenFlexBase(PreTrainedModel):
         """The start of a projector whose weights a checkpoint lacks; one that is built has its start already."""
         if self._is_loading and isinstance(module, TokenAdaptiveProjector):
             module.reset_parameters()
+        elif self._is_loading and isinstance(module, CountRouter):
+            nn.init.constant_(module.prices, float("nan"))  # it then refuses to choose; where they came, they stay
 
     def train(self, mode: bool = True) -> "_TokenFlexBase":
         """As of any module, but the parts named in `frozen_parts` stay as at inference: no dropout, and batch normalisation by its
@@ -183,6 +196,70 @@ class _TokenFlexBase(PreTrainedModel):
         features_PC, _, _ = self._features(pixel_values, {})
         return features_PC.unflatten(0, (len(pixel_values), -1))
 
+    def new_router(self) -> CountRouter:
+        """A router as `config.router` says, untrained."""
+        settings, width = self.config.router, patch_width(self.config.vision_config)
+        num_features = 2 * width + self.config.text_config.hidden_size
+        return CountRouter(num_features, settings["num_visual_tokens"], settings["hidden_size"])
+
+    @torch.no_grad()
+    def choose_num_visual_tokens(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        num_tiles: torch.Tensor | Sequence[int] | None = None,
+        effort: float | None = None,
+    ) -> list[int]:
+        """The count that the router chooses for each image of prompts, whatever count the prompts were built with.
+
+        Args:
+            input_ids, attention_mask: [B, T], images as runs of placeholders.
+            pixel_values: [tiles, 3, H, W], or features of `encode_images`, which are then not made again.
+            effort: from 0 (the smallest count) to 1 (the largest); by default what training the router found enough.
+
+        Raises:
+            ValueError: no router, one for other counts than the model's, or an effort that is none.
+        """
+        settings, trained = self.config.router, self.config.trained_num_visual_tokens
+        if settings is None or self.router is None:
+            raise ValueError(
+                f"num_visual_tokens='auto' needs a router, and this model has none; train one (tokenflex train-router), or give a "
+                f"count, such as {trained[-1]}"
+            )
+        if not set(settings["num_visual_tokens"]) <= set(trained):
+            raise ValueError(
+                f"the router chooses among {settings['num_visual_tokens']} visual tokens but the model was trained at {trained}; train a "
+                "router for this model (tokenflex train-router)"
+            )
+        effort = settings["effort"] if effort is None else effort
+        check_effort(effort)
+        features = self.router_features(input_ids, pixel_values, attention_mask, num_tiles)
+        return self.router.choose(features, effort)
+
+    @torch.no_grad()
+    def router_features(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        num_tiles: torch.Tensor | Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """What the router sees of each image of prompts, [images, F]; arguments as in `choose_num_visual_tokens`."""
+        config, tiles = self.config, _tiles(num_tiles, pixel_values)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        rows = [row for row, _, _ in image_runs(input_ids, config.image_token_id)]
+        if len(rows) != len(tiles):
+            raise ValueError(
+                f"{len(tiles)} images came with {len(rows)} runs of visual tokens; every image needs one run of its own"
+            )
+        features = pixel_values
+        if features.dim() != 3:
+            features = self.encode_images(pixel_values.to(self.vision_tower.dtype))
+        is_asked = question_mask(input_ids, mask, _image_ids(config), config.router["turn_end_ids"])
+        asked_BD = question_summary(self.get_input_embeddings()(input_ids), is_asked)
+        return torch.cat([image_summary(features, tiles), asked_BD[rows]], dim=-1)
+
     def _embedded(
         self, input_ids, inputs_embeds, pixel_values, num_visual_tokens, num_tiles, visual_positions, is_dummy_image, pool_plan,
         tile_index=None,
@@ -226,6 +303,10 @@ class _TokenFlexBase(PreTrainedModel):
             num_visual_tokens = _counts_of_runs(runs, tiles)
         elif isinstance(num_visual_tokens, (int, tuple)):
             num_visual_tokens = [num_visual_tokens] * len(tiles)
+        if asks_auto(num_visual_tokens):
+            raise ValueError(
+                "num_visual_tokens='auto' is for generate; here give the counts that choose_num_visual_tokens answers with"
+            )
         if len(num_visual_tokens) != len(tiles):
             raise ValueError(
                 f"{len(tiles)} images came with {len(num_visual_tokens)} runs of visual tokens; every image needs one run of "
@@ -379,16 +460,26 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         self,
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
-        num_visual_tokens: int | tuple[int, int] | list[int | tuple[int, int]] | None = None,
+        num_visual_tokens: int | tuple[int, int] | str | list[int | tuple[int, int] | str] | None = None,
+        effort: float | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | ModelOutput:
         """`transformers` generation with any number of visual tokens.
 
-        `num_visual_tokens` (an int, a pair (rows, columns), or a list of them, one per image) overrides the counts that
-        the prompt was built with. The answer starts with `input_ids` as given, so `output[:, input_ids.shape[1]:]` is
-        always the new text.
+        `num_visual_tokens` (an int, a pair (rows, columns), `"auto"`, or a list of them, one per image) overrides the counts
+        that the prompt was built with. The answer starts with `input_ids` as given, so `output[:, input_ids.shape[1]:]` is
+        always the new text. For `"auto"` the router chooses a count by the image and the row's question, at `effort` (see
+        `choose_num_visual_tokens`); it becomes a number first, and the vision encoder runs once.
         """
         prompt_ids = kwargs.pop("input_ids", inputs)
+        if asks_auto(num_visual_tokens):
+            pixels = kwargs.get("pixel_values")
+            if pixels is not None and pixels.dim() != 3 and self.router is not None:
+                kwargs["pixel_values"] = self.encode_images(pixels.to(self.vision_tower.dtype))
+            seen = {name: kwargs.get(name) for name in ("pixel_values", "attention_mask", "num_tiles")}
+            num_visual_tokens = self.resolve_auto(num_visual_tokens, prompt_ids, **seen, effort=effort)
+        elif effort is not None:
+            raise ValueError(f"effort={effort!r} is the router's; give num_visual_tokens='auto' with it")
         pixel_values = kwargs.get("pixel_values")
         if pixel_values is None or num_visual_tokens is None or prompt_ids is None:
             return super().generate(prompt_ids, generation_config, **kwargs)
@@ -411,6 +502,29 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
             return sequences
         output.sequences = sequences
         return output
+
+    def resolve_auto(
+        self,
+        num_visual_tokens: str | Sequence[int | tuple[int, int] | str],
+        input_ids: torch.Tensor | None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        num_tiles: torch.Tensor | Sequence[int] | None = None,
+        effort: float | None = None,
+    ) -> list[int | tuple[int, int]] | None:
+        """A count per image, with what the router chooses in place of `"auto"`; None where there are no images.
+
+        Arguments and errors as in `choose_num_visual_tokens`. ValueError also for not as many entries as images.
+        """
+        if pixel_values is None:
+            return None
+        if input_ids is None:
+            raise ValueError("num_visual_tokens='auto' looks at the question; give input_ids, not inputs_embeds")
+        chosen = self.choose_num_visual_tokens(input_ids, pixel_values, attention_mask, num_tiles, effort)
+        asked = [AUTO] * len(chosen) if isinstance(num_visual_tokens, str) else num_visual_tokens
+        if len(asked) != len(chosen):
+            raise ValueError(f"num_visual_tokens has {len(asked)} entries for {len(chosen)} images; give one per image")
+        return [own if count == AUTO else count for count, own in zip(asked, chosen)]
 
     def prepare_inputs_for_generation(
         self,
@@ -457,6 +571,11 @@ def _repeated(images, rows, times):
     if isinstance(images.get("num_visual_tokens"), list):
         repeated["num_visual_tokens"] = [images["num_visual_tokens"][place] for place in order]
     return repeated
+
+
+def _image_ids(config):
+    """The tokens that stand for images."""
+    return config.image_start_token_id, config.image_token_id, config.image_end_token_id
 
 
 def _recomputes(module):

@@ -22,6 +22,7 @@ from transformers.tokenization_utils_base import TextInput
 from .image_processing_tokenflex import TokenFlexImageProcessor, TokenFlexImageProcessorKwargs, flattened
 from .pooling import sides_of
 from .rendering import CALLS, ChatRenderer, RenderingRefused, dated_template, knows_variable, marked_contents
+from .router import asks_auto
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_KEPT = 4096  # pieces of templates whose tokens are kept
@@ -281,6 +282,10 @@ class TokenFlexProcessor(ProcessorMixin):
             num_visual_tokens = self.num_visual_tokens
         if isinstance(num_visual_tokens, (int, tuple)):
             num_visual_tokens = [num_visual_tokens] * num_images
+        if asks_auto(num_visual_tokens):
+            raise ValueError(
+                "num_visual_tokens='auto' is the model's to choose: leave it out here, and give it to model.generate"
+            )
         if len(num_visual_tokens) != num_images:
             raise ValueError(
                 f"num_visual_tokens has {len(num_visual_tokens)} entries for {num_images} images; give one per image"
