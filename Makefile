@@ -86,7 +86,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 10) <= v < (3, 13) else f"error: {sys.executable} is Python {v.major}.{v.minor}; TokenFLEX runs on 3.10 to 3.12: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quickstart,mpi,parquet,tensorboard,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quickstart,mpi,parquet,tensorboard,serve,dev]"
 	@touch $@
 
 clean:
@@ -127,6 +127,14 @@ TORCH ?= 2.15.0
 TRANSFORMERS ?= 5.24.0
 test-versions:
 	$(PYTHON) tests/versions.py --torch $(TORCH) --transformers $(TRANSFORMERS) $(ARGS)
+
+# lmms-eval itself over an export; of what it requires only what its registry and its base class import
+test-evaluators: $(VENV)/installed build/evaluators/installed
+	PYTHONPATH=build/evaluators $(BIN)/python -m pytest -q -rs -p no:cacheprovider tests/evaluate/test_harness.py $(ARGS)
+
+build/evaluators/installed:
+	$(BIN)/python -m pip install --quiet --no-deps --target build/evaluators lmms-eval==0.7.3 loguru==0.7.3 pytz==2026.6
+	@touch $@
 
 # docs/models.md: every language model and vision encoder that transformers has, through the probe; some minutes
 models-table: $(VENV)/installed

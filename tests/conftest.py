@@ -109,6 +109,21 @@ def forge(cache_dir, corpus, tmp_path_factory):
         yield forge
 
 
+@pytest.fixture(scope="session")
+def tiny_export(tiny_config, processor, tmp_path_factory):
+    """Folder `tiny` of an exported model that has learned nothing, but answers with more than one token over and over."""
+    from tokenflex.export import export_model
+    from tokenflex.model import build_model
+
+    torch.manual_seed(3)
+    model = build_model(tiny_config.model, tiny_config.budget, processor, torch.float32)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(8)
+    folder = tmp_path_factory.mktemp("export") / "tiny"
+    export_model(model, dict(model.state_dict()), processor, folder)
+    return folder
+
+
 @pytest.fixture
 def model(tiny_config, processor):
     from tokenflex.model import build_model

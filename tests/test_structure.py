@@ -16,10 +16,16 @@ LEVELS = [
     {"data", "model", "parallel", "checkpoint"},
     {"prepare", "corpus", "doctor", "telemetry"},
     {"train", "evaluate", "infer", "export"},
-    {"study", "estimate", "router"},
+    {"study", "estimate", "serve", "router"},
     {"cli", "slurm"},
 ]
-SIDEWAYS = {("train", "export"), ("train", "evaluate"), ("evaluate", "export"), ("infer", "export")}
+SIDEWAYS = {
+    ("train", "export"),
+    ("train", "evaluate"),
+    ("evaluate", "export"),
+    ("evaluate", "infer"),
+    ("infer", "export"),
+}
 """Rooms that may look into a neighbour of the same level."""
 
 
@@ -156,6 +162,7 @@ ANY = {
     "tokenflex/data/index/together.py:Alone.gather": "the same",
     "tokenflex/data/sample.py:parse_message": "JSON that nobody has looked at",
     "tokenflex/data/shards.py:Shard.read": "what the format's own `open` gives",
+    "tokenflex/serve/requests.py:counts_of": "JSON that nobody has looked at",
     "tokenflex/train/consistency.py:Consistency.__call__": "what a transformers model answers with",
     "tokenflex/train/objective.py:LossTerm.__call__": "the same",
 }

@@ -14,6 +14,7 @@ from . import (
     inspect,
     plan,
     report,
+    serve,
     simulate,
     train_router,
     validate,
@@ -29,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     top.set_defaults(debug=False)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     generate.add_to(commands)
+    serve.add_to(commands)
     data = commands.add_parser(
         "data", help="convert, validate, inspect or index data", description="Bring in and check data."
     )

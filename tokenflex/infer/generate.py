@@ -5,9 +5,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
 from ..config import DataConfig
 from ..data import Limits, decode_image
@@ -57,22 +58,38 @@ class Generator:
         Raises:
             UserError: an image that cannot be read, a count that does not fit, or "auto" where the model has no router.
         """
-        opened = [_read_image(path) for path in images]
-        content = [{"type": "image", "image": image} for image in opened] + [{"type": "text", "text": prompt}]
+        content = [{"type": "image", "image": _read_image(path)} for path in images]
+        inputs = self.inputs(
+            [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}], num_visual_tokens
+        )
+        options = self._chosen(inputs, num_visual_tokens, effort)
+        output = self.model.generate(**inputs, **options, max_new_tokens=max_new_tokens, do_sample=False)
+        return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    def inputs(
+        self, messages: list[dict[str, Any]], num_visual_tokens: Count | Sequence[Count] | None = None
+    ) -> BatchFeature:
+        """Inputs of the model, on its device, for a conversation that it shall go on with; images as the processor takes them.
+
+        Where all images are encoded bytes, `pixel_values` are their features, of which those used last are kept.
+
+        Raises:
+            UserError: a count that does not fit, or a conversation that the chat template does not take.
+        """
         try:
             inputs = self.processor.apply_chat_template(
-                [{"role": "user", "content": content}],
+                messages,
                 tokenize=True,
                 add_generation_prompt=True,
                 num_visual_tokens=None if asks_auto(num_visual_tokens) else num_visual_tokens,
             ).to(self.model.device)
         except ValueError as error:
             raise UserError(f"--num-visual-tokens: {error}") from None
-        if opened:
-            inputs["pixel_values"] = self._encoded(opened, inputs["pixel_values"], inputs.get("num_tiles"))
-        options = self._chosen(inputs, num_visual_tokens, effort)
-        output = self.model.generate(**inputs, **options, max_new_tokens=max_new_tokens, do_sample=False)
-        return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
+        images = [item["image"] for content in contents for item in content if item["type"] == "image"]
+        if images and all(isinstance(image, bytes) for image in images):
+            inputs["pixel_values"] = self._encoded(images, inputs["pixel_values"], inputs.get("num_tiles"))
+        return inputs
 
     def _chosen(self, inputs, num_visual_tokens, effort):
         """Numbers in place of "auto", as an option of `generate`; nothing where the prompt has its counts already."""

@@ -122,6 +122,10 @@ class _TokenFlexBase(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
+    def get_decoder(self) -> nn.Module:
+        """The language model without its output layer."""
+        return self.language_model.get_decoder()
+
     @can_return_tuple
     def get_image_features(
         self,
@@ -130,15 +134,19 @@ class _TokenFlexBase(PreTrainedModel):
         num_tiles: torch.Tensor | Sequence[int] | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        visual_sides: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling | tuple:
         """Visual tokens of images as `pooler_output`: a list with one tensor [n, D] per image, all its tiles together.
 
         `last_hidden_state` has the encoder's features, [tiles, patches, C]; hidden states and attentions are the encoder's own.
-        By default every image gets the largest count.
+        By default every image gets the largest count. `visual_sides` [tiles, 3] stands for both `num_visual_tokens` and
+        `num_tiles`, with a row per tile, for servers that keep images apart: rows, columns, and which tile of its image it is.
         """
         wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         options = {name: value for name, value in wanted.items() if value}
+        if visual_sides is not None:
+            num_visual_tokens, num_tiles = _images_of(visual_sides.tolist())
         tiles = _tiles(num_tiles, pixel_values)
         counts = self.config.default_num_visual_tokens if num_visual_tokens is None else num_visual_tokens
         sides = self._sides(counts, tiles, None)
@@ -375,10 +383,6 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.language_model.set_output_embeddings(new_embeddings)
 
-    def get_decoder(self) -> nn.Module:
-        """The language model without its output layer."""
-        return self.language_model.get_decoder()
-
     @can_return_tuple
     def forward(
         self,
@@ -589,6 +593,13 @@ def _built(auto_class, config):
     if name and not getattr(part_class, name):
         config._attn_implementation = "eager"
     return auto_class.from_config(config)
+
+
+def _images_of(visual_sides):
+    """(rows, columns) and tiles of each image, from a row per tile: rows, columns, and which tile of its image it is."""
+    starts = [at for at, (_, _, number) in enumerate(visual_sides) if number == 0]
+    sides = [tuple(visual_sides[at][:2]) for at in starts]
+    return sides, [end - at for at, end in zip(starts, [*starts[1:], len(visual_sides)])]
 
 
 def _tiles(num_tiles, pixel_values):

@@ -135,7 +135,7 @@ class TokenFlexProcessor(ProcessorMixin):
 
         Returns:
             `input_ids` and `attention_mask` [B, T], padded on the left; where there are images also `pixel_values` [tiles, 3,
-            H, W] and `num_tiles` [images].
+            H, W] and `num_tiles` [images], or with `return_text_replacement_offsets` `visual_sides` (see `_per_tile`).
 
         Raises:
             ValueError: the text has not one image tag per image; the message has both numbers.
@@ -150,7 +150,10 @@ class TokenFlexProcessor(ProcessorMixin):
             return pixels
         texts = [text] if isinstance(text, str) else list(text)
         tags = self._tags(texts, len(images))
-        lengths = iter(self._run_lengths(self.counts(num_visual_tokens, len(images)), pixels))
+        sides = self._sides(num_visual_tokens, len(images))
+        lengths = iter(self._run_lengths([rows * columns for rows, columns in sides], pixels))
+        if pixels and settings["return_text_replacement_offsets"]:
+            pixels = self._per_tile(pixels, sides)
         rows, spans = [], []
         for prompt in texts:
             pieces, found = tags.split(prompt), tags.findall(prompt)
@@ -164,6 +167,15 @@ class TokenFlexProcessor(ProcessorMixin):
         if settings["return_text_replacement_offsets"]:
             batch["text_replacement_offsets"] = spans
         return batch
+
+    def _per_tile(self, pixels, sides):
+        """Pixels of images with `visual_sides` [tiles, 3], rows, columns and which tile of its image, in place of `num_tiles`.
+
+        Engines that keep images apart cut every field by tiles; the model's `get_image_features` takes them so.
+        """
+        tiles = [int(number) for number in pixels["num_tiles"]]
+        rows = [[*side, tile] for side, number in zip(sides, tiles) for tile in range(number)]
+        return {"pixel_values": pixels["pixel_values"], "visual_sides": rows}
 
     def _tags(self, texts, num_images):
         """A pattern of the image tags in prompts.
@@ -191,15 +203,21 @@ class TokenFlexProcessor(ProcessorMixin):
         return self.tokenizer("", add_special_tokens=True)["input_ids"][:1]
 
     def _replacements(self, pieces, found, runs):
-        """Where the image tags of a prompt were, and what stands there now, as transformers' processors say it."""
+        """Where the image tokens of a prompt were, and what stands there now, as transformers' processors say it.
+
+        A token that has its start and end beside it is replaced by the run alone, so that whoever repeats the replacement in
+        a prompt of tokens, as servers do, has each of them once.
+        """
         spans, old, new = [], len(pieces[0]), len(pieces[0])
-        for text, run, piece in zip(found, runs, pieces[1:]):
-            replacement = self._run_text(run)
-            span, new_span = (old, old + len(text)), (new, new + len(replacement))
-            spans.append(
-                {"type": "image", "span": span, "new_span": new_span, "text": text, "replacement": replacement}
-            )
-            old, new = span[1] + len(piece), new_span[1] + len(piece)
+        for tag, run, piece in zip(found, runs, pieces[1:]):
+            is_whole = tag != self.image_token
+            before, after = (len(self.image_start_token), len(self.image_end_token)) if is_whole else (0, 0)
+            text = self.image_token * run if is_whole else self._run_text(run)
+            span = (old + before, old + before + len(self.image_token))
+            new_span = (new + before, new + before + len(text))
+            entry = {"type": "image", "span": span, "new_span": new_span, "text": self.image_token, "replacement": text}
+            spans.append(entry)
+            old, new = span[1] + after + len(piece), new_span[1] + after + len(piece)
         return spans
 
     def _run_text(self, run):
@@ -211,13 +229,16 @@ class TokenFlexProcessor(ProcessorMixin):
         return self._run_text(count * int(image_inputs["num_tiles"][image_idx]))
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
-        """Visual tokens and tiles of images by their (height, width), at the processor's own count; servers ask for it."""
+        """Visual tokens and tiles of images by their (height, width), as a call with these keywords makes them; servers ask."""
         if image_sizes is None:
             return MultiModalData()
+        names = {*self.image_processor.valid_kwargs.__annotations__}
+        images = self.image_processor._for_call({name: kwargs[name] for name in names if name in kwargs})
         heights, widths = (torch.tensor([size[axis] for size in image_sizes]).numpy() for axis in (0, 1))
-        tiles = self.image_processor.num_tiles(widths, heights).tolist()
-        (count,) = self.counts(kwargs.get("num_visual_tokens"), 1)
-        return MultiModalData(num_image_tokens=[count * number for number in tiles], num_image_patches=tiles)
+        tiles = images.num_tiles(widths, heights).tolist()
+        counts = self.counts(kwargs.get("num_visual_tokens"), len(tiles))
+        lengths = [count * number for count, number in zip(counts, tiles)]
+        return MultiModalData(num_image_tokens=lengths, num_image_patches=tiles)
 
     def _settings(self, kwargs):
         """Keywords of a call, parted: `text` and `images` by name, and the flat ones of a processor.
@@ -254,6 +275,9 @@ class TokenFlexProcessor(ProcessorMixin):
         self, num_visual_tokens: int | tuple[int, int] | Sequence[int | tuple[int, int]] | None, num_images: int
     ) -> list[int]:
         """One count per image from an int, a pair (rows, columns), or a list of them; default: the processor's own."""
+        return [rows * columns for rows, columns in self._sides(num_visual_tokens, num_images)]
+
+    def _sides(self, num_visual_tokens, num_images):
         if num_visual_tokens is None:
             num_visual_tokens = self.num_visual_tokens
         if isinstance(num_visual_tokens, (int, tuple)):
@@ -266,8 +290,7 @@ class TokenFlexProcessor(ProcessorMixin):
             raise ValueError(
                 f"num_visual_tokens has {len(num_visual_tokens)} entries for {num_images} images; give one per image"
             )
-        sides = [sides_of(count, self.patch_grid) for count in num_visual_tokens]
-        return [rows * columns for rows, columns in sides]
+        return [sides_of(count, self.patch_grid) for count in num_visual_tokens]
 
     def apply_chat_template(
         self,

@@ -1,0 +1,368 @@
+"""A real server process asked by the real `openai` client: its answers are `Generator`'s, and what is wrong is one line."""
+
+import base64
+import concurrent.futures
+import http.client
+import http.server
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import openai
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from tokenflex.infer import Generator
+
+QUESTION = "What is written?"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, colour in enumerate(("red", "green", "blue")):
+        image = Image.new("RGB", (64, 48), colour)
+        image.paste("white", (8 * number, 4, 30, 40))
+        image.save(folder / f"{number}.png")
+    return [folder / f"{number}.png" for number in range(3)]
+
+
+class Server:
+    """A server process of its own and what reaches it."""
+
+    def __init__(self, folder, log, *options, **environment):
+        arguments = ["-m", "tokenflex.cli", "serve", str(folder), "--port", "0", *options]
+        self.log = log
+        self.process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=open(log, "w"),  # noqa: SIM115  the process has it
+            text=True,
+        )
+        said = self.process.stdout.readline()
+        assert said.startswith("serving "), said + log.read_text()
+        self.url = said.split()[-1]
+        self.port = int(self.url.split(":")[2].split("/")[0])
+
+    def client(self, **options):
+        return openai.OpenAI(base_url=self.url, **{"api_key": "none", "max_retries": 0, "timeout": 60, **options})
+
+    def raw(self, method, path, body=None, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request(method, path, body, {"Content-Type": "application/json", **headers})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+    def stop(self):
+        self.process.send_signal(signal.SIGINT)
+        assert self.process.wait(90) == 0
+
+
+@pytest.fixture(scope="module")
+def server(tiny_export, tmp_path_factory):
+    limits = (
+        "--max-new-tokens",
+        "400",
+        "--max-images",
+        "3",
+        "--max-body-bytes",
+        "100000",
+        "--max-prompt-tokens",
+        "600",
+    )
+    server = Server(tiny_export, tmp_path_factory.mktemp("log") / "log", *limits, "--max-image-pixels", "1000000")
+    yield server
+    server.stop()
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_export):
+    return Generator(tiny_export)
+
+
+def data_url(image):
+    data = image if isinstance(image, bytes) else image.read_bytes()
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def asking(pictures, text=QUESTION):
+    images = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
+
+
+def ask(server, messages, counts=None, num_new=12, **options):
+    extra = {} if counts is None else {"extra_body": {"num_visual_tokens": counts}}
+    create = server.client().chat.completions.create
+    return create(model="tiny", messages=messages, max_tokens=num_new, **extra, **options)
+
+
+@pytest.mark.parametrize(
+    "num_images, counts, wanted",
+    [
+        (0, None, None),
+        (1, None, None),
+        (1, 4, 4),
+        (1, 7, 7),
+        (1, [2, 3], (2, 3)),
+        (2, [4, 12], [4, 12]),
+        (2, [[2, 3], 4], [(2, 3), 4]),
+        (3, [2, 3], (2, 3)),
+    ],
+)
+def test_an_answer_is_the_generators_at_every_count(num_images, counts, wanted, server, generator, pictures):
+    expected = generator(QUESTION, pictures[:num_images], wanted, max_new_tokens=12)
+    answer = ask(server, asking(pictures[:num_images]), counts)
+    assert expected and answer.choices[0].message.content == expected
+    per_image = wanted if isinstance(wanted, list) else [wanted or 12] * num_images
+    sizes = [count if isinstance(count, int) else count[0] * count[1] for count in per_image]
+    assert answer.usage.prompt_tokens_details.image_tokens == sum(sizes)
+    text = generator.inputs(
+        [{"role": "user", "content": [{"type": "image", "image": p} for p in pictures[:num_images]]
+          + [{"type": "text", "text": QUESTION}]}], 1
+    )  # fmt: skip
+    assert answer.usage.prompt_tokens == text["input_ids"].shape[1] + sum(sizes) - num_images
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_a_stream_joins_to_the_answer(server, pictures):
+    messages = asking(pictures[:1])
+    whole = ask(server, messages, 4, 40)
+    stream = list(ask(server, messages, 4, 40, stream=True, stream_options={"include_usage": True}))
+    *pieces, last, usage = stream
+    assert "".join(piece.choices[0].delta.content for piece in pieces) == whole.choices[0].message.content
+    assert len(pieces) > 3 and pieces[0].choices[0].delta.role == "assistant"
+    assert last.choices[0].finish_reason == whole.choices[0].finish_reason == "length"
+    assert usage.usage == whole.usage and not usage.choices
+
+
+def test_an_answer_ends_before_a_stop_text(server, pictures):
+    text = ask(server, asking(pictures[:1]), 4, 40).choices[0].message.content
+    stop = text[len(text) // 2 :][:3]
+    wanted = text[: text.find(stop)].rstrip()
+    cut = ask(server, asking(pictures[:1]), 4, 40, stop=[stop, "\u2603 never"])
+    assert cut.choices[0].message.content == wanted and cut.choices[0].finish_reason == "stop"
+    pieces = [
+        piece.choices[0].delta.content for piece in ask(server, asking(pictures[:1]), 4, 40, stop=stop, stream=True)
+    ]
+    assert "".join(piece or "" for piece in pieces) == wanted
+
+
+def test_a_drawn_answer_is_drawn_again_from_its_seed(server, pictures):
+    drawn = [
+        ask(server, asking(pictures[:1]), temperature=1.5, seed=seed).choices[0].message.content for seed in (5, 5, 6)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_conversation_goes_on(server, generator, pictures):
+    first = asking(pictures[:1], "Which colour?")
+    talk = [{"role": "system", "content": "Be short."}, *first, {"role": "assistant", "content": "red"}]
+    talk = [*talk, *asking(pictures[1:2], "And here?")]
+    messages = [
+        {
+            "role": turn["role"],
+            "content": [
+                {"type": "text", "text": item["text"]} if item["type"] == "text"
+                else {"type": "image", "image": item["image_url"]["url"]}
+                for item in turn["content"]
+            ] if isinstance(turn["content"], list) else turn["content"],
+        }
+        for turn in talk
+    ]  # fmt: skip
+    inputs = generator.inputs(messages, [4, 12])
+    output = generator.model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    expected = generator.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert ask(server, talk, [4, 12]).choices[0].message.content == expected
+
+
+def test_the_model_says_its_counts(server):
+    (model,) = server.client().models.list().data
+    assert (model.id, model.trained_num_visual_tokens, model.default_num_visual_tokens) == ("tiny", [4, 12], 12)
+
+
+def test_requests_side_by_side_get_their_own_answers_and_health_answers_at_once(server, generator, pictures):
+    expected = [generator(QUESTION, [picture], 4, max_new_tokens=100) for picture in pictures]
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(ask, server, asking([picture]), 4, 100) for picture in pictures]
+        healthy = 0
+        while not all(answer.done() for answer in answers):
+            begin = time.monotonic()
+            assert server.raw("GET", "/health") == (200, '{"status":"ok"}')
+            healthy += not all(answer.done() for answer in answers)
+            assert time.monotonic() - begin < 10
+        assert healthy > 1
+        assert [answer.result().choices[0].message.content for answer in answers] == expected
+
+
+def test_a_client_that_hangs_up_holds_nobody_up(server, pictures):
+    stream = ask(server, asking(pictures[:1]), 4, 400, stream=True)
+    next(stream)
+    stream.close()
+    begin = time.monotonic()
+    assert ask(server, asking(pictures[:1]), 4, 1).choices[0].message.content is not None
+    assert server.process.poll() is None and time.monotonic() - begin < 30
+
+
+def png(width, height, pixels=bytes):
+    file = io.BytesIO()
+    Image.frombytes("RGB", (width, height), pixels(width * height * 3)).save(file, "PNG")
+    return file.getvalue()
+
+
+GOOD = png(8, 8)
+NOISE = png(64, 64, os.urandom)
+USER = [{"role": "user", "content": "hello"}]
+
+
+def with_image(url):
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+
+
+BAD = {
+    "no messages": ({"messages": []}, 400, "messages: List should have at least 1 item"),
+    "another model": ({"model": "gpt", "messages": USER}, 404, "model: 'gpt' is not served here; 'tiny' is"),
+    "unknown field": ({"messages": USER, "numvisualtokens": 3}, 400, "numvisualtokens: unknown field"),
+    "role": ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role: Input should be"),
+    "assistant last": ({"messages": [*USER, {"role": "assistant", "content": "x"}]}, 400, "the last one must be the user"),
+    "sound": ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "messages.0.content.0"),
+    "auto": ({"messages": with_image(data_url(GOOD)), "num_visual_tokens": "auto"}, 400, "no router"),
+    "count 0": ({"messages": with_image(data_url(GOOD)), "num_visual_tokens": 0}, 400, "num_visual_tokens: 0: wanted"),
+    "count true": ({"messages": USER, "num_visual_tokens": True}, 400, "num_visual_tokens: true: wanted"),
+    "count text": ({"messages": USER, "num_visual_tokens": "many"}, 400, 'num_visual_tokens: "many": wanted'),
+    "counts of other images": ({"messages": USER, "num_visual_tokens": [4, 4, 4]}, 400, "3 entries for 0 images"),
+    "vast count": ({"messages": with_image(data_url(GOOD)), "num_visual_tokens": 10**9}, 400, "at most 600 tokens"),
+    "vast sides": ({"messages": with_image(data_url(GOOD)), "num_visual_tokens": [500, 500]}, 400, "at most 600"),
+    "all together": ({"messages": with_image(data_url(GOOD)), "num_visual_tokens": 600}, 400, "at most 600 are taken"),
+    "too long": ({"messages": [{"role": "user", "content": "a b " * 1000}]}, 400, "the prompt has"),
+    "tokens": ({"messages": USER, "max_tokens": 401}, 400, "max_tokens: 401; at most 400"),
+    "temperature": ({"messages": USER, "temperature": 3}, 400, "temperature: Input should be less"),
+    "several answers": ({"messages": USER, "n": 2}, 400, "n: is not done here"),
+    "stop": ({"messages": USER, "stop": [""]}, 400, "stop: wanted at most 4"),
+    "images": ({"messages": with_image(data_url(GOOD)) * 4}, 400, "4 images; at most 3"),
+    "system image": ({"messages": [{**with_image(data_url(GOOD))[0], "role": "system"}, *USER]}, 400, "of role system"),
+    "no base64": ({"messages": with_image("data:image/png;base64,???")}, 400, "content[0].image_url: no base64"),
+    "data url": ({"messages": with_image("data:image/png,abc")}, 400, "must be data:image/...;base64"),
+    "no image": ({"messages": with_image(data_url(b"hello, I am text"))}, 400, "not a readable image (begins with"),
+    "cut image": ({"messages": with_image(data_url(NOISE[:2000]))}, 400, "not a readable image"),
+    "pixels": ({"messages": with_image(data_url(png(2000, 1000)))}, 400, "2000 x 1000 pixels by its header"),
+    "url": ({"messages": with_image("http://127.0.0.1:1/x.png")}, 400, "only data: URLs are taken and nothing was fetched"),
+    "file": ({"messages": with_image("file:///etc/hostname")}, 400, "nothing was fetched"),
+    "path": ({"messages": with_image("/etc/hostname")}, 400, "nothing was fetched"),
+    "size": ({"messages": [{"role": "user", "content": "a" * 100_000}]}, 413, "more than 100000 bytes"),
+    "no content": ({"messages": [{"role": "user", "content": []}]}, 400, "messages.0.content: List should have"),
+    "half a character": ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "half of a character"),
+    "a long name": ({"messages": USER, "x" * 50_000: 1}, 400, "xxx..."),
+    "no number": ({"messages": USER, "temperature": float("nan")}, 400, "temperature: Input should be"),
+    "no JSON": (b"{", 400, "the body is no JSON"),
+    "deep": (b"[" * 50_000, 400, "nested too deeply"),
+    "deep counts": (b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "num_visual_tokens": ' + b"[" * 990
+                    + b"]" * 990 + b"}", 400, ""),
+    "a list": (b"[]", 400, "no JSON object"),
+    "a vast number": (b'{"seed": 1' + b"0" * 5000 + b"}", 400, "the body is no JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_wrong_request_is_told_in_one_line(name, server):
+    body, status, message = BAD[name]
+    data = body if isinstance(body, bytes) else json.dumps({"model": "tiny", **body})
+    got, text = server.raw("POST", "/v1/chat/completions", data)
+    error = json.loads(text)["error"]
+    assert got == status and message in error["message"], text
+    assert "\n" not in error["message"] and error["type"] == "invalid_request_error"
+    assert len(text) < 1000
+
+
+def test_the_clients_own_exceptions_come_of_it(server, pictures):
+    with pytest.raises(openai.BadRequestError, match="no router"):
+        ask(server, asking(pictures[:1]), "auto")
+    with pytest.raises(openai.BadRequestError, match="at most 600 are taken"):
+        ask(server, asking(pictures[:1]), 600, stream=True)
+
+
+def test_what_a_browser_might_be_made_to_send_is_refused(server):
+    data = json.dumps({"model": "tiny", "messages": USER})
+    status, text = server.raw("POST", "/v1/chat/completions", data, **{"Content-Type": "text/plain"})
+    assert status == 415 and "wanted application/json" in text
+    assert server.raw("GET", "/v1/models", Host="elsewhere.example")[0] == 400
+    assert server.raw("GET", "/nothing")[0] == 404 and server.raw("GET", "/v1/chat/completions")[0] == 405
+
+
+def test_a_chunked_body_is_held_to_the_limit_too(server):
+    chunks = (b"x" * 50_000 for _ in range(3))
+    assert server.raw("POST", "/v1/chat/completions", chunks)[0] == 413
+
+
+@pytest.fixture(scope="module")
+def narrow(tiny_export, tmp_path_factory):
+    """A server with a key, a second per request, nobody waiting, and images from this machine."""
+    options = ("--max-seconds", "1", "--max-waiting", "1", "--max-new-tokens", "100000", "--allow-urls", "127.0.0.1")
+    folder = tmp_path_factory.mktemp("narrow")
+    server = Server(tiny_export, folder / "log", *options, TOKENFLEX_API_KEY="secret")
+    yield server
+    server.stop()
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_a_key_is_wanted_where_one_is_set(narrow):
+    for key in ("wrong", "s\u00e9cret".encode().decode("latin-1")):
+        status, text = narrow.raw("GET", "/v1/models", Authorization=f"Bearer {key}")
+        assert status == 401 and "API key" in text
+    assert narrow.client(api_key="secret").models.list().data[0].id == "tiny"
+
+
+def test_time_and_places_are_limited(narrow, pictures):
+    create = narrow.client(api_key="secret").chat.completions.create
+
+    def late():
+        with pytest.raises(openai.APIError) as caught:
+            create(model="tiny", messages=asking(pictures[:1]), max_tokens=100_000, temperature=2.0, seed=1)
+        return caught.value
+
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        errors = [error.result() for error in [pool.submit(late) for _ in range(5)]]
+    assert {error.status_code for error in errors} == {503, 504}, errors
+    assert any("1 requests wait already" in str(error) for error in errors)
+    assert any("no whole answer within 1 s" in str(error) for error in errors)
+    with pytest.raises(openai.APIError, match="no whole answer within 1 s"):  # the status has been sent by then
+        list(create(model="tiny", messages=asking([]), max_tokens=100_000, temperature=2.0, seed=1, stream=True))
+
+
+def test_images_are_fetched_from_hosts_that_are_allowed_and_from_no_other(narrow):
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(302 if self.path == "/moved" else 200)
+            self.send_header("Location", "/image")
+            self.end_headers()
+            self.wfile.write(GOOD if self.path == "/image" else b"no image")
+
+        def log_message(self, *arguments):
+            """Says nothing."""
+
+    def status(url):
+        body = json.dumps({"model": "tiny", "messages": with_image(url), "max_tokens": 1})
+        return narrow.raw("POST", "/v1/chat/completions", body, Authorization="Bearer secret")
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as site:
+        threading.Thread(target=site.serve_forever, daemon=True).start()
+        port = site.server_address[1]
+        assert status(f"http://127.0.0.1:{port}/image")[0] == 200 and asked == ["/image"]
+        for url in (f"http://localhost:{port}/image", f"http://127.0.0.1@localhost:{port}/image", "ftp://127.0.0.1/x"):
+            assert "nothing was fetched" in status(url)[1]
+        assert asked == ["/image"]
+        got, text = status(f"http://127.0.0.1:{port}/moved")
+        assert got == 400 and "could not be fetched" in text and asked == ["/image", "/moved"]
+        assert "not a readable image" in status(f"http://127.0.0.1:{port}/text")[1]
+        site.shutdown()

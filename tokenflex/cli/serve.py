@@ -1,0 +1,60 @@
+"""`tokenflex serve`: an exported model behind an OpenAI-compatible endpoint."""
+
+import argparse
+from collections.abc import Callable
+
+from .options import Commands, add_debug, positive
+
+
+def add_to(commands: Commands) -> None:
+    """Add the command to a parser's sub-commands."""
+    text = "Serve an exported model over OpenAI's chat API; `num_visual_tokens` may stand in each request."
+    command = commands.add_parser("serve", help="serve an exported model over OpenAI's API", description=text)
+    add = command.add_argument
+    add("model", metavar="MODEL", help="folder that training exported (runs/NAME/model)")
+    add("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
+    add("--port", type=int, default=8000, metavar="N", help="port; 0 takes a free one (default 8000)")
+    add("--name", default="", help="what requests call the model (default: the folder's name)")
+    add(
+        "--allow-urls",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="let requests name images on this host, which the server fetches; * is any host (default: none)",
+    )
+    for option, default, what in (
+        ("--max-body-bytes", 32 * 2**20, "bytes of a request"),
+        ("--max-images", 16, "images of a request"),
+        ("--max-image-pixels", 50_000_000, "pixels of an image"),
+        ("--max-prompt-tokens", 16_384, "tokens of a prompt, visual ones included"),
+        ("--max-new-tokens", 1024, "tokens of an answer"),
+        ("--max-seconds", 120, "seconds from a request to its last token"),
+        ("--max-waiting", 32, "requests that wait"),
+    ):
+        add(option, type=positive, default=default, metavar="N", help=f"{what} at most (default {default})")
+    add_debug(command)
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
+    from ..serve import ServeLimits, serve
+
+    limits = ServeLimits(
+        max_body_bytes=arguments.max_body_bytes,
+        max_images=arguments.max_images,
+        max_image_pixels=arguments.max_image_pixels,
+        max_prompt_tokens=arguments.max_prompt_tokens,
+        max_new_tokens=arguments.max_new_tokens,
+        max_seconds=arguments.max_seconds,
+        max_waiting=arguments.max_waiting,
+    )
+    serve(
+        arguments.model,
+        limits,
+        host=arguments.host,
+        port=arguments.port,
+        name=arguments.name,
+        hosts=arguments.allow_urls,
+        say=say,
+    )
+    return 0

@@ -1,0 +1,77 @@
+"""From an exported folder to a running server."""
+
+import contextlib
+import importlib.util
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..errors import UserError
+from ..export import is_exported
+from .limits import ServeLimits
+
+API_KEY = "TOKENFLEX_API_KEY"
+"""Environment variable: the key that requests must bring. Not an option: command lines can be read by everyone."""
+
+
+def serve(
+    folder: str | os.PathLike,
+    limits: ServeLimits,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str = "",
+    hosts: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+) -> None:
+    """Serve an exported model until a signal ends it; port 0 takes a free one. `hosts` are those that images may be fetched from.
+
+    Raises:
+        UserError: no exported model, an address that cannot be had, or packages that are missing; before any weight is read.
+    """
+    for package in ("starlette", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"tokenflex serve needs {package}, which is not installed: pip install 'tokenflex[serve]'")
+    import uvicorn
+    from starlette.responses import Response  # noqa: F401  says now, not at the first request, that it is broken
+
+    from ..infer import Generator
+    from .app import LOOPBACK, Endpoint
+    from .worker import Worker
+
+    if not is_exported(folder):
+        raise UserError(f"{folder}: no exported model there (no config.json); give the folder that training wrote")
+    listener = _bound(host, port)
+    with listener:
+        generator = Generator(folder)
+        name = name or Path(folder).resolve().name
+        config = generator.model.config
+        about = {
+            "trained_num_visual_tokens": list(config.trained_num_visual_tokens),
+            "default_num_visual_tokens": config.default_num_visual_tokens,
+        }
+        worker = Worker(generator, limits)
+        endpoint = Endpoint(worker, name, limits, about=about, hosts=hosts, key=os.environ.get(API_KEY, ""))
+        app = endpoint.app(is_local=host in LOOPBACK)
+        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, server_header=False)
+        say(f"serving {name} at http://{host}:{listener.getsockname()[1]}/v1")
+        try:
+            with contextlib.suppress(KeyboardInterrupt):  # raised again once everything is closed
+                uvicorn.Server(settings).run(sockets=[listener])
+        finally:
+            worker.close()
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(128)  # whoever is told of it may connect at once
+    except (OSError, OverflowError) as error:
+        listener.close()
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"--host {host} --port {port}: {why}; give another, or --port 0 for a free one") from None
+    return listener
