@@ -59,8 +59,9 @@ class Generator:
             UserError: an image that cannot be read, a count that does not fit, or "auto" where the model has no router.
         """
         content = [{"type": "image", "image": _read_image(path)} for path in images]
-        counts = None if asks_auto(num_visual_tokens) else num_visual_tokens
-        inputs = self.inputs([{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}], counts)
+        inputs = self.inputs(
+            [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}], num_visual_tokens
+        )
         options = self._chosen(inputs, num_visual_tokens, effort)
         output = self.model.generate(**inputs, **options, max_new_tokens=max_new_tokens, do_sample=False)
         return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
@@ -77,7 +78,10 @@ class Generator:
         """
         try:
             inputs = self.processor.apply_chat_template(
-                messages, tokenize=True, add_generation_prompt=True, num_visual_tokens=num_visual_tokens
+                messages,
+                tokenize=True,
+                add_generation_prompt=True,
+                num_visual_tokens=None if asks_auto(num_visual_tokens) else num_visual_tokens,
             ).to(self.model.device)
         except ValueError as error:
             raise UserError(f"--num-visual-tokens: {error}") from None
