@@ -232,6 +232,21 @@ def test_auto_is_the_chosen_numbers_per_image_and_row(choosy, processor, samples
     assert torch.equal(found, wanted)
 
 
+def test_an_endpoint_gives_each_request_the_routers_count(routed, processor, samples):
+    """What serves requests renders prompts at the chosen numbers, so tokens are counted as they are; no second pass."""
+    from tokenflex.infer import Generator
+
+    generator = Generator(routed)
+    messages = samples[0].messages_with_images()[:-1]
+    for effort, count in ((0.0, 4), (1.0, 12)):
+        inputs = generator.inputs(messages, "auto", effort)
+        images = len(samples[0].images)
+        assert int((inputs["input_ids"] == processor.image_token_id).sum()) == count * images
+        assert inputs["pixel_values"].dim() == 3  # features, which the router and the answer share
+    with pytest.raises(UserError, match="--effort 0.5 is for --num-visual-tokens auto"):
+        generator.inputs(messages, 4, 0.5)
+
+
 def test_the_question_counts(choosy, processor, samples):
     """The same image asked many things is not given one count."""
     image = samples[0].messages_with_images()[0]["content"][0]

@@ -234,7 +234,7 @@ BAD = {
     "role": ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role: Input should be"),
     "assistant last": ({"messages": [*USER, {"role": "assistant", "content": "x"}]}, 400, "the last one must be the user"),
     "sound": ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "messages.0.content.0"),
-    "auto": ({"messages": with_image(data_url(GOOD)), "num_visual_tokens": "auto"}, 400, "no router"),
+    "auto": ({"messages": with_image(data_url(GOOD)), "num_visual_tokens": "auto"}, 400, "needs a router, and this model has none"),
     "count 0": ({"messages": with_image(data_url(GOOD)), "num_visual_tokens": 0}, 400, "num_visual_tokens: 0: wanted"),
     "count true": ({"messages": USER, "num_visual_tokens": True}, 400, "num_visual_tokens: true: wanted"),
     "count text": ({"messages": USER, "num_visual_tokens": "many"}, 400, 'num_visual_tokens: "many": wanted'),
@@ -283,7 +283,7 @@ def test_a_wrong_request_is_told_in_one_line(name, server):
 
 
 def test_the_clients_own_exceptions_come_of_it(server, pictures):
-    with pytest.raises(openai.BadRequestError, match="no router"):
+    with pytest.raises(openai.BadRequestError, match="needs a router, and this model has none"):
         ask(server, asking(pictures[:1]), "auto")
     with pytest.raises(openai.BadRequestError, match="at most 600 are taken"):
         ask(server, asking(pictures[:1]), 600, stream=True)

@@ -59,49 +59,61 @@ class Generator:
             UserError: an image that cannot be read, a count that does not fit, or "auto" where the model has no router.
         """
         content = [{"type": "image", "image": _read_image(path)} for path in images]
-        inputs = self.inputs(
-            [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}], num_visual_tokens
-        )
-        options = self._chosen(inputs, num_visual_tokens, effort)
-        output = self.model.generate(**inputs, **options, max_new_tokens=max_new_tokens, do_sample=False)
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+        inputs = self.inputs(messages, num_visual_tokens, effort)
+        output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     def inputs(
-        self, messages: list[dict[str, Any]], num_visual_tokens: Count | Sequence[Count] | None = None
+        self,
+        messages: list[dict[str, Any]],
+        num_visual_tokens: Count | Sequence[Count] | None = None,
+        effort: float | None = None,
     ) -> BatchFeature:
         """Inputs of the model, on its device, for a conversation that it shall go on with; images as the processor takes them.
 
-        Where all images are encoded bytes, `pixel_values` are their features, of which those used last are kept.
+        Where all images are encoded bytes, `pixel_values` are their features, of which those used last are kept. "auto" has
+        become numbers in them.
 
         Raises:
-            UserError: a count that does not fit, or a conversation that the chat template does not take.
+            UserError: a count that does not fit, a conversation that the chat template does not take, or "auto" where the model
+                has no router.
         """
+        if not asks_auto(num_visual_tokens):
+            if effort is not None:
+                raise UserError(f"--effort {effort:g} is for --num-visual-tokens auto; leave it out, or ask for auto")
+            return self._rendered(messages, num_visual_tokens)
+        inputs = self._rendered(messages, None)
+        seen = {name: inputs.get(name) for name in ("input_ids", "pixel_values", "attention_mask", "num_tiles")}
+        try:
+            chosen = self.model.resolve_auto(num_visual_tokens, **seen, effort=effort)
+        except ValueError as error:
+            raise UserError(f"--num-visual-tokens auto: {error}") from None
+        return self._rendered(messages, chosen, inputs.get("pixel_values"))
+
+    def _rendered(
+        self,
+        messages: list[dict[str, Any]],
+        num_visual_tokens: Count | Sequence[Count] | None,
+        features: torch.Tensor | None = None,
+    ) -> BatchFeature:
+        """Inputs at counts that are numbers; `features` are those of the images, if they are there."""
         try:
             inputs = self.processor.apply_chat_template(
                 messages,
                 tokenize=True,
                 add_generation_prompt=True,
-                num_visual_tokens=None if asks_auto(num_visual_tokens) else num_visual_tokens,
+                num_visual_tokens=num_visual_tokens,
             ).to(self.model.device)
         except ValueError as error:
             raise UserError(f"--num-visual-tokens: {error}") from None
         contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
         images = [item["image"] for content in contents for item in content if item["type"] == "image"]
-        if images and all(isinstance(image, bytes) for image in images):
+        if features is not None:
+            inputs["pixel_values"] = features
+        elif images and all(isinstance(image, bytes) for image in images):
             inputs["pixel_values"] = self._encoded(images, inputs["pixel_values"], inputs.get("num_tiles"))
         return inputs
-
-    def _chosen(self, inputs, num_visual_tokens, effort):
-        """Numbers in place of "auto", as an option of `generate`; nothing where the prompt has its counts already."""
-        if not asks_auto(num_visual_tokens):
-            if effort is not None:
-                raise UserError(f"--effort {effort:g} is for --num-visual-tokens auto; leave it out, or ask for auto")
-            return {}
-        seen = {name: inputs.get(name) for name in ("input_ids", "pixel_values", "attention_mask", "num_tiles")}
-        try:
-            return {"num_visual_tokens": self.model.resolve_auto(num_visual_tokens, **seen, effort=effort)}
-        except ValueError as error:
-            raise UserError(f"--num-visual-tokens auto: {error}") from None
 
     @torch.no_grad()
     def _encoded(

@@ -76,6 +76,7 @@ class _Body(_Strict):
     model: str
     messages: list[_Message] = Field(min_length=1)
     num_visual_tokens: Any = None
+    effort: float | None = Field(None, ge=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -89,10 +90,11 @@ class _Body(_Strict):
 @dataclass(frozen=True, kw_only=True)
 class ChatRequest:
     """messages: as the processor takes them, images as encoded bytes that have been read whole. num_visual_tokens: as the
-    processor takes it. temperature: 0 is the likeliest answer. stop: texts that end it."""
+    processor takes it, or "auto" with its effort. temperature: 0 is the likeliest answer. stop: texts that end it."""
 
     messages: list[dict[str, Any]]
     num_visual_tokens: Count | list[Count] | None
+    effort: float | None
     max_new_tokens: int
     temperature: float
     top_p: float
@@ -139,6 +141,7 @@ def _parsed(body: _Body, model_name: str, limits: ServeLimits, hosts: Sequence[s
             for at, message in enumerate(body.messages)
         ],
         num_visual_tokens=counts,
+        effort=body.effort,
         max_new_tokens=_max_new_tokens(body, limits),
         temperature=body.temperature or 0.0,
         top_p=1.0 if body.top_p is None else body.top_p,
@@ -150,7 +153,7 @@ def _parsed(body: _Body, model_name: str, limits: ServeLimits, hosts: Sequence[s
 
 
 def counts_of(value: Any, num_images: int, max_tokens: int) -> Count | list[Count] | None:
-    """`num_visual_tokens` of a request: a number, [rows, columns], or a list with one of either per image.
+    """`num_visual_tokens` of a request: "auto", a number, [rows, columns], or a list with one of either per image.
 
     A list of as many entries as images is one per image; so [8, 12] beside two images is 8 for one and 12 for the other, and
     rows and columns of both are [[8, 12], [8, 12]].
@@ -161,7 +164,7 @@ def counts_of(value: Any, num_images: int, max_tokens: int) -> Count | list[Coun
     if value is None:
         return None
     if value == "auto":
-        raise _wrong_counts(value, "this model has no router that could choose; give a number, such as 144")
+        return "auto"
     is_pair = isinstance(value, list) and len(value) == 2 and all(isinstance(entry, int) for entry in value)
     if not isinstance(value, list) or (is_pair and num_images != 2):
         return _count(value, value, max_tokens)

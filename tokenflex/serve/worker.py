@@ -116,9 +116,9 @@ class Worker:
             raise out_of_time(self._limits)
         request, model = job.request, self._generator.model
         try:
-            inputs = self._generator.inputs(request.messages, request.num_visual_tokens)
+            inputs = self._generator.inputs(request.messages, request.num_visual_tokens, request.effort)
         except UserError as error:
-            raise RequestRefused(str(error).removeprefix("--num-visual-tokens: ")) from None
+            raise RequestRefused(str(error).removeprefix("--num-visual-tokens").removeprefix(":").lstrip()) from None
         ids = inputs["input_ids"]
         num_new = self._room(ids.shape[1], request.max_new_tokens)
         job.tell(Started(ids.shape[1], int((ids == model.config.image_token_id).sum())))

@@ -5,7 +5,7 @@ from os import PathLike
 from typing import Any
 
 from ...errors import UserError
-from ...infer import Count, Generator, parse_num_visual_tokens
+from ...infer import Count, Generator, check_auto, parse_num_visual_tokens
 
 MAX_NEW_TOKENS = 1024
 
@@ -23,6 +23,8 @@ class Asker:
 
     def __init__(self, folder: str | PathLike, num_visual_tokens: int | str | None = None, device: str = ""):
         self.num_visual_tokens = _one_count(num_visual_tokens)
+        if self.num_visual_tokens == "auto":
+            check_auto(folder)
         self.generator = Generator(folder)
         if device:
             self.generator.model.to(device)
@@ -46,8 +48,10 @@ class Asker:
                 list(conversations),
                 tokenize=True,
                 add_generation_prompt=True,
-                num_visual_tokens=self.num_visual_tokens,
+                num_visual_tokens=None if self.num_visual_tokens == "auto" else self.num_visual_tokens,
             ).to(model.device)
+            if self.num_visual_tokens == "auto":
+                inputs["num_visual_tokens"] = "auto"
         except ValueError as error:
             raise UserError(f"evaluation: {error}") from None
         drawn = {"temperature": temperature, "top_p": top_p or 1.0} if temperature else {}
@@ -64,9 +68,7 @@ def _one_count(value: int | str | None) -> Count | None:
     if value is None or value == "":
         return None
     if value == "auto":
-        raise UserError(
-            "num_visual_tokens=auto: this model has no router that could choose; give a number, such as 144"
-        )
+        return "auto"
     counts = parse_num_visual_tokens(str(value))
     if isinstance(counts, list):
         raise UserError(f"num_visual_tokens={value}: an evaluation has one count for all images; run it once per count")
