@@ -293,3 +293,12 @@ def test_processes_are_started_in_one_way():
             names = {".".join(target) for target in imports(path, parts)}
             assert not names & {"multiprocessing", "concurrent.futures.ProcessPoolExecutor"}, path
             assert "ProcessPoolExecutor" not in path.read_text(), path
+
+
+def test_the_model_is_read_without_recipes():
+    """Recipes need pydantic; exported code, and the GPU tests on a bare machine, read the model without: its rooms name the
+    configuration's classes in annotations alone."""
+    for path in sorted((ROOT / "tokenflex" / "model").glob("*.py")):
+        for node in ast.parse(path.read_text()).body:  # what runs on import; `if TYPE_CHECKING` is a node of its own
+            if isinstance(node, ast.ImportFrom):
+                assert not (node.level == 2 and (node.module or "").startswith("config")), f"{path.name}:{node.lineno}"

@@ -88,5 +88,5 @@ def test_wrong_numbers_are_named():
         adaptive_pool(torch.zeros(11, 3), [(3, 4)], [(1, 1)])
     with pytest.raises(ValueError, match="2 grids but 1 sides"):
         adaptive_pool(torch.zeros(2, 3), [(1, 1), (1, 1)], [(1, 1)])
-    with pytest.raises(ValueError, match="'adaptive' or 'resize'"):
+    with pytest.raises(ValueError, match="'adaptive', 'resize' or 'max'"):
         pool_grid(torch.zeros(1, 2, 2, 3), (1, 1), "mean")

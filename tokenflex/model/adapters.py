@@ -8,26 +8,29 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 
-from ..config import AdapterConfig, ModelConfig
 from ..errors import UserError
 from .modeling_tokenflex import TokenFlexForConditionalGeneration
+
+if TYPE_CHECKING:
+    from ..config import AdapterConfig, ModelConfig
 
 MODULES = {"vision": "vision_tower", "text": "language_model"}
 """Part of the configuration that may have an adapter -> its module."""
 BASE, DOWN, UP = ".base_layer.", ".lora_A.default.", ".lora_B.default."
 
 
-def adapters(model: ModelConfig) -> dict[str, AdapterConfig]:
+def adapters(model: "ModelConfig") -> dict[str, "AdapterConfig"]:
     """{part: its adapter} of the parts that have one."""
     found = {part: getattr(model, f"{part}_adapter") for part in MODULES}
     return {part: adapter for part, adapter in found.items() if adapter.rank}
 
 
-def check_adapters(model: ModelConfig) -> None:
+def check_adapters(model: "ModelConfig") -> None:
     """See that adapters can be had here, before weights are loaded.
 
     Raises:
@@ -37,7 +40,7 @@ def check_adapters(model: ModelConfig) -> None:
         _peft(next(iter(adapters(model))))
 
 
-def add_adapters(built: TokenFlexForConditionalGeneration, model: ModelConfig) -> None:
+def add_adapters(built: TokenFlexForConditionalGeneration, model: "ModelConfig") -> None:
     """Put the adapters that a configuration asks for into a model; at first they change nothing.
 
     Raises:
@@ -63,7 +66,7 @@ def add_adapters(built: TokenFlexForConditionalGeneration, model: ModelConfig) -
                 raise UserError(f"{key}: {layer} is a {type(module).__name__}; name linear layers in {key}.layers")
 
 
-def merged(state: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
+def merged(state: Mapping[str, torch.Tensor], model: "ModelConfig") -> dict[str, torch.Tensor]:
     """Whole weights by their plain names, each with its adapter added: W + (alpha / rank) B A, in fp32, rounded once."""
     scales = {f"{MODULES[part]}.": adapter.alpha / adapter.rank for part, adapter in adapters(model).items()}
     plain = {name.replace(BASE, "."): tensor for name, tensor in state.items() if DOWN not in name and UP not in name}
@@ -77,7 +80,7 @@ def merged(state: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, t
 
 
 def save_adapters(
-    state: Mapping[str, torch.Tensor], model: ModelConfig, trained: list[str], folder: str | os.PathLike
+    state: Mapping[str, torch.Tensor], model: "ModelConfig", trained: list[str], folder: str | os.PathLike
 ) -> None:
     """Write the adapters of whole weights `state` as a folder that peft loads onto the model of `model.init_from`.
 
