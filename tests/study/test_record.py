@@ -1,9 +1,11 @@
 """What a study keeps and judges: bits come back, a changed protocol is refused, what does not belong is named and left out."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from tokenflex.config import load_config
 from tokenflex.errors import UserError
@@ -150,6 +152,21 @@ def test_every_table_and_plot_is_made_of_the_record(study, tmp_path):
         assert (tmp_path / name).stat().st_size > 5000
     with pytest.raises(UserError, match="wants the table 'nothing'"):
         filled("<!-- table: nothing -->\n<!-- end -->", findings)
+
+
+def test_the_page_is_made_of_the_committed_record(recipe):
+    """The record is of the protocol that stands beside it, and the page's tables are those of its whole seeds."""
+    record = Record.open(
+        ROOT / "docs/results/paper.json", protocol_version(ROOT / "docs/paper-protocol.md", ROOT / "configs/paper.yaml")
+    )
+    core = [arm.name for arm in core_arms(recipe)]
+    seeds = list(
+        itertools.takewhile(lambda seed: all(f"{name}-seed{seed}" in record.runs for name in core), itertools.count(1))
+    )
+    findings = Findings.of(record, [*core_arms(recipe), *further_arms(recipe, 4)], seeds)
+    page = (ROOT / "docs/paper.md").read_text()
+    assert filled(page, findings) == page
+    assert (len(seeds) >= 5) or "Nothing is judged" in page
 
 
 def test_arms_differ_from_the_recipe_as_they_say(recipe):

@@ -14,7 +14,7 @@ from ..model.vision import patch_grid
 from .arms import Arm, chosen, core_arms, further_arms
 from .jobs import Job, Runs, Workers, jobs_of
 from .record import Record, code_version, protocol_version
-from .report import PLOTS, TABLES, Findings, filled
+from .report import PLOTS, TABLES, Findings, filled, plot_differences
 from .shards import without_images
 
 Say = Callable[[str], None]
@@ -107,7 +107,8 @@ def judge(study: Study, seeds: Sequence[int], page: Path, say: Say) -> Findings:
         say(f"left out  {line}")
     say("\n" + (TABLES["verdicts"](findings) if len(seeds) > 1 else TABLES["accuracy"](findings)))
     for name, plot in PLOTS.items():
-        plot(findings, study.results.with_name(name))
+        if len(seeds) > 1 or plot is not plot_differences:  # an interval needs two seeds
+            plot(findings, study.results.with_name(name))
     if page.exists():
         write_whole(page, filled(page.read_text(), findings))
     return findings
