@@ -30,11 +30,11 @@ def commands(of, prefix=()):
 def test_these_are_all_that_take_a_recipe():
     """A new command with --config belongs into the tests below."""
     taking = {" ".join(words) for words, command in commands(parser()) if "--config" in command._option_string_actions}
-    assert taking == {"data inspect", "doctor", "estimate", "simulate"}
+    assert taking == {"data inspect", "doctor", "estimate", "simulate", "train-router"}
     scripts = {path.name for path in (ROOT / "launch").glob("*.py") if "launch_parser" in path.read_text()}
     assert scripts == {"train.py", "evaluate.py", "index.py"}
     assert {path.name for path in (ROOT / "launch").glob("*.py")} == scripts | {"paper.py"}
-    readers = [*(f"launch/{name}" for name in scripts), "tokenflex/study/study.py"]
+    readers = [*(f"launch/{name}" for name in scripts), "tokenflex/study/study.py", "tokenflex/cli/train_router.py"]
     for reader in readers:
         text = (ROOT / reader).read_text()
         assert re.search(r"resolve_embedded\(", text), f"{reader} reads a recipe and does not resolve it"

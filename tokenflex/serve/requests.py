@@ -94,7 +94,7 @@ class ChatRequest:
 
     messages: list[dict[str, Any]]
     num_visual_tokens: Count | list[Count] | None
-    effort: float | None
+    effort: float | None = None
     max_new_tokens: int
     temperature: float
     top_p: float
