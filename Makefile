@@ -19,7 +19,7 @@ train: $(VENV)/installed
 
 # two files at a time, since most tests keep one core busy
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not multi_gpu and not slurm and not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not multi_gpu and not slurm and not slow" $(ARGS)
 
 # a real SLURM of four nodes on this machine: installs Debian's packages where they are missing (needs root)
 test-slurm: $(VENV)/installed

@@ -53,7 +53,8 @@ LONGEST = (
     "tests/distributed/",
     "tests/train/",
 )
-"""Files that take minutes each: first, so that no worker ends with one of them while the others have nothing left to do."""
+"""Files that take minutes each: first, so that no worker ends with one of them while the others have nothing left to do (with
+`--no-loadscope-reorder`, or xdist puts the files of most tests first)."""
 
 
 def pytest_collection_modifyitems(items):
