@@ -125,6 +125,18 @@ def tiny_export(tiny_config, processor, tmp_path_factory):
     return folder
 
 
+class OneRank:
+    """The part of `Ranks` that metrics use, where there is one rank."""
+
+    rank, num_ranks = 0, 1
+
+    def all_reduce_sum(self, values):
+        return values.clone()
+
+    def all_reduce_max(self, numbers):
+        return list(numbers)
+
+
 @pytest.fixture
 def model(tiny_config, processor):
     from tokenflex.model import build_model

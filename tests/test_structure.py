@@ -11,6 +11,7 @@ from conftest import ROOT
 LEVELS = [
     {"layout"},
     {"errors", "failpoints", "files", "__init__"},
+    {"plots"},
     {"budget", "config"},
     {"plan"},
     {"data", "model", "parallel", "checkpoint"},

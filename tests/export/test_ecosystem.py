@@ -5,19 +5,6 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
-from tokenflex.export import export_model
-from tokenflex.model import build_model
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_config, processor, tmp_path_factory):
-    """An exported tiny model."""
-    torch.manual_seed(2)
-    model = build_model(tiny_config.model, tiny_config.budget, processor, torch.float32)
-    path = tmp_path_factory.mktemp("ecosystem") / "model"
-    export_model(model, {**dict(model.named_parameters()), **dict(model.named_buffers())}, processor, path)
-    return path
-
 
 def picture(seed):
     generator = torch.Generator().manual_seed(seed)
@@ -43,15 +30,15 @@ def lesson(folder):
     return {**batch, "labels": batch["input_ids"].masked_fill(~learned, -100)}
 
 
-def test_lora_trains_saves_loads_and_merges(folder, tmp_path):
+def test_lora_trains_saves_loads_and_merges(tiny_export, tmp_path):
     """Only the adapters move; what is saved answers alike when it is loaded, and alike when it is merged into the export's weights."""
     peft = pytest.importorskip("peft")
-    base = AutoModelForImageTextToText.from_pretrained(folder)
+    base = AutoModelForImageTextToText.from_pretrained(tiny_export)
     before = {name: value.clone() for name, value in base.state_dict().items()}
     targets = ["q_proj", "v_proj", "projector.gate_up"]
     settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
     model = peft.get_peft_model(base, settings).train()
-    inputs, losses = lesson(folder), []
+    inputs, losses = lesson(tiny_export), []
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(3):
         loss = model(**inputs).loss
@@ -63,10 +50,10 @@ def test_lora_trains_saves_loads_and_merges(folder, tmp_path):
     model.eval()
     with torch.no_grad():
         wanted = model(**inputs).logits
-        plain = AutoModelForImageTextToText.from_pretrained(folder).eval()(**inputs).logits
+        plain = AutoModelForImageTextToText.from_pretrained(tiny_export).eval()(**inputs).logits
         assert (wanted - plain).abs().max() > 1e-2
         model.save_pretrained(tmp_path / "adapter")
-        again = AutoModelForImageTextToText.from_pretrained(folder).eval()
+        again = AutoModelForImageTextToText.from_pretrained(tiny_export).eval()
         again = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
         torch.testing.assert_close(again(**inputs).logits, wanted, rtol=0, atol=0)
         assert torch.equal(again.generate(**inputs_alone(inputs), max_new_tokens=4), model.generate(**inputs_alone(inputs), max_new_tokens=4))  # fmt: skip
@@ -84,12 +71,14 @@ def inputs_alone(inputs):
     return {name: value for name, value in inputs.items() if name != "labels"}
 
 
-def test_the_pipeline_says_the_same_at_every_batch_size(folder):
+def test_the_pipeline_says_the_same_at_every_batch_size(tiny_export):
     """Prompts of several lengths: padding is on the left, and a row's text does not depend on its neighbours."""
     asked = [
         conversation(seed, question=text) for seed, text in ((1, "What?"), (2, "How many boxes are there?"), (3, "Why"))
     ]
-    answer = pipeline("image-text-to-text", model=str(folder), processor=AutoProcessor.from_pretrained(folder))
+    answer = pipeline(
+        "image-text-to-text", model=str(tiny_export), processor=AutoProcessor.from_pretrained(tiny_export)
+    )
     options = {"return_full_text": False}
     settings = {"do_sample": False, "max_new_tokens": 5}
     alone = [answer(text=one, generate_kwargs=dict(settings), **options)[0]["generated_text"] for one in asked]
@@ -100,7 +89,7 @@ def test_the_pipeline_says_the_same_at_every_batch_size(folder):
 
 
 @pytest.mark.slow
-def test_trls_trainer_takes_an_export(folder, tmp_path):
+def test_trls_trainer_takes_an_export(tiny_export, tmp_path):
     """Two steps of SFT on images and text."""
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
@@ -114,10 +103,10 @@ def test_trls_trainer_takes_an_export(folder, tmp_path):
         output_dir=tmp_path, max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], use_cpu=True,
         bf16=False, logging_steps=1, save_strategy="no", max_length=None, disable_tqdm=True,
     )  # fmt: skip
-    model = AutoModelForImageTextToText.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(tiny_export)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trainer = trl.SFTTrainer(
-        model=model, args=settings, train_dataset=data, processing_class=AutoProcessor.from_pretrained(folder)
+        model=model, args=settings, train_dataset=data, processing_class=AutoProcessor.from_pretrained(tiny_export)
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -3,28 +3,16 @@
 import json
 
 import pytest
-import torch
 from PIL import Image
 
 from tokenflex.cli.main import main
-from tokenflex.export import export_model
 from tokenflex.infer import bench
-from tokenflex.model import build_model
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tiny_config, processor):
-    torch.manual_seed(0)
-    model = build_model(tiny_config.model, tiny_config.budget, processor, torch.float32)
-    folder = tmp_path_factory.mktemp("bench") / "model"
-    export_model(model, {**dict(model.named_parameters()), **dict(model.named_buffers())}, processor, folder)
-    return folder
-
-
-def test_every_count_and_batch_size_is_timed_on_prompts_of_its_length(folder, tmp_path, capsys):
+def test_every_count_and_batch_size_is_timed_on_prompts_of_its_length(tiny_export, tmp_path, capsys):
     arguments = [
         "bench",
-        str(folder),
+        str(tiny_export),
         "--batch-sizes",
         "1,3",
         "--new-tokens",
@@ -46,11 +34,11 @@ def test_every_count_and_batch_size_is_timed_on_prompts_of_its_length(folder, tm
         assert image.size == (960, 432)
 
 
-def test_medians_are_of_the_rounds_after_the_warm_up(folder, monkeypatch):
+def test_medians_are_of_the_rounds_after_the_warm_up(tiny_export, monkeypatch):
     """The first round is slow and does not count; of 1, 5 and 3 the median is 3."""
     seconds = iter([100.0, 1.0, 5.0, 3.0])
     monkeypatch.setattr(bench, "_measure", lambda *_: (next(seconds),) * 4)
-    (case,) = bench.bench(folder, bench.Workload(counts=[4], batch_sizes=[1], rounds=3), say=lambda text: None)
+    (case,) = bench.bench(tiny_export, bench.Workload(counts=[4], batch_sizes=[1], rounds=3), say=lambda text: None)
     assert case.encode_s == case.tokens_per_s == 3.0
 
 
@@ -61,9 +49,9 @@ def test_medians_are_of_the_rounds_after_the_warm_up(folder, monkeypatch):
         (["--counts", "0"], "argument --counts: invalid"),
     ],
 )
-def test_workloads_that_cannot_be_timed_are_refused(folder, arguments, message, capsys):
+def test_workloads_that_cannot_be_timed_are_refused(tiny_export, arguments, message, capsys):
     try:
-        assert main(["bench", str(folder), *arguments]) == 2
+        assert main(["bench", str(tiny_export), *arguments]) == 2
     except SystemExit as end:
         assert end.code == 2
     assert message in capsys.readouterr().err

@@ -199,38 +199,26 @@ def test_counts_that_are_none_are_named(text):
         parse_num_visual_tokens(text)
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, tiny_config, processor):
-    from tokenflex.export import export_model
-    from tokenflex.model import build_model
-
-    torch.manual_seed(0)
-    model = build_model(tiny_config.model, tiny_config.budget, processor, torch.float32)
-    folder = tmp_path_factory.mktemp("cli") / "model"
-    export_model(model, {**dict(model.named_parameters()), **dict(model.named_buffers())}, processor, folder)
-    return folder
-
-
 def generate(model, *arguments):
     return cli.main(
         ["generate", "--model", str(model), "--prompt", "What is it?", "--max-new-tokens", "3", *map(str, arguments)]
     )
 
 
-def test_generate_answers_at_any_counts(model_folder, tmp_path, capsys):
+def test_generate_answers_at_any_counts(tiny_export, tmp_path, capsys):
     image = tmp_path / "a.jpg"
     Image.effect_noise((80, 50), 60).save(image)
-    assert generate(model_folder) == 0
+    assert generate(tiny_export) == 0
     capsys.readouterr()
     answers = []
     for arguments in ([], ["--num-visual-tokens", 12], ["--num-visual-tokens", "3x4"]):
-        assert generate(model_folder, "--image", image, *arguments) == 0
+        assert generate(tiny_export, "--image", image, *arguments) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] == answers[2]  # 12 is the largest trained count, shaped 3 x 4 like the grid
-    assert generate(model_folder, "--image", image, "--image", image, "--num-visual-tokens", "3x5,7") == 0
+    assert generate(tiny_export, "--image", image, "--image", image, "--num-visual-tokens", "3x5,7") == 0
 
 
-def test_generate_names_what_is_wrong(model_folder, tmp_path, capsys):
+def test_generate_names_what_is_wrong(tiny_export, tmp_path, capsys):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\nnot really")
     image = tmp_path / "a.png"
@@ -241,7 +229,7 @@ def test_generate_names_what_is_wrong(model_folder, tmp_path, capsys):
         (["--image", image, "--num-visual-tokens", "0"], "is no count"),
         (["--image", image, "--num-visual-tokens", "4,4"], "2 entries for 1 images"),
     ):
-        assert generate(model_folder, *arguments) == 2
+        assert generate(tiny_export, *arguments) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: --") and part in error, error
     assert generate(tmp_path / "nowhere") == 2

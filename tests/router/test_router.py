@@ -1,6 +1,7 @@
 """The router: choices grow with the effort, "auto" is a number before anything runs, and an export carries it anywhere."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -44,12 +45,9 @@ COUNTS = [4, 12]
 
 
 @pytest.fixture(scope="module")
-def bare(tiny_config, processor, tmp_path_factory):
+def bare(tiny_export, tmp_path_factory):
     """Folder of an exported model without a router."""
-    torch.manual_seed(0)
-    model = build_model(tiny_config.model, tiny_config.budget, processor, torch.float32)
-    folder = tmp_path_factory.mktemp("bare") / "model"
-    export_model(model, {**dict(model.named_parameters()), **dict(model.named_buffers())}, processor, folder)
+    folder = shutil.copytree(tiny_export, tmp_path_factory.mktemp("bare") / "model")
     (folder / "notes.txt").write_text("kept")
     return folder
 
@@ -316,7 +314,6 @@ def test_the_export_is_the_same_model_and_loads_anywhere(bare, routed, choosy, p
 
 
 def test_the_router_may_be_trained_again_in_place(routed, tiny_config, tmp_path):
-    import shutil
 
     folder = shutil.copytree(routed, tmp_path / "model")
     train_router(folder, tiny_config, lambda text: None, replace(QUICK, seed=1, hidden_size=4), 24)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import OneRank
 
 from tokenflex.config import load_config
 from tokenflex.data import Limits, PackDataset
@@ -22,18 +23,6 @@ from tokenflex.train.telemetry import Telemetry
 
 FLOPS = ModelFlops(per_tile=1000.0, per_visual_token=10.0, per_token=7.0, per_pair=0.5, per_learned=3.0)
 CPU = torch.device("cpu")
-
-
-class OneRank:
-    """The part of `Ranks` that metrics use, where there is one rank."""
-
-    rank, num_ranks = 0, 1
-
-    def all_reduce_sum(self, values):
-        return values.clone()
-
-    def all_reduce_max(self, numbers):
-        return list(numbers)
 
 
 def figures(model, batches, normalise, problems=("",)):

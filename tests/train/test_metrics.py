@@ -4,21 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import run_ranks
+from conftest import OneRank, run_ranks
 
 from tokenflex.train.metrics import Metrics
-
-
-class OneRank:
-    """The part of `Ranks` that metrics use, where there is one rank."""
-
-    rank, num_ranks = 0, 1
-
-    def all_reduce_sum(self, values):
-        return values.clone()
-
-    def all_reduce_max(self, numbers):
-        return list(numbers)
 
 
 def metrics_of(**reductions):

@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from ..data.sample import parse_message
 from ..files import over_processes, staged_folder
+from ..model import TokenFlexImageProcessor, TokenFlexProcessor
 from .glyphs import NUM_CLASSES, Sources, load_sources
-from .questions import GRID_CELLS, Sample, draw_train_sample
+from .questions import GRID_CELLS, draw_train_sample
 from .scenes import IMAGE_SIDE, INKS, grid_layout
-from .tokenizer import IMAGE_CONTEXT, TURN_END, build_tokenizer
+from .tokenizer import IMAGE_CONTEXT, build_tokenizer
 
 LANGUAGE_VERSION = 1
 ARCHITECTURE = {
@@ -68,10 +70,11 @@ def build_language_model(directory: Path, *, seed: int, num_steps: int = NUM_STE
 def _tell_share(job: tuple[range, int, int, Sources]) -> list[Told]:
     indices, seed, number, sources = job
     tokenizer = build_tokenizer()
-    return [_tell(index, seed, index < EASY_SHARE * number, sources, tokenizer) for index in indices]
+    processor = TokenFlexProcessor(TokenFlexImageProcessor(), tokenizer, chat_template=tokenizer.chat_template)
+    return [_tell(index, seed, index < EASY_SHARE * number, sources, processor) for index in indices]
 
 
-def _tell(index: int, seed: int, is_easy: bool, sources: Sources, tokenizer: PreTrainedTokenizerFast) -> Told:
+def _tell(index: int, seed: int, is_easy: bool, sources: Sources, processor: TokenFlexProcessor) -> Told:
     rng = np.random.Generator(np.random.Philox(key=[seed, (1 << 53) | index]))
     sample = draw_train_sample(rng, sources, cells=EASY_CELLS if is_easy else GRID_CELLS)
     while sample.task == "word":  # letters are no symbols here
@@ -86,28 +89,9 @@ def _tell(index: int, seed: int, is_easy: bool, sources: Sources, tokenizer: Pre
         for scene, glyphs in zip(sample.scenes, layouts)
         for glyph in glyphs
     ]
-    ids, is_learned = _tokens(sample, [len(glyphs) for glyphs in layouts], tokenizer)
-    return Told(ids, is_learned, np.array(symbols, np.float32).reshape(-1, 4))
-
-
-def _tokens(
-    sample: Sample, num_symbols: list[int], tokenizer: PreTrainedTokenizerFast
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids, with as many `<IMG_CONTEXT>` per image as it has symbols, and which of them are learned."""
-    text = tokenizer.apply_chat_template(sample.to_json()["messages"], tokenize=False)
-    start, end = "<|im_start|>assistant\n", TURN_END
-    for number in num_symbols:
-        text = text.replace(f"{IMAGE_CONTEXT}</img>", IMAGE_CONTEXT * number + "</img >", 1)
-    text = text.replace("</img >", "</img>")
-    ids: list[int] = []
-    is_learned: list[bool] = []
-    for number, piece in enumerate(text.split(start)):
-        answer, ending, rest = piece.partition(end) if number else ("", "", piece)
-        for words, learned in ((start if number else "", False), (answer + ending, True), (rest, False)):
-            more = tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
-            ids += more
-            is_learned += [learned] * len(more)
-    return np.array(ids), np.array(is_learned)
+    messages = [parse_message(message) for message in sample.to_json()["messages"]]
+    tokens = processor.encode(messages, [len(glyphs) for glyphs in layouts])
+    return Told(np.array(tokens.input_ids), np.array(tokens.is_target), np.array(symbols, np.float32).reshape(-1, 4))
 
 
 class _Symbols(nn.Module):

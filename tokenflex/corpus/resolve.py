@@ -106,26 +106,26 @@ def _tokenizer(data: DataConfig) -> Path:
 
 def _encoder(data: DataConfig, say: Callable[[str], None]) -> Path:
     _, encoder = _builders("model.vision")
-    name = f"embedded-encoder-v{encoder.ENCODER_VERSION}-{data.embedded.seed}"
-    folder = Path(data.cache_dir).expanduser() / name
-    if folder.exists():
-        return folder
-    say(f"encoder   pretraining on labelled patches, about half a minute, into {folder}")
-    with only_one_inside(folder.with_name(name + ".lock")):
-        return encoder.build_encoder(folder, seed=data.embedded.seed)
+    told = "encoder   pretraining on labelled patches, about half a minute"
+    return _pretrained(f"encoder-v{encoder.ENCODER_VERSION}", told, encoder.build_encoder, data, say)
 
 
 def _language_model(data: DataConfig, say: Callable[[str], None]) -> Path:
     _builders("model.text")
     from . import language
 
-    name = f"embedded-language-v{language.LANGUAGE_VERSION}-{data.embedded.seed}"
-    folder = Path(data.cache_dir).expanduser() / name
+    told = "language  pretraining on scenes told in symbols, about two minutes"
+    return _pretrained(f"language-v{language.LANGUAGE_VERSION}", told, language.build_language_model, data, say)
+
+
+def _pretrained(name: str, told: str, build: Callable[..., Path], data: DataConfig, say: Callable[[str], None]) -> Path:
+    """Folder of a part that `build(folder, seed=...)` pretrains where it is missing; one process of the machine does it."""
+    folder = Path(data.cache_dir).expanduser() / f"embedded-{name}-{data.embedded.seed}"
     if folder.exists():
         return folder
-    say(f"language  pretraining on scenes told in symbols, about two minutes, into {folder}")
-    with only_one_inside(folder.with_name(name + ".lock")):
-        return language.build_language_model(folder, seed=data.embedded.seed)
+    say(f"{told}, into {folder}")
+    with only_one_inside(folder.with_name(f"{folder.name}.lock")):
+        return build(folder, seed=data.embedded.seed)
 
 
 def _builders(key: str) -> tuple[ModuleType, ModuleType]:

@@ -1,5 +1,6 @@
 """Webdataset shards: find them, walk them, and read one sample by its place, without unpacking anything to disk."""
 
+import abc
 import glob
 import io
 import os
@@ -81,11 +82,12 @@ class Shard(Protocol):
         """
 
 
-class Tar:
+class Tar(abc.ABC):
     """The format of shards: a tar, as webdataset writes it. For classes with a `local_file`."""
 
+    @abc.abstractmethod
     def local_file(self) -> Path:
-        raise NotImplementedError
+        """As `Shard.local_file`."""
 
     def scan(self, limits: Limits) -> Iterator[Scanned]:
         return scan_shard(self.local_file(), limits)

@@ -17,6 +17,7 @@ from ..config import DataConfig, RunConfig
 from ..errors import UserError
 from ..plan import Lengths, Mixture, Planner, Source
 from ..plan.balance import MAX_LEFT_OVER
+from ..plots import new_figure
 from .gpus import Gpu
 from .memory import ModelSizes
 from .network import Network
@@ -286,13 +287,7 @@ def plot(scales: Sequence[Scale], path: str | PathLike, what: str) -> None:
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot: needs the package matplotlib; run: pip install 'tokenflex[quickstart]'") from None
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 4.5)
     axes = figure.subplots()
     places, base = np.arange(len(scales)), np.zeros(len(scales))
     for phase, color in zip(PHASES, ("#4477aa", "#66ccee", "#ddaa33", "#cc3311", "#999999")):

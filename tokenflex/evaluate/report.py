@@ -3,6 +3,8 @@
 from os import PathLike
 from typing import TypedDict
 
+from ..plots import new_figure
+
 
 class AccuracyRecord(TypedDict):
     """Of accuracy.json what table and plot show: accuracy {task: {count: share}}, num_questions {task: number}, the trained
@@ -32,11 +34,7 @@ def accuracy_table(record: AccuracyRecord) -> str:
 
 def plot_accuracy(record: AccuracyRecord, path: str | PathLike) -> None:
     """Draw accuracy over the number of visual tokens, one line per task, to a PNG; trained counts are filled marks."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 4.5)
     axes = figure.subplots()
     counts = [int(count) for count in next(iter(record["accuracy"].values()))]
     for number, (task, row) in enumerate(record["accuracy"].items()):

@@ -3,7 +3,6 @@
 import itertools
 import json
 import random
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,8 @@ from transformers import AutoConfig
 from ..errors import UserError
 from ..export import is_exported
 from ..files import write_whole
+from ..plots import new_figure
+from ..telemetry.memory import peak_memory_gb
 from .generate import Generator
 
 
@@ -77,7 +78,7 @@ def bench(folder: str | PathLike, workload: Workload, say: Callable[[str], None]
         for case in order.sample(cases, len(cases)):
             _reset_memory(generator.model.device)
             measured = _measure(generator, inputs[case], workload.new_tokens)
-            memory[case] = max(memory[case], _memory_gb(generator.model.device))
+            memory[case] = max(memory[case], peak_memory_gb(generator.model.device))
             if round_number:
                 times[case].append(measured)
         say(f"bench     round {round_number} of {workload.rounds}" + ("" if round_number else " (warm-up)"))
@@ -149,12 +150,6 @@ def _reset_memory(device):
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def _memory_gb(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
 def table(cases: Sequence[Case]) -> str:
     """The cases as a Markdown table."""
     heads = ["visual tokens", "batch", "prompt tokens", "encoder", "first token", "from features", "tokens/s", "memory"]
@@ -169,17 +164,13 @@ def table(cases: Sequence[Case]) -> str:
 
 def write(cases: Sequence[Case], folder: str | PathLike) -> list[Path]:
     """`bench.json` and `bench.png` in a folder; returns their paths."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     write_whole(
         path / "bench.json", json.dumps({"device": device, "cases": [asdict(case) for case in cases]}, indent=1)
     )
-    figure = Figure(figsize=(8, 3.6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 3.6)
     left, right = figure.subplots(1, 2)
     for number, batch_size in enumerate(dict.fromkeys(case.batch_size for case in cases)):
         its = sorted((case for case in cases if case.batch_size == batch_size), key=lambda case: case.num_visual_tokens)

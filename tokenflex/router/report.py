@@ -3,6 +3,7 @@
 from os import PathLike
 from typing import Any
 
+from ..plots import new_figure
 from .policies import accuracy_at
 
 NAMES = {
@@ -39,11 +40,7 @@ def policy_table(record: dict[str, Any]) -> str:
 
 def plot_policies(record: dict[str, Any], path: str | PathLike) -> None:
     """Draw accuracy over mean visual tokens of a question to a PNG: router, random, cascade, each count, the oracle."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 4.5)
     axes = figure.subplots()
     styles = {
         "router": ("C0", "o-", "router, by effort"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
+from ..plots import new_figure
 from .arms import FLEXIBLE, Arm
 from .record import Record
 from .statistics import Difference, Verdict, paired_difference, verdicts
@@ -293,11 +294,7 @@ PLOTS = {"paper-accuracy.png": plot_accuracy, "paper-differences.png": plot_diff
 
 
 def _figure():
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 4.5)
     axes = figure.subplots()
     axes.grid(alpha=0.3)
     return figure, axes

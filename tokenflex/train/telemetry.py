@@ -4,14 +4,13 @@ Everything here is counted from what the host has anyway (the plan's lengths, th
 device; the device is waited for when a line is logged, and not before.
 """
 
-import resource
-
 import numpy as np
 import torch
 
 from ..data.collate import PackedBatch
 from ..parallel import Engine, Heartbeat
 from ..telemetry.flops import ModelFlops, num_pairs
+from ..telemetry.memory import peak_memory_gb
 from ..telemetry.names import TEXT
 from .metrics import Metrics
 from .objective import Loss
@@ -113,7 +112,7 @@ class Telemetry(Observer):
         for name, value in seconds.items():
             add(f"seconds_per_step/{name}", value)
         add("work_s", seconds["data_wait"] + self.engine.stopwatch.take())
-        add("memory_gb", _memory_gb(self.engine.device))
+        add("memory_gb", peak_memory_gb(self.engine.device))
 
     def _new_seconds(self) -> dict[str, float]:
         """Seconds since the last call, by name."""
@@ -126,10 +125,3 @@ class Telemetry(Observer):
 
     def on_rewind(self, step: int) -> None:
         self._begin_step()
-
-
-def _memory_gb(device: torch.device) -> float:
-    """The most memory that torch has had on a GPU since the process began, or on a CPU the process itself, in GB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
