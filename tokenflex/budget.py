@@ -98,6 +98,10 @@ class VisualTokenBudget:
         """Visual tokens per tile over all views of samples that drew `counts`: [S] -> [S]; 0 stays 0."""
         return np.where(counts > 0, counts + sum(self.others), 0)
 
+    def tokens(self, text: np.ndarray, tiles: np.ndarray, visual_tokens: np.ndarray | float) -> np.ndarray:
+        """Tokens of samples over all their views, `visual_tokens` per tile: [S]. Text without images is there once."""
+        return np.where(tiles > 0, self.num_views * text, text) + tiles * visual_tokens
+
     def probabilities_at(self, samples_seen: ArrayLike) -> np.ndarray:
         """Probability of each count after `samples_seen` samples: [S] -> [S, counts]."""
         samples_seen = np.asarray(samples_seen, dtype=np.float64)

@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, run_ranks
@@ -11,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenflex import cli
-from tokenflex.config import load_config
+from tokenflex.budget import VisualTokenBudget
+from tokenflex.config import BudgetConfig, load_config
 from tokenflex.data import batch_loader
 from tokenflex.data.loader import micro_batches
 from tokenflex.data.sources import Here, open_data
@@ -23,7 +25,8 @@ from tokenflex.estimate.workload import limit_pack, packs_of
 from tokenflex.model import build_model
 from tokenflex.model.build import recompute_activations, shaped_model
 from tokenflex.parallel import load_ds_config
-from tokenflex.plan import Position
+from tokenflex.plan import Mixture, Planner, Position, Source
+from tokenflex.plan.table import LengthTable
 from tokenflex.telemetry.flops import model_flops
 from tokenflex.train.loss import cross_entropies, weighted_sum
 from tokenflex.train.objective import Objective, model_inputs
@@ -171,8 +174,8 @@ def test_published_sizes(tiny_config):
 def test_no_pack_of_a_plan_exceeds_the_worst(tiny_config, data):
     work = workload_of(tiny_config)
     assert "plan of" in work.source
-    limit = limit_pack(tiny_config.data, tiny_config.budget.num_visual_tokens)
-    totals = [packs_of(window) for _, window, _ in data.planner.windows(0)]
+    limit = limit_pack(tiny_config.data, data.planner.budget)
+    totals = [packs_of(window, data.planner.budget) for _, window, _ in data.planner.windows(0)]
     for name, most, at_most in (
         ("tokens", work.worst.tokens, limit.tokens),
         ("tiles", work.worst.tiles, limit.tiles),
@@ -182,6 +185,40 @@ def test_no_pack_of_a_plan_exceeds_the_worst(tiny_config, data):
     step = next(data.planner.steps_from(Position()))
     counts = sum(len(pack.sample_ids) for pack in step.packs)
     assert work.step.samples == pytest.approx(counts, rel=0.5)
+
+
+@pytest.mark.parametrize("kind", ["one", "all", "largest_and_one"])
+def test_steps_hold_every_view_of_their_samples(kind, tiny_config):
+    """Tokens, visual tokens, pairs, learned tokens of planned packs and of assumed samples, view by view."""
+    budget = BudgetConfig(num_visual_tokens=(4, 12, 25), probabilities=(1, 1, 1), per_sample=kind)
+    data = tiny_config.data.model_copy(update={"pack_length": 900})
+    config = tiny_config.model_copy(update={"budget": budget, "data": data})
+    rng = np.random.default_rng(0)
+    table = LengthTable(
+        text=rng.integers(10, 60, 2000),
+        tiles=rng.integers(0, 4, 2000),
+        learned=rng.integers(1, 9, 2000),
+        name="made up",
+    )
+    drawn = VisualTokenBudget.of(budget)
+    planner = Planner(Mixture([Source(index=table)]), drawn, data, config.train.seed, config.train.loss_weighting)
+    _, window, _ = next(planner.windows(0))
+    found = packs_of(window, drawn)
+    for pack in range(0, window.num_packs, 7):
+        wanted = np.zeros(4)
+        for place in np.flatnonzero(window.pack == pack):
+            sample = int(window.samples.id[place])
+            text, tiles, learned = (int(column[sample]) for column in (table.text, table.tiles, table.learned))
+            for view in drawn.views(int(window.samples.count[place])):
+                length = text + tiles * view
+                wanted += [length, tiles * view, length * (length + 1) / 2, learned]
+        has = [getattr(found, name)[pack] for name in ("tokens", "visual_tokens", "pairs", "learned_tokens")]
+        assert has == pytest.approx(wanted.tolist())
+    assumed = workload_of(config, assumed=AssumedSamples(text_tokens=16, tiles=2)).step
+    per_sample = np.mean([[16 + 2 * view for view in drawn.views(count)] for count in drawn.counts], axis=0)
+    assert assumed.tokens / assumed.samples == pytest.approx(per_sample.sum())
+    assert assumed.learned_tokens / assumed.samples == pytest.approx(8 * drawn.num_views)
+    assert assumed.visual_tokens / assumed.samples == pytest.approx(per_sample.sum() - 16 * drawn.num_views)
 
 
 def test_a_checkpoint_has_the_size_that_was_said(tiny_config):

@@ -20,7 +20,7 @@ def planner(tiny_config, processor):
 def test_no_micro_batch_of_the_plan_has_more(planner, packs_at_once):
     """Of tokens, tiles or visual tokens, over all packs of the epoch."""
     plans = dict(worst_micro_batches(planner, packs_at_once))
-    every = [packs_of(window) for _, window, _ in planner.windows(0)]
+    every = [packs_of(window, planner.budget) for _, window, _ in planner.windows(0)]
     lengths = planner.mixture.columns(np.arange(len(planner.mixture)))
     for name, column in (("most tokens", "tokens"), ("most tiles", "tiles"), ("most visual tokens", "visual_tokens")):
         plan = plans[name]

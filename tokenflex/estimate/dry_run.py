@@ -153,7 +153,7 @@ def worst_micro_batches(planner: Planner, packs_at_once: int) -> Iterator[tuple[
     fullest: dict[str, list[tuple[float, int, Pack]]] = {name: [] for name in WORST}
     number = itertools.count()
     for window in windows(planner, MAX_PACKS):
-        columns, samples = packs_of(window), window.samples
+        columns, samples = packs_of(window, planner.budget), window.samples
         bounds = np.searchsorted(window.pack, np.arange(window.num_packs + 1))
         for name, column in WORST.items():
             values = getattr(columns, column)
@@ -184,7 +184,8 @@ def worst_micro_batches(planner: Planner, packs_at_once: int) -> Iterator[tuple[
 def shape_of(batch: PackedBatch) -> PackShape:
     """What of a batch decides its memory."""
     tiles = 0 if batch.is_dummy_image else len(batch.images)
-    count = max(batch.tile_counts)  # a pack of several counts is estimated at its largest
+    # a pack of several counts is estimated at its largest, one of several views at all that a tile gives
+    count = max(batch.tile_counts) if batch.tile_index is None else -(-len(batch.visual_positions) // len(batch.images))
     lengths = tuple(batch.cu_seq_lens.diff().tolist())
     return PackShape(lengths=lengths, tiles=tiles, count=count, learned=len(batch.targets))
 

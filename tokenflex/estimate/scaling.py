@@ -175,7 +175,7 @@ def planned_packs(config: RunConfig, lengths: Sequence[Lengths], num_ranks: int)
     source = Source(index=table, name="the samples", over_long="drop")
     planner = Planner(Mixture([source]), budget, data, config.train.seed, config.train.loss_weighting)
     for _, window, _ in planner.windows(0):
-        packs = packs_of(window)
+        packs = packs_of(window, budget)
         whole = window.num_packs // data.packs_per_step * data.packs_per_step
         if whole:
             return Packs(**{name: getattr(packs, name)[:whole] for name in COLUMNS})
@@ -188,8 +188,8 @@ def num_samples_for(lengths: Sequence[Lengths], data: DataConfig, budget: Visual
     """Samples that fill the first window of a plan, with a margin."""
     text = np.concatenate([np.asarray(table.text_tokens, np.float64) for table in lengths])
     tiles = np.concatenate([np.asarray(table.num_tiles, np.float64) for table in lengths])
-    count = float(np.dot(budget.counts, budget.probabilities))
-    per_pack = data.pack_length / max(float((text + tiles * count).mean()), 1.0)
+    count = float(np.dot(budget.visual_tokens(np.array(budget.counts)), budget.probabilities))
+    per_pack = data.pack_length / max(float(budget.tokens(text, tiles, count).mean()), 1.0)
     window = max(data.window_rows * data.lockstep_packs, 512, data.packs_per_step)
     return int(2.2 * window * max(per_pack, 1.0)) + MAX_LEFT_OVER
 

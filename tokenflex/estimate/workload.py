@@ -111,11 +111,13 @@ def _planner(config: RunConfig, sources: list[Source]) -> Planner:
 
 def planned(planner: Planner, source: str) -> Workload:
     """The `Workload` of the first epoch of a plan, or of its first `MAX_PACKS` packs."""
-    packs = [packs_of(window) for window in windows(planner, MAX_PACKS)]
+    budget = planner.budget
+    packs = [packs_of(window, budget) for window in windows(planner, MAX_PACKS)]
     columns = {name: np.concatenate([getattr(part, name) for part in packs]) for name in Packs.__annotations__}
     every = Packs(**columns)
     per_step = planner.data.packs_per_step / len(every.tokens)
     means = {name: float(getattr(every, name).sum()) * per_step for name in StepWork.__annotations__}
+    per_tile = budget.visual_tokens(np.array(budget.counts)).tolist()
     fullest = int(every.tiles.argmax())
     mean_count = every.visual_tokens[fullest] / max(
         every.tiles[fullest], 1
@@ -123,7 +125,7 @@ def planned(planner: Planner, source: str) -> Workload:
     worst = PackShape(
         lengths=_split(int(every.tokens.max())),
         tiles=int(every.tiles.max()),
-        count=min((c for c in planner.budget.counts if c >= mean_count), default=max(planner.budget.counts)),
+        count=min((c for c in per_tile if c >= mean_count), default=max(per_tile)),
         learned=int(every.learned_tokens.max()),
     )
     return Workload(step=StepWork(**means), worst=worst, source=source)
@@ -151,30 +153,40 @@ class Packs:
     samples: np.ndarray
 
 
-def packs_of(window: Window) -> Packs:
-    """The packs of a planned window."""
+def packs_of(window: Window, budget: VisualTokenBudget) -> Packs:
+    """The packs of a planned window, with every view of their samples."""
     samples = window.samples
-    tokens = samples.tokens.astype(np.float64)
+    tokens, tiles = samples.tokens.astype(np.float64), samples.tiles
+    visual = tiles * budget.visual_tokens(samples.count)
+    views = np.where(tiles > 0, budget.num_views, 1)
+    text = (tokens - visual) / views
+    pairs = _pairs(text + tiles * samples.count)
+    for count in budget.others:
+        pairs = pairs + np.where(tiles > 0, _pairs(text + tiles * count), 0)
 
     def total(values: np.ndarray) -> np.ndarray:
         return np.bincount(window.pack, weights=values, minlength=window.num_packs)
 
     return Packs(
         tokens=total(tokens),
-        tiles=total(samples.tiles),
-        visual_tokens=total(samples.tiles * samples.count),
-        pairs=total(tokens * (tokens + 1) / 2),
-        learned_tokens=total(samples.learned),
+        tiles=total(tiles),
+        visual_tokens=total(visual),
+        pairs=total(pairs),
+        learned_tokens=total(samples.learned * views),
         samples=total(np.ones_like(tokens)),
     )
 
 
-def limit_pack(data: DataConfig, counts: tuple[int, ...]) -> PackShape:
+def _pairs(lengths: np.ndarray) -> np.ndarray:
+    return lengths * (lengths + 1) / 2
+
+
+def limit_pack(data: DataConfig, budget: VisualTokenBudget) -> PackShape:
     """The pack that no plan can exceed: full of tokens, of as many tiles as fit, every text token learned.
 
     Tiles are dear in the encoder and tokens in the language model, so the most tiles come at the smallest count.
     """
-    count = min(counts)
+    count = int(budget.visual_tokens(np.array(budget.counts)).min())
     tiles = min(data.max_images_per_pack, (data.pack_length - 1) // count)
     learned = data.pack_length - tiles * count
     return PackShape(lengths=_split(data.pack_length), tiles=tiles, count=count, learned=learned)
@@ -186,18 +198,21 @@ def assumed_workload(config: RunConfig, assumed: AssumedSamples) -> Workload:
     text, tiles = assumed.text_tokens, assumed.tiles
     packs, sums = float(data.packs_per_step), np.zeros(6)
     for count, share in zip(budget.counts, budget.probabilities):
-        length = text + tiles * count
+        visual = int(budget.visual_tokens(np.array(count)))
+        views = [text + tiles * view for view in (budget.views(count) if tiles else (0,))]
+        length = sum(views)
         if length > data.pack_length or tiles > data.max_images_per_pack:
             raise UserError(
-                f"--text-tokens {text}, --tiles {tiles}: a sample has {length} tokens at {count} per tile, a pack holds "
+                f"--text-tokens {text}, --tiles {tiles}: a sample has {length} tokens at {visual} per tile, a pack holds "
                 f"{data.pack_length} and {data.max_images_per_pack} tiles; assume smaller ones"
             )
-        per_sample = np.array([length, tiles, tiles * count, length * (length + 1) / 2, text / 2, 1.0])
+        pairs = float(_pairs(np.array(views)).sum())
+        per_sample = np.array([length, tiles, tiles * visual, pairs, len(views) * text / 2, 1.0])
         sums += share * per_sample
     fit = [data.pack_length / sums[0], data.max_images_per_pack / tiles if tiles else np.inf]
     step = StepWork(**dict(zip(StepWork.__annotations__, (sums * min(fit) * packs).tolist())))
     source = f"assumed samples of {text} text tokens and {tiles} {'tile' if tiles == 1 else 'tiles'}, packs full"
-    return Workload(step=step, worst=limit_pack(data, budget.counts), source=source)
+    return Workload(step=step, worst=limit_pack(data, budget), source=source)
 
 
 def resampled(lengths: list[Lengths], num_samples: int, seed: int = 0) -> LengthTable:

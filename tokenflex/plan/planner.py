@@ -99,23 +99,19 @@ class Planner:
         longest_text, num_usable = source.index.longest_text(), source.index.num_answered()
         tiles = np.arange(len(longest_text))
         too_long = (longest_text >= 0) & (
-            (self._tokens(longest_text, tiles, largest) > self.data.pack_length)
+            (self.budget.tokens(longest_text, tiles, largest) > self.data.pack_length)
             | (tiles > self.data.max_images_per_pack)
         )
         if not too_long.any() or source.over_long != "error":
             return num_usable
         sample, number = self._first_too_long(source.index, largest)
         text, tiles = int(source.index.text_tokens[sample]), int(source.index.num_tiles[sample])
-        tokens = int(self._tokens(np.array(text), np.array(tiles), largest))
+        tokens = int(self.budget.tokens(np.array(text), np.array(tiles), largest))
         raise UserError(
             f"{source.index.shard_of(sample)}: sample {sample} has up to {tokens} tokens and {tiles} images, a pack "
             f"holds {self.data.pack_length} and {self.data.max_images_per_pack} ({number} such samples); raise data.pack_length or "
             "data.max_images_per_pack, or set data.over_long=drop"
         )
-
-    def _tokens(self, text: np.ndarray, tiles: np.ndarray, visual_tokens: np.ndarray | int) -> np.ndarray:
-        """Tokens of samples over all their views, `visual_tokens` per tile: [N]. Text without images is there once."""
-        return np.where(tiles > 0, self.budget.num_views * text, text) + tiles * visual_tokens
 
     def _first_too_long(self, index: Lengths, largest: int) -> tuple[int, int]:
         """(the first sample that may be longer than a pack, how many there are)."""
@@ -124,7 +120,8 @@ class Planner:
             text = index.text_tokens[begin : begin + 2**20].astype(np.int64)
             tiles = index.num_tiles[begin : begin + 2**20].astype(np.int64)
             wrong = np.flatnonzero(
-                (self._tokens(text, tiles, largest) > self.data.pack_length) | (tiles > self.data.max_images_per_pack)
+                (self.budget.tokens(text, tiles, largest) > self.data.pack_length)
+                | (tiles > self.data.max_images_per_pack)
             )
             if len(wrong) and first < 0:
                 first = begin + int(wrong[0])
@@ -274,7 +271,7 @@ class Planner:
         return count
 
     def _all_tokens(self, lengths: "_Lengths") -> np.ndarray:
-        return self._tokens(lengths.text, lengths.tiles, self.budget.visual_tokens(lengths.count))
+        return self.budget.tokens(lengths.text, lengths.tiles, self.budget.visual_tokens(lengths.count))
 
     def _is_too_long(self, lengths: "_Lengths") -> np.ndarray:
         return (self._all_tokens(lengths) > self.limits.max_tokens) | (lengths.tiles > self.limits.max_tiles)

@@ -115,7 +115,7 @@ def tokens_per_step(planner: Planner) -> Iterator[int]:
         total = 0
         for pack in step.packs:
             text, _, tiles = planner.mixture.columns(pack.sample_ids)
-            total += int((text + tiles * pack.counts).sum())
+            total += int(planner.budget.tokens(text, tiles, planner.budget.visual_tokens(pack.counts)).sum())
         yield total
 
 

@@ -254,7 +254,8 @@ class Run:
             start(self.state, self.layout, self.config.train.resume_from, self._check)
         self.state.progress.data = self.data.identity["digest"]
         data, counts = self.config.data, self.config.budget.num_visual_tokens
-        shapes = shapes_of(counts, data.max_images_per_pack * data.packs_per_micro_batch)
+        most_tiles = data.max_images_per_pack * data.packs_per_micro_batch * self.data.planner.budget.num_views
+        shapes = shapes_of(counts, most_tiles)
         with self._stage("kernels", "their configurations for these shapes"):
             choices = settle(self.engine.model, shapes, self.ranks, self.state.progress.kernel_choices)
         self.state.progress.kernel_choices = choices

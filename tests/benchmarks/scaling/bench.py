@@ -55,7 +55,7 @@ def plan(counts, length, tiles=(1, 2, 3), text=40, seed=0):
     )
     planner = Planner(Mixture([Source(index=table, over_long="drop")]), budget, data, seed, "token")
     _, window, _ = next(planner.windows(0))
-    samples, columns, packs = window.samples, packs_of(window), []
+    samples, columns, packs = window.samples, packs_of(window, budget), []
     for pack in range(NUM_PACKS):
         mine = np.flatnonzero(window.pack == pack)
         packs.append({
