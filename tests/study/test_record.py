@@ -12,11 +12,12 @@ from tokenflex.errors import UserError
 from tokenflex.layout import RunLayout
 from tokenflex.study.arms import chosen, core_arms, further_arms
 from tokenflex.study.jobs import Job
-from tokenflex.study.record import Record, protocol_version
+from tokenflex.study.record import MadeBy, Record, protocol_version
 from tokenflex.study.report import PLOTS, TABLES, Findings, filled
 from tokenflex.study.shards import without_images
 
 COUNTS = (9, 25, 64)
+MADE_BY = MadeBy("code", "parts")
 TASKS = ["coarse", "dense", "text"] * 20
 
 
@@ -51,7 +52,7 @@ def study(recipe, tmp_path_factory):
             job = Job(arm, seed, 20)
             shards = (("a.tar", 9, "11", 3),) if arm.without_images else (("a.tar", 5, "00", 3),)
             mean = 0.1 if arm.name.startswith(("no-", "small-")) else 0.5
-            record.add(job, write_run(folder / job.name, rng, mean, arm.counts, shards), "code")
+            record.add(job, write_run(folder / job.name, rng, mean, arm.counts, shards), MADE_BY)
     return record, arms, folder
 
 
@@ -99,13 +100,13 @@ def test_other_questions_are_refused_and_a_run_without_answers_is_named(study, t
     answers = json.loads(layout.answers.read_text())
     layout.answers.write_text(json.dumps({**answers, "keys": answers["keys"][::-1]}))
     with pytest.raises(UserError, match="was asked other questions"):
-        record.add(Job(arms[0], 7, 20), layout, "code")
+        record.add(Job(arms[0], 7, 20), layout, MADE_BY)
     layout.answers.unlink()
     with pytest.raises(UserError, match="was not evaluated: run it again"):
-        record.add(Job(arms[0], 7, 20), layout, "code")
+        record.add(Job(arms[0], 7, 20), layout, MADE_BY)
 
 
-@pytest.mark.parametrize("what", ["missing", "code", "corpus"])
+@pytest.mark.parametrize("what", ["missing", "code", "corpus", "parts"])
 def test_what_does_not_belong_is_named_and_not_averaged(study, what):
     record, arms, _ = study
     runs = {name: dict(run) for name, run in record.runs.items()}
@@ -121,6 +122,24 @@ def test_what_does_not_belong_is_named_and_not_averaged(study, what):
     del runs["flexible-seed0"]
     with pytest.raises(UserError, match="the arm flexible is not whole .*flexible-seed0: missing"):
         Findings.of(Record("p", record.questions, runs), arms, [0, 1])
+
+
+def test_without_the_flexible_arm_nothing_is_judged_whatever_else_there_is(study):
+    record, arms, _ = study
+    others = {name: run for name, run in record.runs.items() if not name.startswith("flexible")}
+    with pytest.raises(UserError, match="the arm flexible is not whole .flexible-seed0, flexible-seed1: missing."):
+        Findings.of(Record("p", record.questions, others), arms, [0, 1])
+
+
+def test_runs_from_other_weights_are_told_apart(recipe, tmp_path):
+    part = tmp_path / "encoder"
+    part.mkdir()
+    config = recipe.model_copy(update={"model": recipe.model.model_copy(update={"vision": str(part)})})
+    found = set()
+    for weights in (b"one", b"two", b"one"):
+        (part / "model.safetensors").write_bytes(weights)
+        found.add(MadeBy.here(config))
+    assert len(found) == 2 and len({made_by.code for made_by in found}) == 1
 
 
 def test_means_are_over_tasks_that_are_judged(study):
@@ -145,7 +164,7 @@ def test_every_table_and_plot_is_made_of_the_record(study, tmp_path):
         [f" {equal} ", f" {count} "] for equal in ("samples", "tokens") for count in COUNTS
     ]
     assert "| fixed at 64, equal tokens | 20 | 40 | 0.00M | 0.00M | 10 s | 1.00 | 1.00 |" in TABLES["cost"](findings)
-    assert len(TABLES["others"](findings).splitlines()) == 2 + 6 * 3 + 3 * 1 + 1
+    assert len(TABLES["others"](findings).splitlines()) == 2 + 7 * 3 + 3 * 1 + 1
     assert len(TABLES["hard"](findings).splitlines()) == len(TABLES["reading"](findings).splitlines()) == 2 + 3
     for name, plot in PLOTS.items():
         plot(findings, tmp_path / name)
@@ -171,7 +190,7 @@ def test_the_page_is_made_of_the_committed_record(recipe):
 
 def test_arms_differ_from_the_recipe_as_they_say(recipe):
     arms = [*core_arms(recipe), *further_arms(recipe, 4)]
-    assert len({arm.name for arm in arms}) == len(arms) == 1 + 6 + 6 + 3 + 1
+    assert len({arm.name for arm in arms}) == len(arms) == 1 + 6 + 7 + 3 + 1
     for arm in arms:
         config = load_config("configs/paper.yaml", arm.settings(7, 3, f"{arm.name}-seed3"))
         assert (config.train.num_steps, config.train.seed, config.name) == (7, 3, f"{arm.name}-seed3")

@@ -12,6 +12,7 @@ from ..plots import new_figure
 from .arms import FLEXIBLE, Arm
 from .record import Record
 from .statistics import Difference, Verdict, paired_difference, verdicts
+from .times import times_table
 
 NOT_JUDGED = ("text", "word")
 """Tasks that are no part of a mean: one shows no image, the other is not learned at this size (see the protocol)."""
@@ -211,6 +212,7 @@ TABLES: dict[str, Callable[[Findings], str]] = {
     "reading": reading_table,
     "hard": hard_table,
     "cost": cost_table,
+    "times": lambda findings: times_table(findings.record.times),
     "plateau": plateau_table,
 }
 """The tables of the page by the name that stands in its comment."""
