@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ from conftest import ROOT
 from tokenflex.config import load_config
 from tokenflex.errors import UserError
 from tokenflex.layout import RunLayout
-from tokenflex.study.arms import chosen, core_arms, further_arms
+from tokenflex.study.arms import FLEXIBLE, chosen, core_arms, further_arms
 from tokenflex.study.jobs import Job
 from tokenflex.study.record import MadeBy, Record, protocol_version
 from tokenflex.study.report import PLOTS, TABLES, Findings, filled
 from tokenflex.study.shards import without_images
+from tokenflex.study.times import predicted, times_table
 
 COUNTS = (9, 25, 64)
 MADE_BY = MadeBy("code", "parts")
@@ -156,36 +158,42 @@ def test_means_are_over_tasks_that_are_judged(study):
 def test_every_table_and_plot_is_made_of_the_record(study, tmp_path):
     record, arms, _ = study
     findings = Findings.of(record, arms, [0, 1])
-    page = "".join(f"# {name}\n<!-- table: {name} -->\nold\n<!-- end -->\n" for name in TABLES)
-    made = filled(page, findings)
-    assert "old" not in made and filled(made, findings) == made
+    page = "".join(f"# {name}\n<!-- table: paper/{name} -->\nold\n<!-- end -->\n" for name in TABLES)
+    made = filled(page, findings, "paper")
+    assert "old" not in made and filled(made, findings, "paper") == made
+    assert filled(page, findings, "another") == page
     verdicts = TABLES["verdicts"](findings).splitlines()[2:]
     assert [line.split("|")[1:3] for line in verdicts] == [
         [f" {equal} ", f" {count} "] for equal in ("samples", "tokens") for count in COUNTS
     ]
     assert "| fixed at 64, equal tokens | 20 | 40 | 0.00M | 0.00M | 10 s | 1.00 | 1.00 |" in TABLES["cost"](findings)
     assert len(TABLES["others"](findings).splitlines()) == 2 + 7 * 3 + 3 * 1 + 1
+    assert len(TABLES["others-verdicts"](findings).splitlines()) == 2 + 7 * 3 * 2
     assert len(TABLES["hard"](findings).splitlines()) == len(TABLES["reading"](findings).splitlines()) == 2 + 3
     for name, plot in PLOTS.items():
-        plot(findings, tmp_path / name)
-        assert (tmp_path / name).stat().st_size > 5000
+        plot(findings, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
     with pytest.raises(UserError, match="wants the table 'nothing'"):
-        filled("<!-- table: nothing -->\n<!-- end -->", findings)
+        filled("<!-- table: paper/nothing -->\n<!-- end -->", findings, "paper")
 
 
-def test_the_page_is_made_of_the_committed_record(recipe):
-    """The record is of the protocol that stands beside it, and the page's tables are those of its whole seeds."""
-    record = Record.open(
-        ROOT / "docs/results/paper.json", protocol_version(ROOT / "docs/paper-protocol.md", ROOT / "configs/paper.yaml")
-    )
-    core = [arm.name for arm in core_arms(recipe)]
+@pytest.mark.parametrize("target", ["paper", "paper-x4", "paper-many"])
+def test_the_page_is_made_of_the_committed_records(target):
+    """Each record is of the protocol that stands beside it, and the page's tables are those of its whole seeds."""
+    command = re.search(rf"^{target}: .*\n\t(.*(?:\\\n.*)*)", (ROOT / "Makefile").read_text(), re.M)[1]
+    overrides = tuple(re.findall(r"[\w.]+=\S+", command.replace("\\\n", " ")))
+    protocol = protocol_version(ROOT / "docs/paper-protocol.md", ROOT / "configs/paper.yaml", overrides)
+    record = Record.open(ROOT / f"docs/results/{target}.json", protocol)
+    recipe = load_config("configs/paper.yaml", list(overrides))
+    core = [arm.name for arm in core_arms(recipe)] if target == "paper" else [FLEXIBLE]
     seeds = list(
         itertools.takewhile(lambda seed: all(f"{name}-seed{seed}" in record.runs for name in core), itertools.count(1))
     )
     findings = Findings.of(record, [*core_arms(recipe), *further_arms(recipe, 4)], seeds)
     page = (ROOT / "docs/paper.md").read_text()
-    assert filled(page, findings) == page
-    assert (len(seeds) >= 5) or "Nothing is judged" in page
+    assert f"<!-- table: {target}/accuracy -->" in page
+    assert filled(page, findings, target) == page
+    assert target != "paper" or len(seeds) >= 5 or "Nothing is judged" in page
 
 
 def test_arms_differ_from_the_recipe_as_they_say(recipe):
@@ -224,3 +232,19 @@ def test_shards_without_images_keep_everything_else(corpus, processor, tmp_path)
                 for members in (ours, theirs)
             ]
             assert texts[0] == texts[1] and '"type": "image"' not in ours["json"].decode()
+
+
+def test_time_is_predicted_image_by_image_from_the_specialists_of_the_same_round():
+    def run(seconds, **images):
+        return {"seconds": seconds, "images": {count.removeprefix("n"): number for count, number in images.items()}}
+
+    times = {
+        "arms": {
+            "fixed-9": [run(10, n9=100), run(20, n9=100)],
+            "fixed-64": [run(30, n64=100), run(60, n64=100)],
+            "flexible": [run(20, n9=50, n64=50), run(44, n9=50, n64=50)],
+        }
+    }
+    assert predicted(times, "flexible").tolist() == [20, 40]
+    assert "| flexible | 3.6 | 0.700 | 0.667 | 1.050 (1.000 to 1.100) |" in times_table(times)
+    assert times_table({}) == "not measured yet"

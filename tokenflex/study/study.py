@@ -120,7 +120,7 @@ def judge(study: Study, seeds: Sequence[int], page: Path, say: Say) -> Findings:
     say("\n" + (TABLES["verdicts"](findings) if len(seeds) > 1 else TABLES["accuracy"](findings)))
     for name, plot in PLOTS.items():
         if len(seeds) > 1 or plot is not plot_differences:  # an interval needs two seeds
-            plot(findings, study.results.with_name(name))
+            plot(findings, study.results.with_name(f"{study.results.stem}-{name}.png"))
     if page.exists():
-        write_whole(page, filled(page.read_text(), findings))
+        write_whole(page, filled(page.read_text(), findings, study.results.stem))
     return findings
