@@ -1,12 +1,14 @@
 """Names inside a part that is built from a dictionary: known to the part's configuration class, or refused with the nearest."""
 
 import logging
+import math
+import re
 
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tokenflex.errors import UserError
-from tokenflex.model.build import _part_config
+from tokenflex.model.build import _check_values, _part_config
 
 TYPES = sorted(CONFIG_MAPPING)[::25]
 """A spread over all of transformers' model types; all of them passed when this was written."""
@@ -48,3 +50,30 @@ def test_older_and_other_names_of_a_setting_are_known(part):
 def test_the_nearest_name_is_said(part, nearest):
     with pytest.raises(UserError, match=f"unknown key model.text.*did you mean {nearest}"):
         _part_config("model.text", part, False)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_configurations_own_values_pass_and_no_others_that_cannot_be(model_type):
+    """Every number of the default is taken; every share above one, size below one and number that is none is refused."""
+    default = CONFIG_MAPPING[model_type]().to_dict()
+    _check_values("model.text", default, default)
+    numbers = {k: v for k, v in default.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    for name, value in numbers.items():
+        refused = [math.nan, math.inf] + ([2, 1.0, -0.1] if "drop" in name and value < 1 else [])
+        refused += [0, -8] if name.endswith(("_size", "_layers", "_heads", "_eps")) and value > 0 else []
+        refused += [-1] if type(value) is int and value > 0 and not name.endswith("_token_id") else []
+        for wrong in refused:
+            with pytest.raises(UserError, match=rf"^model.text.{name} is {wrong}; wanted "):
+                _check_values("model.text", {name: wrong}, default)
+
+
+@pytest.mark.parametrize("part, said", [
+    ({"model_type": "qwen3", "attention_dropout": 2}, "model.text.attention_dropout is 2; wanted a share from 0"),
+    ({"model_type": "siglip", "vision_config": {"num_hidden_layers": 0}}, "model.text.vision_config.num_hidden_layers is 0; wanted a number above 0"),
+    ({"model_type": "qwen3", "hidden_size": "64"}, "'hidden_size' expected int, got str"),
+    ({"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}, "is not a multiple of the number of attention heads"),
+])  # fmt: skip
+def test_a_value_that_cannot_be_is_refused_in_one_line(part, said):
+    with pytest.raises(UserError, match=re.escape(said)) as refusal:
+        _part_config("model.text", part, False)
+    assert "\n" not in str(refusal.value)

@@ -4,7 +4,9 @@ import contextlib
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -400,6 +402,11 @@ def _check_complete(key, source, info):
         )
 
 
+_SHARE = re.compile(r"drop|_prob$")
+_SIZE = re.compile(r"(_size|_dim|_layers|_heads|_channels|_embd|_layer|_head|_inner|_eps|_epsilon)$")
+_SCALES = ("initializer_range", "rope_theta")
+
+
 def _part_config(key, part, trust_remote_code):
     if isinstance(part, str):
         return _load(
@@ -424,7 +431,33 @@ def _part_config(key, part, trust_remote_code):
             without = _made(key, model_type, lambda: make(**others))  # noqa: B023
             if {**without.to_dict(), name: config.to_dict().get(name)} == config.to_dict():
                 raise _unknown_name(key, name, config)
+    _check_values(key, values, default.to_dict())
     return config
+
+
+def _check_values(key, values, defaults):
+    """Whether the numbers that a part is given can be what their names say; transformers looks at their types alone.
+
+    Raises:
+        UserError: one cannot.
+    """
+    for name, value in values.items():
+        default = defaults.get(name)
+        if isinstance(value, Mapping):
+            _check_values(f"{key}.{name}", value, default if isinstance(default, Mapping) else {})
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            has_number = isinstance(default, (int, float))
+            if not math.isfinite(value):
+                wanted = "a finite number"
+            elif _SHARE.search(name) and not (has_number and default > 1):
+                wanted = "" if 0 <= value < 1 else "a share from 0 up to, but not, 1"
+            elif (_SIZE.search(name) or name in _SCALES) and not (has_number and default <= 0):
+                wanted = "" if value > 0 else "a number above 0"
+            else:
+                is_count = isinstance(default, int) and default > 0 and not name.endswith("_token_id")
+                wanted = "" if value >= 0 or not is_count else "no number below 0"
+            if wanted:
+                raise UserError(f"{key}.{name} is {value}; wanted {wanted}")
 
 
 def _check_inner(key, config, default):
