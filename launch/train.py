@@ -62,6 +62,7 @@ def main(arguments: argparse.Namespace, say: Say) -> int:
         return print_check(recipe)
     begin = time.monotonic()
     parallel.quiet_libraries()
+    from tokenflex.estimate.room import check_room
     from tokenflex.evaluate import evaluate_run
     from tokenflex.train.profiling import ProfilePlan
     from tokenflex.train.run import grad_accum_steps, run_training
@@ -77,6 +78,7 @@ def main(arguments: argparse.Namespace, say: Say) -> int:
     with stage("join", "the other ranks", say):
         ranks = parallel.join_ranks(launch)
     say(f"world     {parallel.check_world(ranks)}")
+    check_room(config, ds_config, ranks)
     if arguments.dry_run:
         from tokenflex.estimate.dry_run import dry_run
 

@@ -37,6 +37,11 @@ WRONG = {
     "model.text_adapter.dropout=1": ["model.text_adapter.dropout", "less than 1"],
     "train.export_adapter=true": ["needs an adapter", "model.init_from"],
     "train.compile=all": ["train.compile", "'all'", "'blocks'"],
+    **{
+        f"{key}=2": [f"unknown key {key}: there is no sequence parallelism here"]
+        for key in ("train.sequence_ranks", "train.sequence_parallel_size", "data.context_parallel", "train.sp_size", "ulysses.degree")
+    },
+    "train.sequence=2": ["unknown key train.sequence;"],
     "train.export_average=true": ["train.ema_decay is 0", "no average is kept"],
 }
 
@@ -67,6 +72,13 @@ def test_compiled_blocks_and_checkpointed_ones_exclude_each_other():
 def test_an_adapter_on_a_frozen_part_is_refused(part):
     with pytest.raises(UserError, match=f"model.{part}_adapter .* but optimizer.{part}.train=false; set it"):
         load_config(None, [f"model.{part}_adapter.rank=4", f"optimizer.{part}.train=false"])
+
+
+def test_a_run_that_trains_nothing_is_refused_and_one_that_trains_rows_is_not():
+    frozen = [f"optimizer.{part}.train=false" for part in ("vision", "projector", "text")]
+    with pytest.raises(UserError, match="vision, projector and text are all frozen; set optimizer.projector.train=true"):
+        load_config(None, frozen)
+    assert load_config(None, [*frozen, "optimizer.train_image_tokens=true"]).optimizer.train_image_tokens
 
 
 def test_overrides_reach_every_depth_and_keep_their_neighbours(tmp_path):

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokenflex import cli
 from tokenflex.budget import VisualTokenBudget
-from tokenflex.config import BudgetConfig, load_config
+from tokenflex.config import AdapterConfig, BudgetConfig, load_config
 from tokenflex.data import batch_loader
 from tokenflex.data.loader import micro_batches
 from tokenflex.data.sources import Here, open_data
@@ -251,6 +251,30 @@ def test_what_is_offloaded_leaves_the_gpu(shaped):
     off = stage_memory(ModelSizes.of(shaped, {}), {"zero_optimization": zero}, 3, 2)
     on = stage_memory(ModelSizes.of(shaped, {}), {"zero_optimization": {"stage": 3}}, 3, 2)
     assert off.states == 0 and off.host == on.states + on.update
+
+
+def test_an_adapter_and_an_average_are_in_the_estimate(tiny_config):
+    """The adapter's weights alone are trained, in the model's format; the average takes 4 bytes of each, where the masters are."""
+    model = tiny_config.model.model_copy(update={"text_adapter": AdapterConfig(rank=4)})
+    train = tiny_config.train.model_copy(update={"ema_decay": 0.99})
+    plain = run_estimate(tiny_config.model_copy(update={"model": model}))
+    found = run_estimate(tiny_config.model_copy(update={"model": model, "train": train}))
+    base = run_estimate(tiny_config)
+    adapter = 2 * 4 * ((32 + 32) + 2 * (32 + 16) + (32 + 32) + 3 * (32 + 48))  # q, k and v, o, gate, up and down of two layers
+    assert found.parts["text"].trained == adapter
+    assert found.parts["text"].parameters == base.parts["text"].parameters + adapter
+    assert found.export_bytes == base.export_bytes, "merged"
+    trained = sum(part.trained for part in found.parts.values())
+    assert [memory.average for memory in found.memory] == [4 * trained, *[trained] * 3], "over four ranks"
+    assert all(memory.total == before.total + memory.average for memory, before in zip(found.memory, plain.memory))
+    assert found.checkpoint_bytes == plain.checkpoint_bytes + 4 * trained
+    off = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+    shaped = shaped_model(model, tiny_config.budget, torch.bfloat16)
+    parameter_groups(shaped, tiny_config.optimizer)
+    sizes = ModelSizes.of(shaped, off)
+    assert sizes.itemsize == 2 and {p.dtype for p in shaped.parameters()} == {torch.bfloat16}
+    here, there = (stage_memory(sizes, off, 3, 4, with_average=has) for has in (False, True))
+    assert there.states == here.states and there.host == here.host + trained
 
 
 def check_memory(recipe, overrides, stages, precision="fp32"):

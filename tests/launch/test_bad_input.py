@@ -13,6 +13,7 @@ from PIL import Image
 from tokenflex import cli
 from tokenflex.cli.launching import entry_point
 from tokenflex.errors import UserError
+from tokenflex.estimate.room import free_memory
 from tokenflex.infer import parse_num_visual_tokens
 from tokenflex.parallel import check_zero, load_ds_config
 
@@ -104,6 +105,27 @@ def test_what_zero_cannot_do_here_is_refused_before_weights_load(zero, part):
         check_zero({"zero_optimization": zero}, num_ranks=4)
 
 
+def test_free_memory_is_the_least_that_machine_and_group_leave(tmp_path):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    2000 kB\nSwapFree: 500 kB\n")
+    assert free_memory(tmp_path) == 2500 * 1024
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    group.mkdir(parents=True)
+    for name, text in {"max": "max\n", "current": "900000\n", "stat": "anon 7\ninactive_file 100000\n"}.items():
+        (group / f"memory.{name}").write_text(text)
+    assert free_memory(tmp_path) == 2500 * 1024
+    (group / "memory.max").write_text("1000000\n")
+    assert free_memory(tmp_path) == 200_000
+    assert free_memory() > 1e6, "of this machine"
+
+
+def test_sequence_parallelism_in_a_deepspeed_file_is_refused(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"sequence_parallel_size": 4}))
+    with pytest.raises(UserError, match="sets sequence_parallel_size; there is no sequence parallelism here"):
+        load_ds_config(path)
+
+
 def test_compiled_blocks_are_refused_at_stage_3():
     with pytest.raises(UserError, match="stage=3: gathers weights inside the blocks .*set stage 2, or compile off"):
         check_zero({"zero_optimization": {"stage": 3}}, 1, is_compiled=True)
@@ -147,6 +169,19 @@ WRONG_RUNS = {
         ["optimizer.vision.train=false", "optimizer.text.train=false", "optimizer.projector.train=false"],
         "vision, projector and text are all frozen",
     ),
+    "an adapter on a part that has no such layer": (
+        ["model.text_adapter.rank=2", "model.text_adapter.layers=[nothing_proj]"],
+        "model.text_adapter: Target modules",
+    ),
+    "an average without room": (
+        ["train.ema_decay=0.9"],
+        "GB are free; set train.ema_decay=0, without which it fits, or take more ranks",
+    ),
+    "a model without room": (
+        ["model.text.hidden_size=16384", "model.text.intermediate_size=65536", "model.text.num_hidden_layers=40"],
+        "GB are free; take more ranks, a higher ZeRO stage or smaller parts",
+    ),
+    "sequence parallelism": (["train.sequence_parallel_size=2"], "there is no sequence parallelism here"),
 }
 
 
@@ -154,6 +189,8 @@ WRONG_RUNS = {
 def test_a_wrong_run_ends_with_one_line(case, tmp_path, cache_dir, corpus, monkeypatch, capsys):
     """The real entry point, in this process; the two cases that need a job of their own are below."""
     overrides, part = WRONG_RUNS[case]
+    if case == "an average without room":  # the tiny run holds 1.54 MB with it
+        monkeypatch.setattr("tokenflex.estimate.room.free_memory", lambda: 1.4e6)
     train = load_script("train")
     if case == "too few packs for the ranks":
         for name, value in {"RANK": 0, "WORLD_SIZE": 3, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}.items():
@@ -167,6 +204,7 @@ def test_a_wrong_run_ends_with_one_line(case, tmp_path, cache_dir, corpus, monke
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and part in error, error
     assert not torch.distributed.is_initialized()
+    assert not (tmp_path / "tiny" / "checkpoints").exists()
 
 
 def test_an_error_is_said_once_by_many_ranks(tmp_path, cache_dir, corpus):

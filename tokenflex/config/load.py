@@ -15,6 +15,12 @@ from ..errors import UserError
 from .schema import RunConfig
 
 
+SEQUENCE_PARALLEL = re.compile(
+    r"ulysses|ring_attention|((sequence|context)(_?parallel\w*|_ranks|_size|_degree)|[sc]p(_ranks|_size|_degree))$"
+)
+"""Names that people give to what is left out whole."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader without its surprises: `3e-3` is a number; `12:30:45`, `on` and `no` are text."""
 
@@ -98,6 +104,11 @@ def _explain(problem: Mapping[str, Any], schema: type[BaseModel]) -> str:
     """One pydantic problem in our words: where, what came, what was wanted, the nearest key."""
     path = [str(part) for part in problem["loc"]]
     where = ".".join(path)
+    if problem["type"] == "extra_forbidden" and SEQUENCE_PARALLEL.match(path[-1]):
+        return (
+            f"unknown key {where}: there is no sequence parallelism here, a pack lies whole on one rank; leave it out, and for longer "
+            "packs set model.gradient_checkpointing=true or a higher ZeRO stage"
+        )
     if problem["type"] == "extra_forbidden":
         section = _section(schema, path[:-1])
         known = list(section.model_fields)

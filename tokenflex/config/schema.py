@@ -425,6 +425,11 @@ class RunConfig(Section):
                     f"model.{part}_adapter is trained in the place of the {part} part, but optimizer.{part}.train=false; set it "
                     f"to true, or model.{part}_adapter.rank=0"
                 )
+        parts = (self.optimizer.vision, self.optimizer.projector, self.optimizer.text)
+        if not (any(part.train for part in parts) or self.optimizer.train_image_tokens):
+            raise ValueError(
+                "optimizer: vision, projector and text are all frozen; set optimizer.projector.train=true or another part's"
+            )
         has_adapter = self.model.text_adapter.rank or self.model.vision_adapter.rank
         if self.train.export_adapter and not (has_adapter and self.model.init_from):
             raise ValueError(

@@ -17,9 +17,9 @@ from ..model import TokenFlexForConditionalGeneration
 from ..model.build import recompute_activations, shaped_model, tokenizer_size
 from ..parallel import zero_stage
 from ..train.loss import fused_loss_head
-from ..train.optimizer import parameter_groups
+from ..train.optimizer import ADAPTER, parameter_groups
 from .gpus import Gpu
-from .memory import MASTER, MOMENTS, Memory, ModelSizes, PartSize, part_sizes, stage_memory
+from .memory import AVERAGE, MASTER, MOMENTS, Memory, ModelSizes, PartSize, part_sizes, stage_memory
 from .trace import PackShape, Passes, activation_bytes, logits_bytes, unit_costs
 from .workload import Workload
 
@@ -130,6 +130,8 @@ def estimate(
     held = {"logits": float(activations.logits), "reserved": assumptions.reserved_gb * 1e9}
     held["activations"] = float(activations.recomputed if config.model.gradient_checkpointing else activations.kept)
     work = {name: value for name, value in asdict(workload.step).items() if name != "samples"}
+    has_average = config.train.ema_decay > 0
+    adapters = sum(p.numel() for name, p in model.named_parameters() if ADAPTER in name)  # an export has them merged
     return Estimate(
         name=config.name,
         num_gpus=num_gpus,
@@ -143,10 +145,10 @@ def estimate(
         num_steps=config.train.num_steps,
         micro_batch=pack,
         activations=activations,
-        memory=tuple(stage_memory(sizes, ds_config, stage, num_gpus, held) for stage in STAGES),
+        memory=tuple(stage_memory(sizes, ds_config, stage, num_gpus, held, with_average=has_average) for stage in STAGES),
         flops=costs.of(**work),
-        checkpoint_bytes=(MASTER + MOMENTS) * sizes.trained + sizes.itemsize * (sizes.total - sizes.trained),
-        export_bytes=sizes.itemsize * sizes.total,
+        checkpoint_bytes=(MASTER + MOMENTS + AVERAGE * has_average) * sizes.trained + sizes.itemsize * (sizes.total - sizes.trained),
+        export_bytes=sizes.itemsize * (sizes.total - adapters),
         assumptions=assumptions,
         notes=tuple(_notes(config)),
     )

@@ -204,7 +204,8 @@ def estimated(run: Run, shape: PackShape) -> Memory:
         "logits": float(logits_bytes(model, shape.learned, is_fused)),
     }
     sizes, stage = ModelSizes.of(model, run.ds_config), zero_stage(run.ds_config)
-    memory = stage_memory(sizes, run.ds_config, stage, run.ranks.num_ranks, held)
+    has_average = config.train.ema_decay > 0
+    memory = stage_memory(sizes, run.ds_config, stage, run.ranks.num_ranks, held, with_average=has_average)
     if run.ranks.device.type == "cpu":  # pages of a bucket that nothing is written to are not there
         memory = replace(memory, buffers=min(memory.buffers, float(sizes.itemsize * sizes.trained)))
     return memory

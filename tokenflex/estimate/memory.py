@@ -13,7 +13,7 @@ import torch
 from ..model import TokenFlexForConditionalGeneration
 from ..train.optimizer import PARTS
 
-MASTER, MOMENTS = 4, 8
+MASTER, MOMENTS, AVERAGE = 4, 8, 4
 """Bytes per trained parameter, in fp32."""
 GIB = 2**30
 
@@ -66,7 +66,7 @@ class ModelSizes:
 class Memory:
     """Bytes on one GPU by cause, at a ZeRO stage.
 
-    master: fp32 copies of 16-bit or sharded weights. gathered: whole weights that stage 3 has collected. activations: all that a
+    master: fp32 copies of 16-bit or sharded weights. average: of the weights (`train.ema_decay`). gathered: whole weights that stage 3 has collected. activations: all that a
     forward and backward pass of the worst micro-batch holds but its logits. buffers: DeepSpeed's for communication. update:
     what the optimizer's step makes besides, once activations are gone. host: on the machine's memory, where it is offloaded.
     """
@@ -76,6 +76,7 @@ class Memory:
     gradients: float
     master: float
     moments: float
+    average: float
     gathered: float
     buffers: float
     activations: float = 0.0
@@ -86,8 +87,8 @@ class Memory:
 
     @property
     def states(self) -> float:
-        """Weights, gradients, masters and moments: what is there all the time."""
-        return self.weights + self.gradients + self.master + self.moments
+        """Weights, gradients, masters, moments and average: what is there all the time."""
+        return self.weights + self.gradients + self.master + self.moments + self.average
 
     @property
     def total(self) -> float:
@@ -106,8 +107,12 @@ def stage_memory(
     stage: int,
     num_ranks: int,
     held: Mapping[str, float] | None = None,
+    *,
+    with_average: bool = False,
 ) -> Memory:
     """`Memory` at a ZeRO stage over so many ranks; `held` has activations, logits and what is reserved, in bytes.
+
+    with_average: an average of the trained weights is kept.
 
     Everything but the stage is as the DeepSpeed configuration says: buckets, live parameters, offload.
     """
@@ -119,6 +124,7 @@ def stage_memory(
         "gradients": b * sizes.trained / (num_ranks if stage > 1 else 1),
         "master": has_master * MASTER * sizes.trained / share,
         "moments": MOMENTS * sizes.trained / share,
+        "average": with_average * AVERAGE * sizes.trained / share,
         "gathered": b * _gathered(sizes, zero) if stage == 3 and num_ranks > 1 else 0.0,
         "buffers": b * _bucket(zero, sizes) * _num_buckets(zero, stage),
         "update": (4 if stage or b == 2 else 0) * sizes.trained / share,
@@ -157,5 +163,5 @@ def _offloaded(zero: Mapping[str, Any], stage: int) -> list[str]:
     def is_off(key: str) -> bool:
         return (zero.get(key) or {}).get("device", "none") in ("cpu", "nvme")
 
-    names = ["master", "moments", "gradients", "update"] if stage and is_off("offload_optimizer") else []
+    names = ["master", "moments", "average", "gradients", "update"] if stage and is_off("offload_optimizer") else []
     return names + (["weights"] if stage == 3 and is_off("offload_param") else [])

@@ -10,6 +10,7 @@ CAUSES = {
     "gradients": "gradients",
     "master": "fp32 weights",
     "moments": "moments",
+    "average": "average of weights",
     "gathered": "gathered weights",
     "activations": "activations",
     "logits": "logits and loss",

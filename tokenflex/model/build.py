@@ -242,14 +242,15 @@ def shaped_model(model: "ModelConfig", budget: "BudgetConfig", dtype: torch.dtyp
         config = _composed_config(model, budget, num_tokens, dtype)
     with torch.device("meta"):
         built = _made("model", config.text_config.model_type, lambda: TokenFlexForConditionalGeneration(config))
-    built.to(dtype)
     built.projector.backend = "reference"
     try:
         grow_vocabulary(built.language_model, num_tokens)
     except ValueError as error:
         raise UserError(f"model.text: {error}") from None
     built.language_model.set_attn_implementation(PACKED)
-    return built
+    with torch.device("meta"):
+        add_adapters(built, model)
+    return built.to(dtype)
 
 
 def _check_at_hand(key, part, trust_remote_code):

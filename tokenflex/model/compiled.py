@@ -19,8 +19,8 @@ def repeated_blocks(part: PreTrainedModel) -> list[torch.nn.Module]:
     return [block for blocks in lists for block in blocks if type(block).__name__ in names]
 
 
-def compile_blocks(model: TokenFlexForConditionalGeneration, backend: str = "inductor") -> int:
-    """Compile the blocks of a model in place, at their first use; returns how many there are.
+def check_blocks(model: TokenFlexForConditionalGeneration) -> list[torch.nn.Module]:
+    """The blocks of both towers, which may lie on the meta device.
 
     Raises:
         UserError: neither part has any.
@@ -30,6 +30,16 @@ def compile_blocks(model: TokenFlexForConditionalGeneration, backend: str = "ind
         raise UserError(
             "train.compile=blocks: neither part says what its blocks are (`_no_split_modules`); set train.compile=off"
         )
+    return blocks
+
+
+def compile_blocks(model: TokenFlexForConditionalGeneration, backend: str = "inductor") -> int:
+    """Compile the blocks of a model in place, at their first use; returns how many there are.
+
+    Raises:
+        UserError: neither part has any.
+    """
+    blocks = check_blocks(model)
     AttentionInterface.register(PACKED, torch.compiler.disable(packed_attention))
     for block in blocks:
         block.compile(dynamic=True, backend=backend)

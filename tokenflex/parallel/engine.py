@@ -55,6 +55,11 @@ def load_ds_config(path: str | PathLike) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise UserError(f"--ds_config {path}: not valid JSON: {error}") from None
+    if config.get("sequence_parallel_size", 1) != 1:
+        raise UserError(
+            f"--ds_config {path}: sets sequence_parallel_size; there is no sequence parallelism here, a pack lies whole on one rank: leave "
+            "it out"
+        )
     for key, ours in OURS.items():
         if config.get(key, "auto") != "auto":
             raise UserError(f"--ds_config {path}: sets {key}; leave it out (or 'auto') and set {ours} instead")

@@ -143,7 +143,7 @@ class Run:
         self.profiled = profiled
         self.layout = RunLayout.of(config)
         self.grad_accum_steps = grad_accum_steps(config, ranks.num_ranks)
-        self.precision = _precision(config.train.precision, ranks.device)
+        self.precision = precision_of(config.train.precision, ranks.device)
         max_norm = config.optimizer.max_grad_norm
         self.ds_config = parallel.resolve_ds_config(ds_config, self.precision, self.grad_accum_steps, max_norm)
         self.metrics = Metrics()
@@ -391,7 +391,8 @@ def _part(part: str | dict) -> str:
     return part if isinstance(part, str) else f"{part.get('model_type', 'a part')} from scratch"
 
 
-def _precision(wanted: str, device: torch.device) -> str:
+def precision_of(wanted: str, device: torch.device) -> str:
+    """`bf16` or `fp32`: what `train.precision` asks for on this device."""
     if wanted != "auto":
         return wanted
     return "bf16" if device.type == "cuda" else "fp32"
