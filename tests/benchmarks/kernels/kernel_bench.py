@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from kernel_checks import leave_out, pinned
 from tokenflex_kernels import Linear, Norm, adaptive_pool, choose, pool_plan, pooled_swiglu
 
 NUM_ROUNDS = 5
@@ -461,11 +462,11 @@ def _pinned_each(kernel, call):
     call()
     (text,) = [text for text in choose.export_choices()["timings_ms"] if text.startswith(f"{kernel}|")][-1:]
 
-    def pinned(name):
-        with choose.pinned(kernel, name):
+    def run_pinned(name):
+        with pinned(kernel, name):
             return call()
 
-    return {name: functools.partial(pinned, name) for name in choose.export_choices()["timings_ms"][text]}
+    return {name: functools.partial(run_pinned, name) for name in choose.export_choices()["timings_ms"][text]}
 
 
 def bench_splice(num_rows, num_visual, width, device, dtype, ceilings, num_rounds=NUM_ROUNDS, timer=time_ms):
@@ -628,5 +629,5 @@ if __name__ == "__main__":
         print("\n".join(case_names()))
     else:
         for kernel, config in zip(sys.argv[3::2], sys.argv[4::2]):
-            choose.leave_out(kernel, config)
+            leave_out(kernel, config)
         print(json.dumps(run_case(sys.argv[1])))
