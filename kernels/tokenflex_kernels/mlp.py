@@ -1,8 +1,8 @@
 """Pooling, LayerNorm, SwiGLU and the down projection with their backward, written once over two back ends.
 
-The back end is launches.py or reference.py, function for function; the products around it are torch's (cuBLAS). Per token, training keeps one row of C values (the LayerNorm's rows before scale and
-shift, or the pooled ones where there is no LayerNorm) and the packed gate and up (2H); ``recompute`` keeps only the row.
-S = silu(gate) * up falls out of ``dgated`` once more.
+The back end is launches.py or reference.py, function for function; the products around it are torch's (cuBLAS). Per
+token, training keeps one row of C values (the LayerNorm's before scale and shift, or the pooled one where there is no
+LayerNorm) and the packed gate and up (2H); ``recompute`` keeps only the row. S = silu(gate) * up falls out of ``dgated``.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def forward(
     if num_rows == 0:
         tokens, rows, rstd = backend.pooled(features, plan, norm=norm)
         out = tokens.new_empty(0, weights.down_weight.shape[0])
-        gate_up = None if recompute else tokens.new_empty(0, weights.gate_up_weight.shape[0])
+        gate_up = tokens.new_empty(0, weights.gate_up_weight.shape[0]) if keep and not recompute else None
     else:
         tokens, rows, rstd, inner, gate_up = backend.pooled_gated(
             features, plan, norm, weights.gate_up_weight, weights.gate_up_bias, keep and not recompute

@@ -23,14 +23,13 @@ from .rounding import OPTIONS, round_to
 
 
 class PoolConfig(NamedTuple):
-    """One program makes ``rows`` output rows, or ``span`` channels of each where that is not 0."""
+    """One program makes ``rows`` output rows."""
 
     rows: int
     num_warps: int
-    span: int = 0
 
 
-CONFIGS = (PoolConfig(1, 2), PoolConfig(2, 2), PoolConfig(4, 4), PoolConfig(8, 4, 128))
+CONFIGS = (PoolConfig(1, 2), PoolConfig(2, 2), PoolConfig(4, 4))
 INTERPRETED = PoolConfig(256, 4)  # Triton's interpreter takes as long for one row as for many
 MAX_VALUES = 64  # float32 sums per thread: more would spill
 SHARED_ROW_WIDTH = 4096  # channels of a program at most; a wider row is spanned by several, or normalised by torch
@@ -356,7 +355,7 @@ def launch(
     if config == UNFUSED:
         return _unfused(source, plan, transposed, norm)
     channels = source.shape[1]
-    span = channels if norm is not None else min(config.span or SHARED_ROW_WIDTH, channels)
+    span = min(channels, SHARED_ROW_WIDTH)
     made, read, constants = prepare(source, plan, transposed, norm, span)
     num_rows = made[0].shape[0]
     pool_rows[target.cdiv(num_rows, config.rows), target.cdiv(channels, span)](
@@ -409,26 +408,21 @@ def pooled(
     flags = (0,) if norm is None else (1, norm.scale is not None, norm.shift is not None, norm.keep)
     key = choose.key("pool", source, num_rows, *shape, *flags)
     with choose.on_device(source):
-        return choose.run(
-            key, lambda: candidates(width, norm is not None), lambda c: launch(c, source, plan, transposed, norm)
-        )
+        return choose.run(key, lambda: candidates(width), lambda c: launch(c, source, plan, transposed, norm))
 
 
-def candidates(width: int, has_norm: bool) -> list[choose.Candidate]:
+def candidates(width: int) -> list[choose.Candidate]:
     """The configurations that hold ``width`` channels without spills, then plain torch."""
-    configs = [INTERPRETED, *CONFIGS] if target.is_interpreted() else CONFIGS
-    fitting = [
-        config
-        for config in configs
-        if (config == INTERPRETED or config.rows * min(config.span or width, SHARED_ROW_WIDTH) <= 32 * config.num_warps * MAX_VALUES)
-        and not (has_norm and config.span)
-    ]  # fmt: skip
+    held = min(width, SHARED_ROW_WIDTH)
+    fitting = [config for config in CONFIGS if config.rows * held <= 32 * config.num_warps * MAX_VALUES]
+    if target.is_interpreted():
+        fitting.insert(0, INTERPRETED)
     return [*(choose.Candidate(name_of(config), config) for config in fitting), choose.Candidate(UNFUSED, UNFUSED)]
 
 
 def name_of(config: PoolConfig) -> str:
     """How tables of choices call ``config``."""
-    return f"{config.rows}x{config.span or 'row'}-w{config.num_warps}"
+    return f"{config.rows}xrow-w{config.num_warps}"
 
 
 def norm_grad(

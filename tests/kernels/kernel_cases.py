@@ -183,7 +183,7 @@ def pool_cases(size, device):
     if not size.is_small:
         batches["many"] = ([(27, 27)] * 10, [(16, 16), (12, 12)] * 5)
     for has_norm in (False, True):
-        for name, config in pool.candidates(size.width, has_norm):
+        for name, config in pool.candidates(size.width):
             if size.is_small and config in pool.CONFIGS and config != pool.CONFIGS[-1]:
                 continue  # each row a program: test_every_configuration_and_width has them
             for batch, (grids, sides) in batches.items():

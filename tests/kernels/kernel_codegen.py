@@ -123,18 +123,17 @@ def pool_cases():
         "norm": (1, NORM | KEPT),
     }
     for way, (cells, more) in ways.items():
-        for name, config in pool.candidates(1152, "norm" in way)[:-1]:
+        for name, config in pool.candidates(1152)[:-1]:
             for dtype, is_resize in (("bf16", False), ("fp32", False), ("bf16", True)):
                 if (dtype, is_resize) != ("bf16", False) and (config != pool.CONFIGS[0] or more):
                     continue
-                span = min(config.span or 1152, 1152)
-                constants = {"ROWS": config.rows, "SPAN": span, "CELLS": cells, "TRANSPOSED": way == "backward"}
+                constants = {"ROWS": config.rows, "SPAN": 1152, "CELLS": cells, "TRANSPOSED": way == "backward"}
                 types = pool_types(dtype, **more)
                 if way == "norm":
                     del types["table"]
                 yield (
                     f"pool {way} {name} {dtype} resize={is_resize}",
-                    pool.pool_rows, types, constants | pieces(span) | {"RESIZE": is_resize},
+                    pool.pool_rows, types, constants | pieces(1152) | {"RESIZE": is_resize},
                     {"num_warps": config.num_warps, "maxnreg": pool.MAX_REGISTERS},
                 )  # fmt: skip
 
