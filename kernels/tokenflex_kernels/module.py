@@ -17,18 +17,26 @@ class PooledSwiGLU(nn.Module):
     """
 
     def __init__(
-        self, width: int, inner: int, out: int, *, bias: bool = True, eps: float = 1e-5, recompute: bool = False
+        self,
+        width: int,
+        inner: int,
+        out: int,
+        *,
+        bias: bool = True,
+        eps: float = 1e-5,
+        recompute: bool = False,
+        in_place: bool = False,
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=eps)
         self.gate_up = nn.Linear(width, 2 * inner, bias=bias)
         self.down = nn.Linear(inner, out, bias=bias)
-        self.recompute = recompute
+        self.recompute, self.in_place = recompute, in_place
 
     def forward(self, features: Tensor, plan: PoolPlan) -> Tensor:
         norm = Norm(self.norm.weight, self.norm.bias, self.norm.eps)
         gate_up, down = (Linear(x.weight, x.bias) for x in (self.gate_up, self.down))
-        return pooled_swiglu(features, plan, norm, gate_up, down, recompute=self.recompute)
+        return pooled_swiglu(features, plan, norm, gate_up, down, recompute=self.recompute, in_place=self.in_place)
 
     def extra_repr(self) -> str:
-        return f"recompute={self.recompute}"
+        return f"recompute={self.recompute}, in_place={self.in_place}"
