@@ -54,6 +54,9 @@ class BudgetConfig(Section):
 
     num_visual_tokens: tuple[PositiveInt, ...] = (64, 144, 256)
     """Counts per image (or tile) seen in training."""
+    sides: Literal["square", "aspect"] = "square"
+    """How a count becomes rows and columns: `square`, shaped like the patches of a tile, so 64 is 8 x 8; `aspect`, shaped like the image
+    (or what a tile shows of it), so 64 is 4 x 16 for a wide page. The count, and so every length, stays the same."""
     probabilities: tuple[NonNegativeFloat, ...] = (0.2, 0.3, 0.5)
     """Probability of each count: fractions that sum to 1 (rounded ones such as 0.333 are scaled), or weights in whole numbers."""
     schedule: tuple[tuple[NonNegativeInt, tuple[NonNegativeFloat, ...]], ...] = ()

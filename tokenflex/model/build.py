@@ -82,7 +82,7 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
     check_counts(budget.num_visual_tokens, grid, model.pooling_mode, "budget.num_visual_tokens")
     start, token, end = model.image_tokens
     processor = TokenFlexProcessor(
-        _image_processor(model),
+        _image_processor(model, budget.sides),
         tokenizer,
         chat_template=template,
         chat_template_options=model.chat_template_options,
@@ -100,10 +100,16 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
     return processor
 
 
-def _image_processor(model):
+def _image_processor(model, sides):
     height, width = model.image_size
     return TokenFlexImageProcessor(
-        height, width, model.image_mean, model.image_std, max_tiles=model.max_tiles, thumbnail=model.thumbnail
+        height,
+        width,
+        model.image_mean,
+        model.image_std,
+        max_tiles=model.max_tiles,
+        thumbnail=model.thumbnail,
+        sides=sides,
     )
 
 
@@ -177,6 +183,7 @@ def build_model(
     built.projector.backend = model.projector_backend
     built.config.trained_num_visual_tokens = sorted(budget.num_visual_tokens)
     built.config.default_num_visual_tokens = max(budget.num_visual_tokens)
+    built.config.sides = budget.sides
     built.generation_config = generation_settings(model, processor)
     try:
         built.num_added_tokens = grow_vocabulary(built.language_model, len(processor.tokenizer), gathered)
@@ -302,6 +309,7 @@ def _composed_config(model, budget, num_tokens, dtype, **token_ids):
         vision_position_embedding=model.vision_position_embedding,
         vision_feature_layer=model.vision_feature_layer,
         trained_num_visual_tokens=budget.num_visual_tokens,
+        sides=budget.sides,
         dtype=dtype,
         **token_ids,
     )

@@ -20,7 +20,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpa
 from transformers.tokenization_utils_base import TextInput
 
 from .image_processing_tokenflex import TokenFlexImageProcessor, TokenFlexImageProcessorKwargs, flattened
-from .pooling import sides_of
+from .pooling import sides_of, tile_sides
 from .rendering import CALLS, ChatRenderer, RenderingRefused, dated_template, knows_variable, marked_contents
 from .router import asks_auto
 
@@ -135,7 +135,8 @@ class TokenFlexProcessor(ProcessorMixin):
 
         Returns:
             `input_ids` and `attention_mask` [B, T], padded on the left; where there are images also `pixel_values` [tiles, 3,
-            H, W] and `num_tiles` [images], or with `return_text_replacement_offsets` `visual_sides` (see `_per_tile`).
+            H, W] and `num_tiles` [images] (and `tile_sizes` where the image processor's `sides` are `aspect`), or with
+            `return_text_replacement_offsets` `visual_sides` (see `_per_tile`).
 
         Raises:
             ValueError: the text has not one image tag per image; the message has both numbers.
@@ -150,10 +151,10 @@ class TokenFlexProcessor(ProcessorMixin):
             return pixels
         texts = [text] if isinstance(text, str) else list(text)
         tags = self._tags(texts, len(images))
-        sides = self._sides(num_visual_tokens, len(images))
-        lengths = iter(self._run_lengths([rows * columns for rows, columns in sides], pixels))
+        entries = self._entries(num_visual_tokens, len(images))
+        lengths = iter(self._run_lengths(self.counts(entries, len(images)), pixels))
         if pixels and settings["return_text_replacement_offsets"]:
-            pixels = self._per_tile(pixels, sides)
+            pixels = self._per_tile(pixels, entries)
         rows, spans = [], []
         for prompt in texts:
             pieces, found = tags.split(prompt), tags.findall(prompt)
@@ -168,13 +169,23 @@ class TokenFlexProcessor(ProcessorMixin):
             batch["text_replacement_offsets"] = spans
         return batch
 
-    def _per_tile(self, pixels, sides):
+    def tile_sides(
+        self, num_visual_tokens: int | tuple[int, int], sizes: Sequence[Sequence[int]]
+    ) -> list[tuple[int, int]]:
+        """(rows, columns) of visual tokens of each tile of an image; `sizes` are its `image_processor.tile_sizes`."""
+        return tile_sides(num_visual_tokens, sizes, self.patch_grid, self.image_processor.sides)
+
+    def _per_tile(self, pixels, entries):
         """Pixels of images with `visual_sides` [tiles, 3], rows, columns and which tile of its image, in place of `num_tiles`.
 
         Engines that keep images apart cut every field by tiles; the model's `get_image_features` takes them so.
         """
         tiles = [int(number) for number in pixels["num_tiles"]]
-        rows = [[*side, tile] for side, number in zip(sides, tiles) for tile in range(number)]
+        sizes = iter(pixels["tile_sizes"].tolist() if "tile_sizes" in pixels else [(1, 1)] * sum(tiles))
+        rows = []
+        for entry, number in zip(entries, tiles):
+            sides = self.tile_sides(entry, [next(sizes) for _ in range(number)])
+            rows += [[*side, tile] for tile, side in enumerate(sides)]
         return {"pixel_values": pixels["pixel_values"], "visual_sides": rows}
 
     def _tags(self, texts, num_images):
@@ -275,9 +286,11 @@ class TokenFlexProcessor(ProcessorMixin):
         self, num_visual_tokens: int | tuple[int, int] | Sequence[int | tuple[int, int]] | None, num_images: int
     ) -> list[int]:
         """One count per image from an int, a pair (rows, columns), or a list of them; default: the processor's own."""
-        return [rows * columns for rows, columns in self._sides(num_visual_tokens, num_images)]
+        entries = self._entries(num_visual_tokens, num_images)
+        return [rows * columns for rows, columns in (sides_of(entry, self.patch_grid) for entry in entries)]
 
-    def _sides(self, num_visual_tokens, num_images):
+    def _entries(self, num_visual_tokens, num_images):
+        """A count or (rows, columns) per image from what the caller gave."""
         if num_visual_tokens is None:
             num_visual_tokens = self.num_visual_tokens
         if isinstance(num_visual_tokens, (int, tuple)):
@@ -290,7 +303,7 @@ class TokenFlexProcessor(ProcessorMixin):
             raise ValueError(
                 f"num_visual_tokens has {len(num_visual_tokens)} entries for {num_images} images; give one per image"
             )
-        return [sides_of(count, self.patch_grid) for count in num_visual_tokens]
+        return list(num_visual_tokens)
 
     def apply_chat_template(
         self,
