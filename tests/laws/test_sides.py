@@ -2,15 +2,14 @@
 
 import dataclasses
 import io
-import json
 import math
-import tarfile
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_shards import conversation, encoded, write_shard
 from PIL import Image
 
 from tokenflex.budget import VisualTokenBudget
@@ -24,7 +23,6 @@ from tokenflex.model.pooling import aspect_sides, sides_of, tile_sides
 from tokenflex.plan import Planner
 from tokenflex.train.objective import Objective, model_inputs
 
-EXIF = 0x0112
 SHAPES = [(256, 40), (40, 256), (90, 90), (300, 200), (7, 350)]
 """Width and height of the images of the samples below."""
 
@@ -65,16 +63,6 @@ def test_other_sides_are_refused_by_name():
         BudgetConfig(sides="wide")
 
 
-def encoded(width, height, format="PNG", orientation=0):
-    image = Image.effect_noise((width, height), 90).convert("RGB")
-    exif = Image.Exif()
-    if orientation:
-        exif[EXIF] = orientation
-    file = io.BytesIO()
-    image.save(file, format, exif=exif)
-    return file.getvalue()
-
-
 @pytest.fixture(scope="module", params=[1, 6], ids=["whole", "tiled"])
 def aspect(request, tiny_config):
     """(recipe, processor) with sides by aspect, with images whole and tiled."""
@@ -95,21 +83,8 @@ def photos():
 @pytest.fixture(scope="module")
 def aspect_index(aspect, photos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("aspect")
-    with tarfile.open(folder / "s.tar", "w") as tar:
-        for number, images in enumerate(photos):
-            files = {f"{number}.json": json.dumps({"messages": conversation(number, [None] * len(images))}).encode()}
-            files |= {f"{number}.{i}.png": data for i, data in enumerate(images)}  # told by their bytes
-            for name, data in files.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+    write_shard(folder / "s.tar", photos)
     return load_or_build_index([folder / "s.tar"], aspect[1], folder / "index", Limits())
-
-
-def conversation(number, images):
-    content = [{"type": "image", **({"image": data} if data else {})} for data in images]
-    content.append({"type": "text", "text": f"What is {number}?"})
-    return [{"role": "user", "content": content}, {"role": "assistant", "content": "it"}]
 
 
 @pytest.fixture(scope="module")

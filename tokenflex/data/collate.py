@@ -28,7 +28,7 @@ class PackedBatch:
     input_ids, position_ids: [1, T] int64, positions restart in every view of a sample (which has one, or one per count that it
     is seen at). cu_seq_lens: [views + 1] int32, where each begins. max_length: the longest. counts: [views] int64, the visual tokens per
     tile of each, 0 of one without images. images: [B, H, W, 3] bytes, one per
-    tile. tile_counts: visual tokens of each tile of each view. tile_sides: the same as (rows, columns). tile_index: which of the B tiles each of those is, or None where
+    tile. tile_counts: visual tokens of each tile of each view, on average over its sample. tile_sides: rows and columns of each. tile_index: which of the B tiles each of those is, or None where
     it is every one once. visual_positions: [V] places of the placeholders. logits_positions: [L] places whose logits are needed.
     targets: [L] the tokens to predict there. weights: [L] float32, the loss weight of each.
     teacher: [L] for a learned token the place among the L of the same token in the sample's first view, at the largest count;
@@ -84,7 +84,7 @@ class PreparedSample:
     """One sample as tokens and tiles, at one visual-token count: one view of it.
 
     input_ids: list. learned: [L] places of the learned tokens. visual: [V] places of the placeholders. tiles: [B, H, W, 3]
-    bytes. count: visual tokens per tile. sides: (rows, columns) of each tile's. problem: why this is a substitute, if it is one. is_further_view: it has the same
+    bytes. count: visual tokens per tile, on average where images share them by size. sides: (rows, columns) of each tile's. problem: why this is a substitute, if it is one. is_further_view: it has the same
     tiles and learned tokens as the view before it.
     """
 
@@ -115,7 +115,8 @@ def prepare_views(
     joined = np.concatenate([_no_tiles(processor), *(tiles for tiles, _ in shown)])
     views = []
     for number, count in enumerate(counts):
-        lengths = [len(tiles) * count for tiles, _ in shown]
+        counts_of_images = processor.shared_counts(count, [sizes.tolist() for _, sizes in shown])
+        lengths = [len(tiles) * own for (tiles, _), own in zip(shown, counts_of_images)]
         tokens = encoded(processor, sample.messages, lengths)
         view = PreparedSample(
             input_ids=tokens.input_ids,
@@ -123,7 +124,11 @@ def prepare_views(
             visual=_concatenated([np.arange(n) + start for n, start in zip(lengths, tokens.image_starts)]),
             tiles=joined,
             count=count,
-            sides=[side for _, sizes in shown for side in processor.tile_sides(count, sizes.tolist())],
+            sides=[
+                side
+                for (_, sizes), own in zip(shown, counts_of_images)
+                for side in processor.tile_sides(own, sizes.tolist())
+            ],
             is_further_view=number > 0,
         )
         views.append(view)
@@ -180,10 +185,12 @@ def collate(
     tokens = [token for sample in samples for token in sample.input_ids] or [processor.image_end_token_id]
     first_views = [sample for sample in samples if not sample.is_further_view]
     tiles = np.concatenate([_no_tiles(processor), *(sample.tiles for sample in first_views)])
+    tile_counts = [sample.count for sample in samples for _ in sample.tiles]
     tile_sides = [side for sample in samples for side in sample.sides]
     is_dummy_image = not len(tiles)
     if is_dummy_image:
-        tiles, tile_sides = np.zeros((1, *tiles.shape[1:]), np.uint8), _blank_sides(1, blank_count, processor)
+        tiles, tile_counts = np.zeros((1, *tiles.shape[1:]), np.uint8), [blank_count]
+        tile_sides = _blank_sides(1, blank_count, processor)
     learned = torch.from_numpy(_concatenated([begin + sample.learned for begin, sample in zip(begins, samples)]))
     weights = [np.full(len(s.learned), weight_of(np.array(len(s.learned)))) for s in samples]
     visual = _concatenated([begin + sample.visual for begin, sample in zip(begins, samples)])
@@ -195,7 +202,7 @@ def collate(
         max_length=max(lengths),
         counts=torch.tensor([sample.count for sample in samples] or [0]),
         images=torch.from_numpy(tiles),
-        tile_counts=[rows * columns for rows, columns in tile_sides],
+        tile_counts=tile_counts,
         tile_sides=tile_sides,
         visual_positions=torch.from_numpy(visual),
         logits_positions=learned - 1,

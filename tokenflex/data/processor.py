@@ -90,6 +90,9 @@ class Processor(Protocol):
     ) -> list[tuple[int, int]]:
         """(rows, columns) of visual tokens of each tile of an image; `sizes` as `ImageProcessor.shown` gives them."""
 
+    def shared_counts(self, count: int, sizes: Sequence[Sequence[Sequence[int]]]) -> list[int]:
+        """Visual tokens per tile of each image of a sample that has `count` per tile, `sizes` of its tiles for each image."""
+
     def encode(self, messages: list[dict[str, Any]], lengths: list[int]) -> Encoded:
         """A conversation as tokens, image i as a run of `lengths[i]`."""
 

@@ -80,6 +80,10 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
         tokenizer.add_special_tokens({"additional_special_tokens": missing})
     grid = _grid(vision_config(model), model.image_size)
     check_counts(budget.num_visual_tokens, grid, model.pooling_mode, "budget.num_visual_tokens")
+    if budget.share == "size" and model.max_tiles > 1:
+        raise UserError(
+            f"budget.share=size with model.max_tiles={model.max_tiles}: a larger image has more tiles already; set share to even, or max_tiles to 1"
+        )
     start, token, end = model.image_tokens
     processor = TokenFlexProcessor(
         _image_processor(model, budget.sides),
@@ -87,6 +91,9 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
         chat_template=template,
         chat_template_options=model.chat_template_options,
         num_visual_tokens=max(budget.num_visual_tokens),
+        trained_num_visual_tokens=sorted(budget.num_visual_tokens),
+        total_visual_tokens=budget.total,
+        share=budget.share,
         patch_grid=grid,
         image_start_token=start,
         image_token=token,
@@ -184,6 +191,7 @@ def build_model(
     built.config.trained_num_visual_tokens = sorted(budget.num_visual_tokens)
     built.config.default_num_visual_tokens = max(budget.num_visual_tokens)
     built.config.sides = budget.sides
+    built.config.share = budget.share
     built.generation_config = generation_settings(model, processor)
     try:
         built.num_added_tokens = grow_vocabulary(built.language_model, len(processor.tokenizer), gathered)
@@ -310,6 +318,7 @@ def _composed_config(model, budget, num_tokens, dtype, **token_ids):
         vision_feature_layer=model.vision_feature_layer,
         trained_num_visual_tokens=budget.num_visual_tokens,
         sides=budget.sides,
+        share=budget.share,
         dtype=dtype,
         **token_ids,
     )

@@ -100,15 +100,19 @@ class TokenFlexImageProcessor(BaseImageProcessor):
         return ["pixel_values", "num_tiles", *(["tile_sizes"] if self.sides == "aspect" else [])]
 
     def preprocess(
-        self, images: OneImage | Sequence | None, return_tensors: str | None = "pt", **kwargs: Unpack[ImagesKwargs]
+        self,
+        images: OneImage | Sequence | None,
+        return_tensors: str | None = "pt",
+        return_tile_sizes: bool = False,
+        **kwargs: Unpack[ImagesKwargs],
     ) -> BatchFeature:
         """Images (bytes, path, URL, PIL, tensor, or array of bytes or of 0 to 1; one or a list) -> model inputs.
 
         Arrays have their channels last, tensors first, unless their shape says otherwise. `CALL_KWARGS` may be set for one call.
 
         Returns:
-            `pixel_values` [tiles, 3, height, width], image after image, and `num_tiles` [images]; with `sides="aspect"` also
-            `tile_sizes` [tiles, 2], height and width in pixels of what each tile shows of its image.
+            `pixel_values` [tiles, 3, height, width], image after image, and `num_tiles` [images]; with `sides="aspect"` or where
+            `return_tile_sizes` asks for them also `tile_sizes` [tiles, 2], height and width in pixels of what each tile shows.
 
         Raises:
             ValueError: a keyword that asks for something else than is done here.
@@ -117,7 +121,7 @@ class TokenFlexImageProcessor(BaseImageProcessor):
         tiled, sizes = zip(*(call.shown(image) for image in flattened(images)))
         pixels = call.normalised(torch.from_numpy(np.concatenate(tiled)))
         data = {"pixel_values": pixels, "num_tiles": torch.tensor([len(tiles) for tiles in tiled])}
-        if self.sides == "aspect":
+        if self.sides == "aspect" or return_tile_sizes:
             data["tile_sizes"] = torch.from_numpy(np.concatenate(sizes))
         if return_tensors == "np":
             data = {name: values.numpy() for name, values in data.items()}

@@ -28,6 +28,7 @@ from .router import (
     question_mask,
     question_summary,
 )
+from .sharing import even_count
 from .vision import patch_grid, patch_outputs, patch_width
 
 logger = logging.get_logger(__name__)
@@ -35,6 +36,8 @@ logger = logging.get_logger(__name__)
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What this release of transformers calls the key-value cache, in arguments and outputs; both names are taken."""
 
+EFFORT_STEPS = 32
+"""Efforts that are tried at most until a row's images fit a total."""
 IMAGE_INPUTS = ("pixel_values", "num_tiles", "tile_sizes", "num_visual_tokens")
 """What says how images are seen; of use until they are in the cache."""
 
@@ -218,6 +221,7 @@ class _TokenFlexBase(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         num_tiles: torch.Tensor | Sequence[int] | None = None,
         effort: float | None = None,
+        total_visual_tokens: int | None = None,
     ) -> list[int]:
         """The count that the router chooses for each image of prompts, whatever count the prompts were built with.
 
@@ -225,9 +229,11 @@ class _TokenFlexBase(PreTrainedModel):
             input_ids, attention_mask: [B, T], images as runs of placeholders.
             pixel_values: [tiles, 3, H, W], or features of `encode_images`, which are then not made again.
             effort: from 0 (the smallest count) to 1 (the largest); by default what training the router found enough.
+            total_visual_tokens: of all images of a row together at most; the effort is then lowered, row by row, until they fit.
 
         Raises:
-            ValueError: no router, one for other counts than the model's, or an effort that is none.
+            ValueError: no router, one for other counts than the model's, an effort that is none, or a total that holds a row's images
+                not even at the smallest count.
         """
         settings, trained = self.config.router, self.config.trained_num_visual_tokens
         if settings is None or self.router is None:
@@ -243,7 +249,26 @@ class _TokenFlexBase(PreTrainedModel):
         effort = settings["effort"] if effort is None else effort
         check_effort(effort)
         features = self.router_features(input_ids, pixel_values, attention_mask, num_tiles)
-        return self.router.choose(features, effort)
+        if total_visual_tokens is None:
+            return self.router.choose(features, effort)
+        tiles = _tiles(num_tiles, pixel_values)
+        chosen = [0] * len(tiles)
+        rows = [row for row, _, _ in image_runs(input_ids, self.config.image_token_id)]
+        for row in set(rows):
+            images = [image for image, its in enumerate(rows) if its == row]
+            own = self._chosen_within(features[images], [tiles[image] for image in images], effort, total_visual_tokens)
+            for image, count in zip(images, own):
+                chosen[image] = count
+        return chosen
+
+    def _chosen_within(self, features_NF, tiles, effort, total):
+        """The router's counts of a row's images at the largest effort, up to `effort`, at which they fit the total."""
+        even_count(min(self.router.counts), (), sum(tiles), total)  # or it says why they do not
+        for step in range(EFFORT_STEPS, -1, -1):
+            counts = self.router.choose(features_NF, effort * step / EFFORT_STEPS)
+            if sum(count * number for count, number in zip(counts, tiles)) <= total:
+                break
+        return counts
 
     @torch.no_grad()
     def router_features(
@@ -346,7 +371,8 @@ class _TokenFlexBase(PreTrainedModel):
 
     def _warn_of_untrained(self, sides):
         for rows, columns in sides:
-            if rows * columns not in self.config.trained_num_visual_tokens:
+            # by size, training has counts between the trained ones too
+            if rows * columns not in self.config.trained_num_visual_tokens and self.config.share == "even":
                 logger.warning_once(
                     f"num_visual_tokens={rows * columns} was not trained (trained: "
                     f"{self.config.trained_num_visual_tokens}); it works, but measure it on your task"
@@ -507,6 +533,7 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         generation_config: GenerationConfig | None = None,
         num_visual_tokens: int | tuple[int, int] | str | list[int | tuple[int, int] | str] | None = None,
         effort: float | None = None,
+        total_visual_tokens: int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | ModelOutput:
         """`transformers` generation with any number of visual tokens.
@@ -514,7 +541,8 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         `num_visual_tokens` (an int, a pair (rows, columns), `"auto"`, or a list of them, one per image) overrides the counts
         that the prompt was built with. The answer starts with `input_ids` as given, so `output[:, input_ids.shape[1]:]` is
         always the new text. For `"auto"` the router chooses a count by the image and the row's question, at `effort` (see
-        `choose_num_visual_tokens`); it becomes a number first, and the vision encoder runs once.
+        `choose_num_visual_tokens`), within `total_visual_tokens` for all images of a row; it becomes a number first, and the vision
+        encoder runs once. Without the router the processor shares a total.
         """
         prompt_ids = kwargs.pop("input_ids", inputs)
         if asks_auto(num_visual_tokens):
@@ -522,9 +550,14 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
             if pixels is not None and pixels.dim() != 3 and self.router is not None:
                 kwargs["pixel_values"] = self.encode_images(pixels.to(self.vision_tower.dtype))
             seen = {name: kwargs.get(name) for name in ("pixel_values", "attention_mask", "num_tiles")}
-            num_visual_tokens = self.resolve_auto(num_visual_tokens, prompt_ids, **seen, effort=effort)
-        elif effort is not None:
-            raise ValueError(f"effort={effort!r} is the router's; give num_visual_tokens='auto' with it")
+            num_visual_tokens = self.resolve_auto(
+                num_visual_tokens, prompt_ids, **seen, effort=effort, total_visual_tokens=total_visual_tokens
+            )
+        elif effort is not None or total_visual_tokens is not None:
+            raise ValueError(
+                f"effort={effort!r} and total_visual_tokens={total_visual_tokens!r} are the router's here; give num_visual_tokens='auto' "
+                "with them, or the total to the processor"
+            )
         pixel_values = kwargs.get("pixel_values")
         if pixel_values is None or num_visual_tokens is None or prompt_ids is None:
             return super().generate(prompt_ids, generation_config, **kwargs)
@@ -558,6 +591,7 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         num_tiles: torch.Tensor | Sequence[int] | None = None,
         effort: float | None = None,
+        total_visual_tokens: int | None = None,
     ) -> list[int | tuple[int, int]] | None:
         """A count per image, with what the router chooses in place of `"auto"`; None where there are no images.
 
@@ -567,7 +601,14 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
             return None
         if input_ids is None:
             raise ValueError("num_visual_tokens='auto' looks at the question; give input_ids, not inputs_embeds")
-        chosen = self.choose_num_visual_tokens(input_ids, pixel_values, attention_mask, num_tiles, effort)
+        if total_visual_tokens is not None and not isinstance(num_visual_tokens, str):
+            raise ValueError(
+                f"num_visual_tokens={num_visual_tokens!r} with total_visual_tokens={total_visual_tokens}: the router shares a total among "
+                "all images; give 'auto' for all of them, or leave the total out"
+            )
+        chosen = self.choose_num_visual_tokens(
+            input_ids, pixel_values, attention_mask, num_tiles, effort, total_visual_tokens
+        )
         asked = [AUTO] * len(chosen) if isinstance(num_visual_tokens, str) else num_visual_tokens
         if len(asked) != len(chosen):
             raise ValueError(f"num_visual_tokens has {len(asked)} entries for {len(chosen)} images; give one per image")
