@@ -27,11 +27,11 @@ def conversation(number, images, has_bytes=True):
     return [{"role": "user", "content": content}, {"role": "assistant", "content": "it"}]
 
 
-def write_shard(path, samples):
-    """A shard of one conversation per list of encoded images."""
+def write_shard(path, samples, talk=conversation):
+    """A shard of one conversation per list of encoded images, as `talk` has them."""
     with tarfile.open(path, "w") as tar:
         for number, images in enumerate(samples):
-            record = {"messages": conversation(number, images, has_bytes=False)}
+            record = {"messages": talk(number, images, has_bytes=False)}
             files = {f"{number}.json": json.dumps(record).encode()}
             files |= {f"{number}.{i}.png": data for i, data in enumerate(images)}  # told by their bytes
             for name, data in files.items():

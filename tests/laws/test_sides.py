@@ -227,6 +227,17 @@ def test_an_export_keeps_its_sides(aspect, aspect_model, tmp_path):
     assert torch.equal(again.image_processor(data)["tile_sizes"], processor.image_processor(data)["tile_sizes"])
 
 
+@pytest.mark.parametrize("max_pixels", [10**8, 1000])
+def test_a_bad_sample_keeps_its_planned_length(aspect, aspect_index, max_pixels):
+    dataset = PackDataset(aspect_index, aspect[1], "sqrt", 4, Limits(max_image_pixels=max_pixels))
+    for sample, count in ((0, 12), (2, 0)):
+        (view,) = dataset.prepared(sample, count)
+        assert (view.problem is not None) == (sample == 0 and max_pixels == 1000)
+        visual = count * int(aspect_index.num_tiles[sample])
+        assert len(view.input_ids) == int(aspect_index.text_tokens[sample]) + visual
+        assert sum(rows * columns for rows, columns in view.sides) == len(view.visual) == visual
+
+
 def test_a_square_model_asks_for_nothing_new(processor):
     assert set(processor.image_processor(encoded(90, 10))) == {"pixel_values", "num_tiles"}
     assert processor.tile_sides(12, [(10, 90)]) == [(3, 4)]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import train_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_shards import conversation, encoded, write_shard
@@ -12,7 +13,8 @@ from tokenflex.config import BudgetConfig, DataConfig
 from tokenflex.data import Limits, PackDataset, load_or_build_index
 from tokenflex.data.loader import micro_batches
 from tokenflex.errors import UserError
-from tokenflex.model import build_model, build_processor
+from tokenflex.infer import Generator
+from tokenflex.model import TokenFlexProcessor, build_model, build_processor
 from tokenflex.model.pooling import sides_of
 from tokenflex.model.sharing import counts_by_size, even_count
 from tokenflex.plan import LengthTable, Mixture, Planner, Source
@@ -247,16 +249,41 @@ def test_a_pack_need_not_hold_what_a_total_forbids():
     assert {(i, c) for p in packs for i, c in zip(p.sample_ids.tolist(), p.counts.tolist())} == {(0, 20), (1, 4)}
 
 
-def test_a_conversation_is_cut_where_its_images_fit_the_total(index):
-    cuts = np.asarray(index.cuts)
-    cut = next(row for row in cuts.tolist() if 0 < row[4] < index.num_tiles[row[0]])
-    sample, _, _, _, tiles = cut
+def test_a_conversation_is_cut_where_its_images_fit_the_total(processor, tmp_path):
+    def two_turns(number, images, has_bytes):
+        return [message for some in (images[:1], images[1:]) for message in conversation(number, some, has_bytes)]
+
+    write_shard(tmp_path / "s.tar", [[encoded(20, 20)] * 3, [encoded(20, 20)] * 2], two_turns)
+    index = load_or_build_index([tmp_path / "s.tar"], processor, tmp_path / "index", Limits())
     data = DataConfig(pack_length=4000, packs_per_step=1, lockstep_packs=1)
-    budget = VisualTokenBudget(counts=(4,), probabilities=(1.0,), total=4 * tiles)
+    budget = VisualTokenBudget(counts=TRAINED, probabilities=(0.0, 0.0, 1.0), total=11)
     planner = Planner(Mixture([Source(index=index, over_long="truncate")]), budget, data, 0, "sqrt")
-    for step in planner.epoch_steps(0):
-        for pack in step.packs:
-            for own, number in zip(pack.sample_ids.tolist(), pack.num_messages.tolist()):
-                came = index.text_of_cut(own, number)[1] if number else int(index.num_tiles[own])
-                assert came <= tiles
-                assert number or own != sample
+    dataset = PackDataset(index, processor, "sqrt", 4, Limits())
+    (plan,) = [plan for plan in micro_batches(planner.epoch_steps(0), 0, 1, 1) if len(plan.sample_ids)]
+    found = zip(plan.sample_ids.tolist(), plan.counts.tolist(), plan.num_messages.tolist())
+    assert sorted(found) == [(0, 4, 2), (1, 4, 0)]
+    batch = dataset.batch(plan)
+    assert not batch.skipped and len(batch.images) == 3 and len(batch.visual_positions) == 12
+
+
+def test_a_run_with_rectangles_and_a_total_hands_both_to_its_export(tmp_path, cache_dir, tiny_config):
+    budget = ["budget.sides=aspect", "budget.total=16", "budget.share=size"]
+    train_ranks(
+        1,
+        tmp_path,
+        cache_dir,
+        *budget,
+        "train.num_steps=2",
+        "evaluate.at_end=true",
+        "data.embedded.num_eval_per_task=1",
+    )
+    folder = tmp_path / "tiny" / "model"
+    processor = TokenFlexProcessor.from_pretrained(folder)
+    assert (processor.total_visual_tokens, processor.share, processor.image_processor.sides) == (16, "size", "aspect")
+    generator = Generator(folder)
+    images = [encoded(90, 30), encoded(30, 30)]
+    talk = conversation(0, images)[:1]
+    for options, visual in (((), 8), ((None, None, 24), 24), ((12,), 24)):
+        inputs = generator.inputs(talk, *options)
+        assert int((inputs["input_ids"] == processor.image_token_id).sum()) == visual
+        generator.model.generate(**inputs, max_new_tokens=2)

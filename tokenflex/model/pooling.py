@@ -60,7 +60,7 @@ def tile_sides(
         ValueError: see `sides_of`.
     """
     if sides == "square":
-        return [sides_of(num_visual_tokens, grid)] * len(sizes)
+        return [sides_of(num_visual_tokens, grid) for _ in sizes]
     return [aspect_sides(num_visual_tokens, size, grid) for size in sizes]
 
 

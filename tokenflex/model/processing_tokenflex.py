@@ -189,7 +189,7 @@ class TokenFlexProcessor(ProcessorMixin):
 
         `sizes` are the `image_processor.tile_sizes` of each image.
         """
-        if self.share == "even":
+        if self.share == "even" or not sizes:
             return [count] * len(sizes)
         return counts_by_size(count, [height * width for ((height, width),) in sizes], self.patch_grid)
 
