@@ -5,7 +5,7 @@ from .fit import FitSettings, Fitted, fit_router
 from .measure import Measured, measure
 from .policies import Asked, rows_of
 from .report import plot_policies, policy_table
-from .train import evaluate_router, train_router
+from .train import evaluate_router, give_router, train_router
 
 __all__ = [
     "Asked",
@@ -15,6 +15,7 @@ __all__ = [
     "ask",
     "evaluate_router",
     "fit_router",
+    "give_router",
     "measure",
     "plot_policies",
     "policy_table",

@@ -16,9 +16,11 @@ from ..errors import UserError
 from ..evaluate.questions import read_questions
 from ..export import export_router, is_exported
 from ..files import write_whole
+from ..layout import RunLayout
 from ..model import TokenFlexForConditionalGeneration, TokenFlexProcessor
 from ..model.generation import greedy
 from ..telemetry.bar import Bar
+from ..telemetry.stages import stage
 from .evaluate import ask
 from .fit import FitSettings, Fitted, fit_router
 from .measure import measure
@@ -77,6 +79,20 @@ def train_router(
         f"model     {target or folder}"
     )
     return fitted
+
+
+def give_router(config: RunConfig, say: Say) -> None:
+    """What a run with `evaluate.router_samples` does once its model is exported: the model gets a router, unless it has one.
+
+    A model that was trained at one count alone has nothing to choose from; that is said and left.
+    """
+    folder = RunLayout.of(config).model
+    exported = AutoConfig.from_pretrained(folder)
+    if len(exported.trained_num_visual_tokens) < 2:
+        say(f"router    none: the model was trained at {list(exported.trained_num_visual_tokens)} visual tokens alone")
+    elif exported.router is None:
+        with stage("router", "trained on the model's own answers", say):
+            train_router(folder, config, say, FitSettings(), config.evaluate.router_samples)
 
 
 def evaluate_router(folder: str | PathLike, config: RunConfig, say: Say, out: str | PathLike) -> dict[str, Any]:
