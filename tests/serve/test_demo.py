@@ -152,6 +152,6 @@ def test_the_endpoint_has_no_page(tiny_export, tmp_path):
 ])  # fmt: skip
 def test_a_wrong_start_is_one_line(arguments, words, tiny_export, tmp_path, capsys):
     given = [argument.format(empty=tmp_path, model=tiny_export) for argument in arguments]
-    assert main(["demo", *given]) == 1
+    assert main(["demo", *given]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and words in error and error.count("\n") == 1

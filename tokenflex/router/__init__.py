@@ -1,6 +1,6 @@
 """The count chosen by itself: a router trained on a model's own losses, and its comparison with other ways to choose."""
 
-from .evaluate import ask
+from .evaluate import ask, ask_teacher_forced
 from .fit import FitSettings, Fitted, fit_router
 from .measure import Measured, measure
 from .policies import Asked, rows_of
@@ -13,6 +13,7 @@ __all__ = [
     "Fitted",
     "Measured",
     "ask",
+    "ask_teacher_forced",
     "evaluate_router",
     "fit_router",
     "give_router",
