@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a TokenFLEX model: pack, train under ZeRO, export, evaluate. Starts under deepspeed, torchrun, srun or mpirun.
+"""Train a TokenFLEX model: pack, train under ZeRO, export, evaluate, with a router if asked. Starts under deepspeed, torchrun, srun or mpirun.
 
 deepspeed launch/train.py --ds_config configs/zero3.json
 deepspeed launch/train.py --ds_config configs/zero3.json --config recipe.yaml train.num_steps=200
@@ -64,6 +64,7 @@ def main(arguments: argparse.Namespace, say: Say) -> int:
     parallel.quiet_libraries()
     from tokenflex.estimate.room import check_room
     from tokenflex.evaluate import evaluate_run
+    from tokenflex.router import give_router
     from tokenflex.train.profiling import ProfilePlan
     from tokenflex.train.run import grad_accum_steps, run_training
 
@@ -92,6 +93,8 @@ def main(arguments: argparse.Namespace, say: Say) -> int:
     if not run_training(recipe, config, ds_config, ranks, **options):
         say(f"stopped   and saved in {RunLayout.of(config).checkpoints}; the same command goes on from there")
         return REQUEUE
+    if config.evaluate.router_samples:
+        ranks.on_main(lambda: give_router(config, say))
     if config.evaluate.at_end and config.data.evaluation:
         evaluate_run(config, ranks, say)
     return DONE

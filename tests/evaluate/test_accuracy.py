@@ -42,6 +42,43 @@ def test_plot_is_a_picture_with_lines_in_it(tmp_path):
         assert image.size == (960, 540) and len(image.convert("RGB").getcolors(100_000)) > 100
 
 
+ROUTED = {
+    **RECORD,
+    "accuracy": {**RECORD["accuracy"], "dense": {"4": 0.25, "6": 0.5, "12": 0.75}},
+    "num_questions": {**RECORD["num_questions"], "dense": 4},
+    "auto": {
+        "effort": 0.5,
+        "right": {"coarse": 6, "text": 1, "dense": 3},
+        "visual_tokens": {"coarse": 40, "text": 0, "dense": 48},
+        "images": {"coarse": 10, "text": 0, "dense": 4},
+    },
+}
+
+
+def test_the_table_has_the_routers_column_its_tokens_and_all_questions_with_images():
+    lines = accuracy_table(ROUTED).splitlines()
+    assert lines[0] == "| task (questions) | **4** | 6 | **12** | auto | tokens of auto |"
+    assert lines[2:] == [
+        "| coarse (8) | 50.0 | 62.5 | 100.0 | 75.0 | 4.0 |",
+        "| text (4) | 0.0 | 0.0 | 0.0 | 25.0 |  |",
+        "| dense (4) | 25.0 | 50.0 | 75.0 | 75.0 | 12.0 |",
+        "| all with images (12) | 41.7 | 58.3 | 91.7 | 75.0 | 6.3 |",
+    ]
+
+
+def test_the_plot_has_a_star_where_the_router_comes_to(tmp_path):
+    """A star of each task with images, and one of all, in pixels that the plot without a router does not have."""
+    plot_accuracy(ROUTED, tmp_path / "routed.png")
+    plot_accuracy({key: value for key, value in ROUTED.items() if key != "auto"}, tmp_path / "plain.png")
+    black = []
+    for name in ("routed", "plain"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.size == (960, 540)
+            pixels = image.convert("RGB").crop((100, 20, 700, 480)).getdata()
+            black.append(sum(pixel == (0, 0, 0) for pixel in pixels))
+    assert black[0] > black[1] + 200  # the line of all questions and its star
+
+
 class Oracle:
     """Answers every question right at 12 visual tokens or more, and with nonsense below: its score is known."""
 

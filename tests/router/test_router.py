@@ -18,10 +18,11 @@ from tokenflex.config import BudgetConfig
 from tokenflex.data import Limits, find_shards
 from tokenflex.data.shards import as_shards
 from tokenflex.errors import UserError
-from tokenflex.evaluate import hits
+from tokenflex.evaluate import Answers, evaluate_model, hits
 from tokenflex.evaluate.questions import read_questions
 from tokenflex.export import export_model
 from tokenflex.infer import Generator, check_auto, parse_num_visual_tokens
+from tokenflex.layout import RunLayout
 from tokenflex.model import build_model
 from tokenflex.model.router import CountRouter, question_mask
 from tokenflex.router import (
@@ -29,8 +30,10 @@ from tokenflex.router import (
     FitSettings,
     Measured,
     ask,
+    ask_teacher_forced,
     evaluate_router,
     fit_router,
+    give_router,
     measure,
     rows_of,
     train_router,
@@ -485,6 +488,81 @@ def test_questions_asked_at_once_are_answered_as_one_by_one(choosy, processor, s
     np.testing.assert_allclose(asked.shares.sum(1), 1)
 
 
+def test_teacher_forcing_asks_the_last_answer_at_the_chosen_counts(
+    choosy, processor, samples, tiny_config, monkeypatch
+):
+    """A model that has learned nothing is never right, so what its answers come to is drawn; everything else is real."""
+    said = lambda role, text: {"role": role, "content": [{"type": "text", "text": text}]}
+    question, answer = samples[0].messages[0], samples[0].messages[-1]
+    longer = [question, said("assistant", "blue"), said("user", "and now?"), answer]
+    some = [*samples[:6], replace(samples[0], messages=longer)]
+    bits = []
+
+    def drawn(*arguments):
+        found = measure(*arguments)
+        draws = torch.rand(len(found.right), 2, generator=torch.Generator().manual_seed(1)) < 0.5
+        for row in range(1, len(draws)):  # the images of an answer share what it came to
+            if found.samples[row] == found.samples[row - 1] and (found.losses[row] == found.losses[row - 1]).all():
+                draws[row] = draws[row - 1]
+        bits.append((found, draws))
+        return replace(found, right=draws)
+
+    monkeypatch.setattr("tokenflex.router.evaluate.measure", drawn)
+    asked = ask_teacher_forced(choosy, processor, some, tiny_config.evaluate)
+    ((found, draws),) = bits
+    last = [int((found.samples == number).nonzero()[-1]) for number in range(len(some))]
+    assert (asked.right == draws[last].numpy()).all() and asked.right.any() and not asked.right.all()
+    images = iter(choosy.choose_num_visual_tokens(**prompts(processor, some), effort=0.5))
+    middle = asked.efforts.index(0.5)
+    for row, sample in enumerate(some):
+        counts = [next(images) for _ in sample.images]
+        assert asked.spent[row, middle] == sum(counts) and asked.tiles[row] == len(counts)
+        assert asked.routed[row, middle] == all(asked.right[row, COUNTS.index(count)] for count in counts)
+    assert {row["policy"] for row in rows_of(asked)} == {"always", "router", "random", "oracle"}
+
+
+def test_an_evaluation_has_the_routers_answers_and_tokens(choosy, processor, samples, tiny_config):
+    """Those of asking at its numbers; a question without an image is as ever; several ranks join to the same."""
+    text = replace(samples[0], key="text", images=[], messages=[
+        {"role": "user", "content": [{"type": "text", "text": "one and one?"}]}, samples[0].messages[-1]
+    ])  # fmt: skip
+    some, settings = [*samples[:5], text], tiny_config.evaluate.model_copy(update={"batch_size": 2})
+    choosy.config.router["effort"] = 0.5
+    answers = evaluate_model(choosy, processor, some, settings, with_auto=True)
+    chosen = iter(choosy.choose_num_visual_tokens(**prompts(processor, some[:5]), effort=0.5))
+    for number, sample in enumerate(some):
+        counts = [next(chosen) for _ in sample.images]
+        assert (answers.auto.tokens[number], answers.auto.images[number]) == (sum(counts), len(counts))
+        if len(set(counts)) == 1 and counts[0] in answers.right:
+            assert answers.auto.right[number] == answers.right[counts[0]][number]
+    assert answers.auto.right[-1] == answers.right[settings.num_visual_tokens[0]][-1]
+    halves = [evaluate_model(choosy, processor, part, settings, with_auto=True) for part in (some[1::2], some[::2])]
+    joined = Answers.join(halves)
+    order = sorted(range(len(some)), key=lambda place: some[place].key)
+    assert joined.auto.tokens == [answers.auto.tokens[place] for place in order]
+    totals = answers.routed(answers.auto, 0.5)
+    assert sum(totals["visual_tokens"].values()) == sum(answers.auto.tokens) and totals["images"][text.task] >= 0
+
+
+def test_a_run_gives_its_model_a_router_once(bare, tiny_config, tmp_path):
+    """Also where it is called again; a model of one count goes without, and says so."""
+    config = tiny_config.model_copy(update={
+        "output_dir": str(tmp_path), "evaluate": tiny_config.evaluate.model_copy(update={"router_samples": 12})
+    })  # fmt: skip
+    folder = RunLayout.of(config).model
+    shutil.copytree(bare, folder)
+    give_router(config, lambda text: None)
+    first = (folder / "model.safetensors").read_bytes()
+    assert json.loads((folder / "config.json").read_text())["router"]["num_visual_tokens"] == COUNTS
+    give_router(config, lambda text: pytest.fail(text))
+    assert (folder / "model.safetensors").read_bytes() == first
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "router": None, "trained_num_visual_tokens": [12]}))
+    said = []
+    give_router(config, said.append)
+    assert said == ["router    none: the model was trained at [12] visual tokens alone"]
+
+
 def test_the_command_trains_and_compares(bare, cache_dir, tmp_path, capsys):
     from conftest import TINY
 
@@ -498,5 +576,12 @@ def test_the_command_trains_and_compares(bare, cache_dir, tmp_path, capsys):
     assert "| always 12 |" in (out / "router.md").read_text() in capsys.readouterr().out + "\n"
     with Image.open(out / "router.png") as image:
         assert image.size == (960, 540)
+    forced = [*arguments, "--set", "evaluate.max_samples_per_task=2", "--only-evaluate", "--teacher-forced"]
+    forced[1] = str(tmp_path / "model")
+    assert main([*forced, "--evaluate", str(tmp_path / "forced")]) == 0
+    policies = {row["policy"] for row in json.loads((tmp_path / "forced" / "router.json").read_text())["rows"]}
+    assert policies == {"always", "router", "random", "oracle"}
+    assert main([*arguments, "--teacher-forced"]) == 2
+    assert "--evaluate DIR" in capsys.readouterr().err
     assert main([*arguments, "--only-evaluate"]) == 2
     assert "--evaluate DIR" in capsys.readouterr().err

@@ -1,22 +1,17 @@
 """A real server process asked by the real `openai` client: its answers are `Generator`'s, and what is wrong is one line."""
 
-import base64
 import concurrent.futures
-import http.client
 import http.server
 import io
 import json
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 
 import openai
 import pytest
-from conftest import ROOT
 from PIL import Image
+from servers import Server, data_url
 
 from tokenflex.infer import Generator
 
@@ -31,39 +26,6 @@ def pictures(tmp_path_factory):
         image.paste("white", (8 * number, 4, 30, 40))
         image.save(folder / f"{number}.png")
     return [folder / f"{number}.png" for number in range(3)]
-
-
-class Server:
-    """A server process of its own and what reaches it."""
-
-    def __init__(self, folder, log, *options, **environment):
-        arguments = ["-m", "tokenflex.cli", "serve", str(folder), "--port", "0", *options]
-        self.log = log
-        self.process = subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            stdout=subprocess.PIPE,
-            stderr=open(log, "w"),  # noqa: SIM115  the process has it
-            text=True,
-        )
-        said = self.process.stdout.readline()
-        assert said.startswith("serving "), said + log.read_text()
-        self.url = said.split()[-1]
-        self.port = int(self.url.split(":")[2].split("/")[0])
-
-    def client(self, **options):
-        return openai.OpenAI(base_url=self.url, **{"api_key": "none", "max_retries": 0, "timeout": 60, **options})
-
-    def raw(self, method, path, body=None, **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request(method, path, body, {"Content-Type": "application/json", **headers})
-        answer = connection.getresponse()
-        return answer.status, answer.read().decode()
-
-    def stop(self):
-        self.process.send_signal(signal.SIGINT)
-        assert self.process.wait(90) == 0
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +49,6 @@ def server(tiny_export, tmp_path_factory):
 @pytest.fixture(scope="module")
 def generator(tiny_export):
     return Generator(tiny_export)
-
-
-def data_url(image):
-    data = image if isinstance(image, bytes) else image.read_bytes()
-    return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
 def asking(pictures, text=QUESTION):

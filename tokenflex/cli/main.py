@@ -7,6 +7,7 @@ from . import (
     bench,
     checkpoint,
     convert,
+    demo,
     doctor,
     estimate,
     generate,
@@ -31,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     generate.add_to(commands)
     serve.add_to(commands)
+    demo.add_to(commands)
     data = commands.add_parser(
         "data", help="convert, validate, inspect or index data", description="Bring in and check data."
     )

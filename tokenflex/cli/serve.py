@@ -2,8 +2,12 @@
 
 import argparse
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from .options import Commands, add_debug, positive
+
+if TYPE_CHECKING:
+    from ..serve import ServeLimits
 
 
 def add_to(commands: Commands) -> None:
@@ -22,6 +26,13 @@ def add_to(commands: Commands) -> None:
         metavar="HOST",
         help="let requests name images on this host, which the server fetches; * is any host (default: none)",
     )
+    add_serve_limits(command)
+    add_debug(command)
+    command.set_defaults(run=run)
+
+
+def add_serve_limits(command: argparse.ArgumentParser) -> None:
+    """An option for each of `ServeLimits`."""
     for option, default, what in (
         ("--max-body-bytes", 32 * 2**20, "bytes of a request"),
         ("--max-images", 16, "images of a request"),
@@ -31,15 +42,15 @@ def add_to(commands: Commands) -> None:
         ("--max-seconds", 120, "seconds from a request to its last token"),
         ("--max-waiting", 32, "requests that wait"),
     ):
-        add(option, type=positive, default=default, metavar="N", help=f"{what} at most (default {default})")
-    add_debug(command)
-    command.set_defaults(run=run)
+        text = f"{what} at most (default {default})"
+        command.add_argument(option, type=positive, default=default, metavar="N", help=text)
 
 
-def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
-    from ..serve import ServeLimits, serve
+def serve_limits(arguments: argparse.Namespace) -> "ServeLimits":
+    """What the arguments say of them."""
+    from ..serve import ServeLimits
 
-    limits = ServeLimits(
+    return ServeLimits(
         max_body_bytes=arguments.max_body_bytes,
         max_images=arguments.max_images,
         max_image_pixels=arguments.max_image_pixels,
@@ -48,9 +59,14 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
         max_seconds=arguments.max_seconds,
         max_waiting=arguments.max_waiting,
     )
+
+
+def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
+    from ..serve import serve
+
     serve(
         arguments.model,
-        limits,
+        serve_limits(arguments),
         host=arguments.host,
         port=arguments.port,
         name=arguments.name,

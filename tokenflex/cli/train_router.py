@@ -27,6 +27,11 @@ def add_to(commands: Commands) -> None:
         help="then compare the router with other ways to choose; table, JSON and plot go there",
     )
     add("--only-evaluate", action="store_true", help="the model has its router already")
+    add(
+        "--teacher-forced",
+        action="store_true",
+        help="compare by whether each token of the wanted answers is the likeliest, which costs a pass per count",
+    )
     add_debug(command)
     command.set_defaults(run=run)
 
@@ -39,6 +44,8 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
 
     if arguments.only_evaluate and not arguments.evaluate:
         raise UserError("--only-evaluate: where to? give --evaluate DIR")
+    if arguments.teacher_forced and not arguments.evaluate:
+        raise UserError("--teacher-forced is a way to compare: where to? give --evaluate DIR")
     config = resolve_embedded(load_config(arguments.config, arguments.set), say)
     folder = Path(arguments.model)
     if not arguments.only_evaluate:
@@ -47,5 +54,5 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
         train_router(folder, config, say, settings, arguments.samples, target)
         folder = target
     if arguments.evaluate:
-        evaluate_router(folder, config, say, arguments.evaluate)
+        evaluate_router(folder, config, say, arguments.evaluate, teacher_forced=arguments.teacher_forced)
     return 0

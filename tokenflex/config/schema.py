@@ -411,6 +411,11 @@ class EvaluateConfig(Section):
     """Length of an answer at most."""
     batch_size: PositiveInt = 32
     """Questions generated together."""
+    tasks: tuple[str, ...] = ()
+    """Tasks that the evaluation at the end asks; all where it is empty."""
+    router_samples: NonNegativeInt = 0
+    """Training conversations with images on which the exported model gets a router before it is evaluated, which then has the column
+    "auto" as well; 0 for no router."""
 
 
 class RunConfig(Section):

@@ -24,16 +24,28 @@ from ..model.generation import greedy
 from ..parallel import Ranks
 from ..telemetry.bar import Bar
 from .questions import read_questions
-from .report import EvaluationRecord, accuracy_table, plot_accuracy
+from .report import AutoRecord, EvaluationRecord, accuracy_table, plot_accuracy
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Question by question, at the counts that the model's router chose: whether it was answered exactly, [Q], the visual tokens of
+    all its images, [Q], and how many images these are, [Q]."""
+
+    right: list[bool]
+    tokens: list[int]
+    images: list[int]
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Question by question, whether it was answered exactly. keys, tasks: [Q]. right: {visual-token count: [Q]}."""
+    """Question by question, whether it was answered exactly. keys, tasks: [Q]. right: {visual-token count: [Q]}. auto: the same as the
+    model's router chooses, if it has one."""
 
     keys: list[str]
     tasks: list[str]
     right: dict[int, list[bool]]
+    auto: Routed | None = None
 
     @staticmethod
     def join(parts: "Sequence[Answers]") -> "Answers":
@@ -42,8 +54,12 @@ class Answers:
         tasks = [task for part in parts for task in part.tasks]
         right = {count: [hit for part in parts for hit in part.right[count]] for count in parts[0].right}
         order = sorted(range(len(keys)), key=keys.__getitem__)
-        ordered = {count: [hits[place] for place in order] for count, hits in right.items()}
-        return Answers([keys[place] for place in order], [tasks[place] for place in order], ordered)
+        sort = lambda values: [values[place] for place in order]
+        ordered = {count: sort(hits) for count, hits in right.items()}
+        chosen = [part.auto for part in parts if part.auto is not None]
+        names = ("right", "tokens", "images")
+        auto = {name: sort([value for part in chosen for value in getattr(part, name)]) for name in names if chosen}
+        return Answers(sort(keys), sort(tasks), ordered, Routed(**auto) if chosen else None)
 
     def accuracy(self) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
         """{task: {count: share that is right}} and {task: questions}."""
@@ -55,14 +71,28 @@ class Answers:
                 accuracy[task][str(count)] = hit[task] / number
         return accuracy, totals
 
+    def routed(self, auto: Routed, effort: float) -> AutoRecord:
+        """What `auto` came to at the router's own `effort`, task by task."""
+        tasks = sorted(set(self.tasks))
+        total = lambda values: {task: sum(v for v, own in zip(values, self.tasks) if own == task) for task in tasks}
+        return {
+            "effort": effort,
+            "right": total(auto.right),
+            "visual_tokens": total(auto.tokens),
+            "images": total(auto.images),
+        }
+
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values: `right` as one string of 0 and 1 per count."""
+        """Plain JSON values: `right` as one string of 0 and 1 per count, and of "auto" beside the visual tokens of each question."""
         right = {str(count): "".join("01"[hit] for hit in hits) for count, hits in self.right.items()}
-        return {"keys": self.keys, "tasks": self.tasks, "right": right}
+        found: dict[str, Any] = {"keys": self.keys, "tasks": self.tasks, "right": right}
+        if self.auto is not None:
+            found["auto"] = {"right": "".join("01"[hit] for hit in self.auto.right), "tokens": self.auto.tokens}
+        return found
 
 
 class Answering(Protocol):
-    """What evaluation uses of a model: transformers' `generate`."""
+    """What evaluation uses of a model: transformers' `generate`, and a router's choice if it is asked for."""
 
     @property
     def device(self) -> torch.device:
@@ -70,6 +100,12 @@ class Answering(Protocol):
 
     def generate(self, **inputs: Any) -> torch.Tensor:
         """Token ids [B, L] of prompts and answers, for the processor's inputs and settings of generation."""
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Features [tiles, P, C] of pixels, to be given in their place."""
+
+    def choose_num_visual_tokens(self, **inputs: Any) -> list[int]:
+        """A count per image of the processor's inputs."""
 
 
 def evaluate_run(
@@ -89,17 +125,26 @@ def evaluate_run(
     if not is_exported(folder):
         raise UserError(f"evaluation: no exported model at {folder}; train first, or give --model DIR")
     shards = locate_shards(config.data.evaluation, config.data, "data.evaluation")
-    questions = read_questions(shards, config.evaluate.max_samples_per_task, Limits.of(config.data))
+    settings = config.evaluate
+    questions = read_questions(shards, settings.max_samples_per_task, Limits.of(config.data), settings.tasks)
     questions.tell(say)
     samples = questions.samples
-    say(f"evaluate  {len(samples)} questions at {list(config.evaluate.num_visual_tokens)} visual tokens")
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(ranks.device).eval()
     model.generation_config = greedy(model.generation_config)
     processor = AutoProcessor.from_pretrained(folder)
+    router = model.config.router
+    chosen = f", and as its router chooses at effort {router['effort']:g}" if router else ""
+    say(f"evaluate  {len(samples)} questions at {list(settings.num_visual_tokens)} visual tokens{chosen}")
     own = samples[ranks.rank :: ranks.num_ranks]
-    num_asked = sum(len(config.evaluate.num_visual_tokens) if sample.images else 1 for sample in own)
-    with Bar(num_asked, "evaluate", "answers of this rank", say, ranks.is_main) as bar:
-        answers = evaluate_model(model, processor, own, config.evaluate, bar.update)
+    num_columns = len(settings.num_visual_tokens) + bool(router)
+    with Bar(
+        sum(num_columns if sample.images else 1 for sample in own),
+        "evaluate",
+        "answers of this rank",
+        say,
+        ranks.is_main,
+    ) as bar:
+        answers = evaluate_model(model, processor, own, settings, bar.update, with_auto=bool(router))
     answers = Answers.join(ranks.all_gather(answers))
     accuracy, totals = answers.accuracy()
     if ranks.is_main:
@@ -109,16 +154,23 @@ def evaluate_run(
             "num_bad_samples": len(questions.problems),
             "trained": model.config.trained_num_visual_tokens,
         }
-        layout.root.mkdir(parents=True, exist_ok=True)
-        layout.accuracy.write_text(json.dumps(record, indent=1))
-        layout.answers.write_text(json.dumps(answers.as_dict()))
-        plot_accuracy(record, layout.accuracy_plot)
+        if answers.auto is not None:
+            record["auto"] = answers.routed(answers.auto, router["effort"])
+        _write(layout, record, answers)
         table = accuracy_table(record)
         if folder == layout.model:
             add_figures(folder, f"Exact match in %, by visual tokens per image (bold: trained):\n\n{table}")
         say("\n" + table)
         say(f"\nplot      {layout.accuracy_plot}\nmodel     {folder}\n\n{loading_code(folder)}")
     return accuracy
+
+
+def _write(layout, record, answers):
+    """`accuracy.json`, `answers.json` and `accuracy.png` of a run."""
+    layout.root.mkdir(parents=True, exist_ok=True)
+    layout.accuracy.write_text(json.dumps(record, indent=1))
+    layout.answers.write_text(json.dumps(answers.as_dict()))
+    plot_accuracy(record, layout.accuracy_plot)
 
 
 def exact_match(answer: str, expected: str) -> bool:
@@ -132,8 +184,10 @@ def evaluate_model(
     samples: Sequence[Sample],
     settings: EvaluateConfig,
     on_answers: Callable[[int], None] = lambda number: None,
+    *,
+    with_auto: bool = False,
 ) -> Answers:
-    """Which questions are answered exactly, at each count.
+    """Which questions are answered exactly, at each count, and with `with_auto` as the model's router chooses at its own effort.
 
     Samples without an image are asked once and stand for every count. `settings` is the configuration's evaluate section;
     `on_answers` is told how many more answers there are.
@@ -152,7 +206,28 @@ def evaluate_model(
             for shown in (count,) if numbers is with_image else settings.num_visual_tokens:
                 for number, hit in zip(numbers, found):
                     right[shown][number] = hit
-    return Answers([sample.key for sample in samples], [sample.task for sample in samples], right)
+    auto = None
+    if with_auto:
+        auto = Routed(list(right[settings.num_visual_tokens[0]]), [0] * len(samples), [0] * len(samples))
+        for begin in range(0, len(with_image), settings.batch_size):
+            numbers = with_image[begin : begin + settings.batch_size]
+            _ask_auto(model, processor, numbers, samples, settings, auto)
+            on_answers(len(numbers))
+    return Answers([sample.key for sample in samples], [sample.task for sample in samples], right, auto)
+
+
+def _ask_auto(model, processor, numbers, samples, settings, auto):
+    """Ask samples, by their numbers, at the router's counts, and note in `auto` what came of it."""
+    batch = [samples[number] for number in numbers]
+    inputs = _rendered(model, processor, batch, model.config.router["num_visual_tokens"][0])
+    inputs["pixel_values"] = model.encode_images(inputs["pixel_values"].to(model.dtype))
+    seen = {name: inputs[name] for name in ("input_ids", "pixel_values", "attention_mask", "num_tiles")}
+    counts = model.choose_num_visual_tokens(**seen)
+    found = _generated(model, processor, batch, inputs, settings, num_visual_tokens=counts)
+    tokens = iter([count * tiles for count, tiles in zip(counts, inputs["num_tiles"].tolist())])
+    for number, sample, is_right in zip(numbers, batch, found):
+        auto.right[number], auto.images[number] = is_right, len(sample.images)
+        auto.tokens[number] = sum(next(tokens) for _ in sample.images)
 
 
 def hits(
@@ -164,10 +239,19 @@ def hits(
     **options: Any,
 ) -> list[bool]:
     """Per sample of a batch, whether its last message is answered exactly at `count` visual tokens; `options` are `generate`'s."""
+    return _generated(model, processor, samples, _rendered(model, processor, samples, count), settings, **options)
+
+
+def _rendered(model, processor, samples, count):
+    """The model's inputs for all but the last message of samples."""
     prompts = [sample.messages_with_images()[:-1] for sample in samples]
-    inputs = processor.apply_chat_template(
+    return processor.apply_chat_template(
         prompts, tokenize=True, add_generation_prompt=True, num_visual_tokens=count
     ).to(model.device)
+
+
+def _generated(model, processor, samples, inputs, settings, **options):
+    """Per sample, whether what the model goes on with is exactly the last message."""
     output = model.generate(**inputs, max_new_tokens=settings.max_new_tokens, do_sample=False, **options)
     answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     expected = ["".join(item["text"] for item in sample.messages[-1]["content"]) for sample in samples]

@@ -27,20 +27,23 @@ class Questions:
             say(f"left out  {len(self.problems) - MAX_NAMED} more; tokenflex data validate names all")
 
 
-def read_questions(shards: Sequence[Shard], max_per_task: int, limits: Limits) -> Questions:
-    """The questions of shards, at most `max_per_task` of each task.
+def read_questions(shards: Sequence[Shard], max_per_task: int, limits: Limits, tasks: Sequence[str] = ()) -> Questions:
+    """The questions of shards, at most `max_per_task` of each of `tasks`, or of every task where none is named.
 
     Raises:
-        UserError: a shard that cannot be read, or no good question in any.
+        UserError: a shard that cannot be read, no good question in any, or none of a task that is named.
     """
     questions, per_task = Questions(), Counter[str]()
+    others: set[str] = set()
     for shard in shards:
         try:
             for scanned in shard.scan(limits):
                 try:
                     sample = scanned.whole
                     _check_answer(sample)
-                    if per_task[sample.task] < max_per_task:
+                    if tasks and sample.task not in tasks:
+                        others.add(sample.task)
+                    elif per_task[sample.task] < max_per_task:
                         _check_images(sample, limits)
                         per_task[sample.task] += 1
                         questions.samples.append(sample)
@@ -48,6 +51,11 @@ def read_questions(shards: Sequence[Shard], max_per_task: int, limits: Limits) -
                     questions.problems.append(problem.located(shard, scanned.key, scanned.offset))
         except OSError as error:
             raise UserError(f"{shard}: {error.strerror}; give the path of a tar file") from None
+    missing = [task for task in tasks if task not in per_task]
+    if missing and (others or per_task):
+        raise UserError(
+            f"evaluate.tasks: no good question of task {missing[0]!r}; there are {', '.join(sorted({*others, *per_task}))}"
+        )
     if not questions.samples:
         raise UserError(
             f"data.evaluation: of {len(questions.problems)} samples in {len(shards)} shards none is good; "

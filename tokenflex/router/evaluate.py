@@ -6,10 +6,13 @@ import numpy as np
 import torch
 
 from ..config import EvaluateConfig
+from ..data import Limits
+from ..data.images import read_header
 from ..data.sample import Sample
 from ..evaluate import exact_match
 from ..model import TokenFlexForConditionalGeneration, TokenFlexProcessor
 from ..model.modeling_tokenflex import image_runs
+from .measure import measure
 from .policies import Asked
 
 EFFORTS = (0.0, 0.1, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -38,6 +41,42 @@ def ask(
     shares = np.stack([(chosen == count).mean(0) for count in counts], axis=1)
     keys, tasks = [sample.key for sample in samples], [sample.task for sample in samples]
     return Asked(keys, tasks, counts, efforts, tiles, right, confidence, routed, spent, shares)
+
+
+def ask_teacher_forced(
+    model: TokenFlexForConditionalGeneration,
+    processor: TokenFlexProcessor,
+    samples: Sequence[Sample],
+    settings: EvaluateConfig,
+    on_samples: Callable[[int], None] = lambda number: None,
+) -> Asked:
+    """The same without generating: the last message of a sample is right at a count if each of its tokens is the likeliest there.
+
+    One pass per count, so many questions cost little. Where a choice gives the images of a question different counts, it is right
+    only if it is right with all of them at each of these counts, which is stricter than generating.
+    """
+    counts = tuple(model.config.router["num_visual_tokens"])
+    efforts = tuple(sorted({*EFFORTS, model.config.router["effort"]}))
+    measured = measure(model, processor, samples, counts, settings.batch_size, on_samples)
+    features, router = measured.features.to(model.device), model.router
+    chosen = np.array([router.choose(features, effort) for effort in efforts]).T
+    right, routed, spent, tiles, kept = [], [], [], [], []
+    for number, sample in enumerate(samples):
+        rows = np.flatnonzero(measured.samples.numpy() == number)[-len(sample.images) :]  # of the last answer
+        right.append(measured.right[rows[0]].numpy())
+        at_counts = dict(zip(counts, right[-1]))
+        routed.append([all(at_counts[count] for count in column) for column in chosen[rows].T])
+        headers = [read_header(image, Limits()) for image in sample.images]
+        sizes = np.array([(header.width, header.height) for header in headers])
+        own = processor.image_processor.num_tiles(sizes[:, 0], sizes[:, 1])
+        tiles.append(own.sum())
+        spent.append(own @ chosen[rows])
+        kept.append(rows)
+    of_answers = chosen[np.concatenate(kept)]
+    shares = np.stack([(of_answers == count).mean(0) for count in counts], axis=1)
+    keys, tasks = [sample.key for sample in samples], [sample.task for sample in samples]
+    columns = (np.array(tiles), np.array(right), None, np.array(routed), np.array(spent), shares)
+    return Asked(keys, tasks, counts, efforts, *columns)
 
 
 class _Batch:

@@ -18,8 +18,8 @@ DRAWS = 2000
 class Asked:
     """Questions with images, each answered at every count and as the router chose at every effort.
 
-    right: [Q, K] whether exactly. confidence: [Q, K] the model's probability of its own answer. tiles: [Q] of all images of a
-    question. routed: [Q, E] right at the router's counts. spent: [Q, E] visual tokens of these. shares: [E, K] of the images that got each count.
+    right: [Q, K] whether exactly. confidence: [Q, K] the model's probability of its own answer, which a cascade goes by; None where
+    it gave none (teacher forcing). tiles: [Q] of all images of a question. routed: [Q, E] right at the router's counts. spent: [Q, E] visual tokens of these. shares: [E, K] of the images that got each count.
     """
 
     keys: list[str]
@@ -28,7 +28,7 @@ class Asked:
     efforts: tuple[float, ...]
     tiles: np.ndarray
     right: np.ndarray
-    confidence: np.ndarray
+    confidence: np.ndarray | None
     routed: np.ndarray
     spent: np.ndarray
     shares: np.ndarray
@@ -54,7 +54,8 @@ def outcomes(asked: Asked) -> list[Outcome]:
     for e, effort in enumerate(asked.efforts):
         found.append(Outcome("router", effort, asked.routed[:, e].astype(float), asked.spent[:, e].astype(float)))
         found.append(Outcome("random", effort, asked.right @ asked.shares[e], tokens_QK @ asked.shares[e]))
-    found += [cascade(asked, threshold) for threshold in THRESHOLDS]
+    if asked.confidence is not None:
+        found += [cascade(asked, threshold) for threshold in THRESHOLDS]
     best = np.where(asked.right.any(1), asked.right.argmax(1), 0)
     rows = np.arange(len(best))
     return [*found, Outcome("oracle", None, asked.right[rows, best].astype(float), tokens_QK[rows, best])]
@@ -62,6 +63,7 @@ def outcomes(asked: Asked) -> list[Outcome]:
 
 def cascade(asked: Asked, threshold: float) -> Outcome:
     """Start at the smallest count and go up while the answer is less probable than `threshold`; every try costs its tokens."""
+    assert asked.confidence is not None
     is_sure = asked.confidence >= threshold
     is_sure[:, -1] = True
     last = is_sure.argmax(1)

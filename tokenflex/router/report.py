@@ -18,8 +18,9 @@ NAMES = {
 def policy_table(record: dict[str, Any]) -> str:
     """A Markdown table: every count, the router at every effort (bold: its default), and what random and the cascade get for as many tokens.
 
-    The record is that of `router.json`.
+    The record is that of `router.json`; under teacher forcing there is no cascade.
     """
+    known = {row["policy"] for row in record["rows"]}
     rows, default = record["rows"], record["default_effort"]
     lines = [
         "| policy | exact match, % | of the largest's, % (95 % interval) | visual tokens | of the largest's, % | random, % | cascade, % |",
@@ -31,7 +32,10 @@ def policy_table(record: dict[str, Any]) -> str:
         name = NAMES[row["policy"]].format(setting=row["setting"])
         name = f"**{name}**" if row["policy"] == "router" and row["setting"] == default else name
         kept = f"{100 * row['kept']:.1f} ({100 * row['kept_low']:.1f} to {100 * row['kept_high']:.1f})"
-        others = [f"{100 * accuracy_at(rows, policy, row['token_share']):.1f}" for policy in ("random", "cascade")]
+        others = [
+            f"{100 * accuracy_at(rows, policy, row['token_share']):.1f}" if policy in known else ""
+            for policy in ("random", "cascade")
+        ]
         others = others if row["policy"] == "router" else ["", ""]
         cells = [f"{100 * row['accuracy']:.1f}", kept, f"{row['tokens']:.1f}", f"{100 * row['token_share']:.0f}"]
         lines.append(f"| {' | '.join([name, *cells, *others])} |")
@@ -51,7 +55,8 @@ def plot_policies(record: dict[str, Any], path: str | PathLike) -> None:
     }
     for policy, (color, style, label) in styles.items():
         points = sorted((row["tokens"], 100 * row["accuracy"]) for row in record["rows"] if row["policy"] == policy)
-        axes.plot(*zip(*points), style, color=color, label=label, markersize=9 if policy == "oracle" else 5)
+        if points:
+            axes.plot(*zip(*points), style, color=color, label=label, markersize=9 if policy == "oracle" else 5)
     axes.axhline(99 * record["rows"][len(record["counts"]) - 1]["accuracy"], color="C3", linewidth=0.8, linestyle=":")
     axes.set_xlabel("visual tokens of a question, mean (dotted: 99 % of the largest count's accuracy)")
     axes.set_ylabel("exact match, %")

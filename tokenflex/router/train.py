@@ -16,10 +16,12 @@ from ..errors import UserError
 from ..evaluate.questions import read_questions
 from ..export import export_router, is_exported
 from ..files import write_whole
+from ..layout import RunLayout
 from ..model import TokenFlexForConditionalGeneration, TokenFlexProcessor
 from ..model.generation import greedy
 from ..telemetry.bar import Bar
-from .evaluate import ask
+from ..telemetry.stages import stage
+from .evaluate import ask, ask_teacher_forced
 from .fit import FitSettings, Fitted, fit_router
 from .measure import measure
 from .policies import rows_of
@@ -79,10 +81,26 @@ def train_router(
     return fitted
 
 
-def evaluate_router(folder: str | PathLike, config: RunConfig, say: Say, out: str | PathLike) -> dict[str, Any]:
+def give_router(config: RunConfig, say: Say) -> None:
+    """What a run with `evaluate.router_samples` does once its model is exported: the model gets a router, unless it has one.
+
+    A model that was trained at one count alone has nothing to choose from; that is said and left.
+    """
+    folder = RunLayout.of(config).model
+    exported = AutoConfig.from_pretrained(folder)
+    if len(exported.trained_num_visual_tokens) < 2:
+        say(f"router    none: the model was trained at {list(exported.trained_num_visual_tokens)} visual tokens alone")
+    elif exported.router is None:
+        with stage("router", "trained on the model's own answers", say):
+            train_router(folder, config, say, FitSettings(), config.evaluate.router_samples)
+
+
+def evaluate_router(
+    folder: str | PathLike, config: RunConfig, say: Say, out: str | PathLike, *, teacher_forced: bool = False
+) -> dict[str, Any]:
     """Compare the router of an exported model with other ways to choose, on the recipe's held-out questions with images.
 
-    Writes `router.json`, `router.md` and `router.png` to the folder `out`, and returns what the first holds.
+    With `teacher_forced` nothing is generated: see `ask_teacher_forced`. Writes `router.json`, `router.md` and `router.png` to the folder `out`, and returns what the first holds.
 
     Raises:
         UserError: no export, no router in it, or no question with an image.
@@ -104,7 +122,8 @@ def evaluate_router(folder: str | PathLike, config: RunConfig, say: Say, out: st
         f"evaluate  {len(samples)} questions with images at {model.config.router['num_visual_tokens']} visual tokens and as the router chooses"
     )
     with Bar(len(samples), "evaluate", "questions", say, True) as bar:
-        asked = ask(model, processor, samples, config.evaluate, bar.update)
+        answer = ask_teacher_forced if teacher_forced else ask
+        asked = answer(model, processor, samples, config.evaluate, bar.update)
     record = {
         "num_questions": len(samples),
         "counts": list(asked.counts),

@@ -14,10 +14,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from .limits import RequestRefused, ServeLimits
+from .page import PAGE, PAGE_HEADERS
 from .requests import parse_request
 from .worker import Event, Failed, Finished, Job, Piece, Started, Worker, out_of_time
 
@@ -32,6 +33,7 @@ class Endpoint:
         about: what `/v1/models` tells beside the name.
         hosts: that images may be fetched from.
         key: that requests must bring; empty for none.
+        has_page: whether `/` is a page to try the model on.
     """
 
     def __init__(
@@ -43,9 +45,11 @@ class Endpoint:
         about: dict[str, Any],
         hosts: Sequence[str] = (),
         key: str = "",
+        has_page: bool = False,
     ):
         self.worker, self.name, self.limits = worker, name, limits
         self.about, self.hosts, self.key = about, tuple(hosts), key
+        self.has_page = has_page
         self.created = int(time.time())
 
     def app(self, is_local: bool) -> Starlette:
@@ -56,6 +60,8 @@ class Endpoint:
             Route("/v1/models", self.models),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
         ]
+        if self.has_page:
+            routes.append(Route("/", self.page))
         middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))] if is_local else []
         handlers: Any = {RequestRefused: _refused, HTTPException: _http_error}
         return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
@@ -63,6 +69,10 @@ class Endpoint:
     async def health(self, request: Request) -> Response:
         """Whether requests are taken: at once, whatever the model does."""
         return JSONResponse({"status": "ok"})
+
+    async def page(self, request: Request) -> Response:
+        """The page to try the model on, which asks the routes beside it."""
+        return HTMLResponse(PAGE, headers=PAGE_HEADERS)
 
     async def models(self, request: Request) -> Response:
         """The one model that is served."""
@@ -164,6 +174,10 @@ class _Answer:
             "object": "chat.completion",
             "choices": [choice],
             "usage": _usage(started, event),
+            "tokenflex": {
+                "images": [image.as_dict() for image in started.images],
+                "seconds": {"prompt": round(started.seconds, 4), "answer": round(event.seconds, 4)},
+            },
         }
 
     async def stream(self, started: Started, has_usage: bool, watch: "asyncio.Task[None]") -> AsyncIterator[str]:

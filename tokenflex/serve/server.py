@@ -5,6 +5,7 @@ import importlib.util
 import os
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import UserError
@@ -23,9 +24,11 @@ def serve(
     port: int = 8000,
     name: str = "",
     hosts: Sequence[str] = (),
+    has_page: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Serve an exported model until a signal ends it; port 0 takes a free one. `hosts` are those that images may be fetched from.
+    """Serve an exported model until a signal ends it; port 0 takes a free one. `hosts` are those that images may be fetched from;
+    with `has_page`, `/` is a page to try it on.
 
     Raises:
         UserError: no exported model, an address that cannot be had, or packages that are missing; before any weight is read.
@@ -50,12 +53,16 @@ def serve(
         about = {
             "trained_num_visual_tokens": list(config.trained_num_visual_tokens),
             "default_num_visual_tokens": config.default_num_visual_tokens,
+            "default_effort": config.router["effort"] if config.router else None,
+            "limits": asdict(limits),
         }
         worker = Worker(generator, limits)
-        endpoint = Endpoint(worker, name, limits, about=about, hosts=hosts, key=os.environ.get(API_KEY, ""))
+        key = os.environ.get(API_KEY, "")
+        endpoint = Endpoint(worker, name, limits, about=about, hosts=hosts, key=key, has_page=has_page)
         app = endpoint.app(is_local=host in LOOPBACK)
         settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, server_header=False)
-        say(f"serving {name} at http://{host}:{listener.getsockname()[1]}/v1")
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        say(f"try {name} at {address}/" if has_page else f"serving {name} at {address}/v1")
         try:
             with contextlib.suppress(KeyboardInterrupt):  # raised again once everything is closed
                 uvicorn.Server(settings).run(sockets=[listener])

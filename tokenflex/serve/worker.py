@@ -17,14 +17,18 @@ from ..infer import Generator
 from .limits import RequestRefused, ServeLimits
 from .pieces import TextPieces
 from .requests import ChatRequest
+from .seen import SeenImage, seen_images
 
 
 @dataclass(frozen=True)
 class Started:
-    """The prompt has been built; num_image_tokens of its tokens are visual ones."""
+    """The prompt has been built, in `seconds` (the vision encoder's share included, where the features were not kept);
+    num_image_tokens of its tokens are visual ones, of `images`."""
 
     num_prompt_tokens: int
     num_image_tokens: int
+    images: tuple[SeenImage, ...]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Finished:
-    """No more comes. reason: `stop`, or `length` where the answer was cut."""
+    """No more comes. reason: `stop`, or `length` where the answer was cut. seconds: from the prompt's tokens to the last new one."""
 
     reason: str
     num_new_tokens: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -115,13 +120,17 @@ class Worker:
         if job.is_over:
             raise out_of_time(self._limits)
         request, model = job.request, self._generator.model
+        begin = time.monotonic()
         try:
             inputs = self._generator.inputs(request.messages, request.num_visual_tokens, request.effort)
         except UserError as error:
             raise RequestRefused(str(error).removeprefix("--num-visual-tokens").removeprefix(":").lstrip()) from None
         ids = inputs["input_ids"]
         num_new = self._room(ids.shape[1], request.max_new_tokens)
-        job.tell(Started(ids.shape[1], int((ids == model.config.image_token_id).sum())))
+        images = seen_images(self._generator, request.messages, inputs)
+        asked = time.monotonic()
+        num_visual = int((ids == model.config.image_token_id).sum())
+        job.tell(Started(ids.shape[1], num_visual, images, asked - begin))
         if request.seed is not None:
             torch.manual_seed(request.seed)
         options = {"temperature": request.temperature, "top_p": request.top_p} if request.temperature else {}
@@ -136,7 +145,8 @@ class Worker:
         )
         if job.is_over:
             raise out_of_time(self._limits)
-        job.tell(Finished(writer.reason(model.generation_config.eos_token_id), len(writer.pieces.ids)))
+        reason = writer.reason(model.generation_config.eos_token_id)
+        job.tell(Finished(reason, len(writer.pieces.ids), time.monotonic() - asked))
 
     def _room(self, num_prompt: int, num_new: int) -> int:
         """Tokens that may be written.
