@@ -14,6 +14,13 @@ def add_to(commands: Commands) -> None:
     add = command.add_argument
     add("--model", required=True, metavar="DIR", help="folder that training exported (runs/NAME/model)")
     add("--image", action="append", default=[], metavar="FILE", help="image file; may be given several times")
+    add(
+        "--video",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="video file, asked about as frames; likewise, behind the images",
+    )
     add("--prompt", required=True, metavar="TEXT", help="the question")
     add(
         "--num-visual-tokens",
@@ -38,5 +45,6 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
     if counts == "auto" or (isinstance(counts, list) and "auto" in counts):
         check_auto(arguments.model)
     generator = Generator(arguments.model)
-    say(generator(arguments.prompt, arguments.image, counts, arguments.max_new_tokens, arguments.effort))
+    asked = (arguments.prompt, arguments.image, counts, arguments.max_new_tokens, arguments.effort)
+    say(generator(*asked, videos=arguments.video))
     return 0

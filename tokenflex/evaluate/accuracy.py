@@ -89,13 +89,14 @@ def evaluate_run(
     if not is_exported(folder):
         raise UserError(f"evaluation: no exported model at {folder}; train first, or give --model DIR")
     shards = locate_shards(config.data.evaluation, config.data, "data.evaluation")
-    questions = read_questions(shards, config.evaluate.max_samples_per_task, Limits.of(config.data))
+    processor = AutoProcessor.from_pretrained(folder)
+    limits = Limits.of(config.data)
+    questions = read_questions(shards, config.evaluate.max_samples_per_task, limits, processor.frames)
     questions.tell(say)
     samples = questions.samples
     say(f"evaluate  {len(samples)} questions at {list(config.evaluate.num_visual_tokens)} visual tokens")
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(ranks.device).eval()
     model.generation_config = greedy(model.generation_config)
-    processor = AutoProcessor.from_pretrained(folder)
     own = samples[ranks.rank :: ranks.num_ranks]
     num_asked = sum(len(config.evaluate.num_visual_tokens) if sample.images else 1 for sample in own)
     with Bar(num_asked, "evaluate", "answers of this rank", say, ranks.is_main) as bar:

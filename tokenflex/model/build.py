@@ -91,6 +91,8 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
         image_start_token=start,
         image_token=token,
         image_end_token=end,
+        frames_per_second=model.frames_per_second,
+        max_frames=model.max_frames,
     )
     check_template(processor)
     if processor.turn_end_id() in tokenizer.convert_tokens_to_ids(list(model.image_tokens)):

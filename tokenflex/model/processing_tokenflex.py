@@ -23,6 +23,7 @@ from .image_processing_tokenflex import TokenFlexImageProcessor, TokenFlexImageP
 from .pooling import sides_of
 from .rendering import CALLS, ChatRenderer, RenderingRefused, dated_template, knows_variable, marked_contents
 from .router import asks_auto
+from .video import FRAMES_PER_SECOND, MAX_FRAMES, clip_frames
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_KEPT = 4096  # pieces of templates whose tokens are kept
@@ -70,6 +71,7 @@ class TokenFlexProcessor(ProcessorMixin):
         image_start_token, image_token, image_end_token: the tokens around and in place of an image.
         chat_template_options: variables of the chat template, such as `{"enable_thinking": False}`, in every rendering; a
             call's own take precedence.
+        frames_per_second, max_frames: how a video file is sampled, and the most frames of a clip; see `clip_frames` in `video.py`.
 
     Attributes:
         render_date: ISO date that the chat template takes for today's (`strftime_now`); empty is the day it runs on. Not
@@ -92,6 +94,8 @@ class TokenFlexProcessor(ProcessorMixin):
         image_token: str = "<IMG_CONTEXT>",
         image_end_token: str = "</img>",
         chat_template_options: dict[str, Any] | None = None,
+        frames_per_second: float = FRAMES_PER_SECOND,
+        max_frames: int = MAX_FRAMES,
         **kwargs: Any,
     ):
         tokens = (image_start_token, image_token, image_end_token)
@@ -104,6 +108,7 @@ class TokenFlexProcessor(ProcessorMixin):
         self.num_visual_tokens = num_visual_tokens
         self.patch_grid = list(patch_grid)
         self.chat_template_options = dict(chat_template_options or {})
+        self.frames_per_second, self.max_frames = frames_per_second, max_frames
         self.render_date = ""
         self._template_cache, self._turn_ends, self._ids = {}, {}, None
         self._blank = None
@@ -306,10 +311,11 @@ class TokenFlexProcessor(ProcessorMixin):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Render conversations (role/content messages; content a string or a list of text and image items).
+        """Render conversations (role/content messages; content a string or a list of text, image and video items).
 
         With `tokenize=False` the prompt as text. With `tokenize=True` the model inputs as `__call__` returns them, or with
-        `return_dict=False` the `input_ids` alone. Images are taken from the items' `image`, `path`, `url` or `base64` entry.
+        `return_dict=False` the `input_ids` alone. Images are taken from the items' `image`, `path`, `url` or `base64` entry. A video
+        item, with a file's path or bytes or a list of frames as `video` (or `path`), is as many images as it has frames (`frames`).
 
         Args:
             chat_template: a template, or the name of one of the tokenizer's; by default the processor's own.
@@ -548,7 +554,7 @@ class TokenFlexProcessor(ProcessorMixin):
 
     def _pieces(self, messages, add_generation_prompt, chat_template, options, must_teach=False):
         """Pieces of the rendered conversation, the items of each message (None: tool calls only), the marks of images."""
-        contents = [_items(message) for message in messages]
+        contents = [self._items(message) for message in messages]
         self._check_spelling(messages)
         texts, marks = marked_contents(contents, len("".join(self._image_tokens())))
         pieces = self._renderer.pieces(
@@ -562,6 +568,26 @@ class TokenFlexProcessor(ProcessorMixin):
             ):
                 raise RenderingRefused(f"the chat template leaves out or moves an image of message {piece.message}")
         return pieces, contents, marks
+
+    def frames(self, clip: Any) -> list[Any]:
+        """The frames of a clip (a video file's path or bytes, or a list of frames) as images; see `clip_frames`.
+
+        Raises:
+            ValueError: an empty clip, one of too many frames, or a file that does not decode. ImportError: PyAV is missing.
+        """
+        return clip_frames(clip, self.frames_per_second, self.max_frames)
+
+    def _items(self, message):
+        """A message's content as a list of text and image items, an image for each frame of a video; None: tool calls only."""
+        items = _items(message)
+        if not any(item["type"] == "video" for item in items or ()):
+            return items
+        framed = []
+        for item in items:
+            clip = next((item[key] for key in ("video", "path", "url") if item.get(key) is not None), None)
+            is_clip = item["type"] == "video"
+            framed += [{"type": "image", "image": frame} for frame in self.frames(clip)] if is_clip else [item]
+        return framed
 
     def _check_spelling(self, messages):
         """What else a message holds is written by the template, where a special token would be one."""
@@ -700,6 +726,9 @@ def _items(message):
     items = [{"type": "text", "text": item} if isinstance(item, str) else item for item in content]
     for item in items:
         kind = item.get("type")
-        if kind not in ("text", "image", "image_url") or (kind == "text" and not isinstance(item.get("text"), str)):
-            raise ValueError(f"a message holds an item of type {kind!r}; known are 'text' with its text, and 'image'")
+        known = ("text", "image", "image_url", "video")
+        if kind not in known or (kind == "text" and not isinstance(item.get("text"), str)):
+            raise ValueError(
+                f"a message holds an item of type {kind!r}; known are 'text' with its text, 'image' and 'video'"
+            )
     return [{**item, "type": "image"} if item["type"] == "image_url" else item for item in items]
