@@ -1,18 +1,15 @@
 """Clips: files and lists of frames become images by one rule, the same when indexed, trained on and asked about."""
 
-import io
-import json
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from clip_files import CONTAINERS, needs_av, numbers, picture, png, shard, talk, video
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from tokenflex.data import Limits, PackDataset, load_or_build_index
 from tokenflex.data.index import fingerprint
@@ -20,58 +17,6 @@ from tokenflex.data.loader import MicroBatchPlan
 from tokenflex.model.video import ClipRefused, PyAVMissing, clip_frames, container_of, sampled
 from tokenflex.plan import Position
 from tokenflex.train.objective import model_inputs
-
-CONTAINERS = {"mp4": "mpeg4", "mkv": "mpeg4", "avi": "mpeg4"}
-needs_av = pytest.mark.skipif("not __import__('importlib').util.find_spec('av')", reason="needs PyAV")
-
-
-def picture(number, size=(40, 32)):
-    """A frame of one colour by its number, which survives compression."""
-    return np.full((size[1], size[0], 3), (20 + 10 * number) % 250, np.uint8)
-
-
-def video(number, rate=4, container="mp4", size=(40, 32)):
-    """A file of `number` frames."""
-    import av
-
-    file = io.BytesIO()
-    with av.open(file, "w", format={"mkv": "matroska"}.get(container, container)) as out:
-        stream = out.add_stream(CONTAINERS[container], rate=rate)
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        for place in range(number):
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture(place, size), format="rgb24")))
-        out.mux(stream.encode())
-    return file.getvalue()
-
-
-def png(array):
-    file = io.BytesIO()
-    Image.fromarray(array).save(file, "PNG")
-    return file.getvalue()
-
-
-def shard(path, samples):
-    """A tar of (messages, members by number and extension)."""
-    with tarfile.open(path, "w") as tar:
-        for place, (messages, members) in enumerate(samples):
-            record = json.dumps({"messages": messages}).encode()
-            for name, data in (("json", record), *members.items()):
-                info = tarfile.TarInfo(f"s{place:03d}.{name}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def talk(*items, answer="a"):
-    return [
-        {"role": "user", "content": [*items, {"type": "text", "text": "what?"}]},
-        {"role": "assistant", "content": answer},
-    ]
-
-
-def numbers(frames):
-    """Which pictures frames are."""
-    return [round((float(np.asarray(frame).mean()) - 20) / 10) for frame in frames]
 
 
 @given(

@@ -115,7 +115,9 @@ def decoded(data: bytes, frames_per_second: float, max_frames: int, max_pixels: 
     except (av.FFmpegError, ValueError, OSError, MemoryError) as error:
         if isinstance(error, ClipRefused):
             raise
-        raise ClipRefused(f"not a readable video ({' '.join(str(getattr(error, 'strerror', None) or error).split())}); repair or remove it") from None
+        raise ClipRefused(
+            f"not a readable video ({' '.join(str(getattr(error, 'strerror', None) or error).split())}); repair or remove it"
+        ) from None
     if len(frames) != len(wanted):
         raise ClipRefused(
             f"only {len(frames)} of the {len(wanted)} frames that are taken decode: it is cut short or damaged; repair or remove it"

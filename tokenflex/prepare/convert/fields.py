@@ -203,13 +203,15 @@ def video_fields(record: Fields) -> tuple[list[Clip], set[str]]:
 
 def clips_of(value: Any) -> list[Clip]:
     """The clips that a field or an item holds."""
-    if isinstance(value, (list, tuple)) and not any(_names_frames(entry) or isinstance(entry, dict) for entry in value):
+    if isinstance(value, (list, tuple)) and not any(map(_is_frame, value)):
         return [Clip(list(entry) if isinstance(entry, tuple) else entry) for entry in value]
     return [Clip(list(value) if isinstance(value, tuple) else value)]
 
 
-def _names_frames(entry: Any) -> bool:
-    """Whether an entry of a list is a frame, and not a video: an image's name or address."""
+def _is_frame(entry: Any) -> bool:
+    """Whether an entry of a list is a frame, and not a video: an image's name or address, or a cell that names no video."""
+    if isinstance(entry, dict):  # the cell of a Hugging Face column
+        return not entry.get("path") or _is_frame(entry["path"])
     return isinstance(entry, str) and bool(IMAGE_NAME.search(entry) or entry.startswith("data:image/"))
 
 

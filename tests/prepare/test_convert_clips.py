@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from data.test_clips import needs_av, numbers, picture, png, shard, video
+from clip_files import needs_av, numbers, picture, png, shard, video
 
 from tokenflex.data import Limits
 from tokenflex.data.clips import with_frames
@@ -22,7 +22,12 @@ def told(question, **fields):
 
 
 def said(*items):
-    return {"messages": [{"role": "user", "content": [*items, {"type": "text", "text": "what?"}]}, {"role": "assistant", "content": "x"}]}
+    return {
+        "messages": [
+            {"role": "user", "content": [*items, {"type": "text", "text": "what?"}]},
+            {"role": "assistant", "content": "x"},
+        ]
+    }
 
 
 @pytest.fixture
@@ -88,7 +93,15 @@ def test_what_is_no_clip_is_left_out_with_a_line(media, tmp_path):
     ]
     samples, skipped = converted(records, media, tmp_path)
     assert not samples
-    assert [line["reason"] for line in skipped] == ["clip", "image-missing", "clip", "image-tags", "image-path", "image-path", "media"]
+    assert [line["reason"] for line in skipped] == [
+        "clip",
+        "image-missing",
+        "clip",
+        "image-tags",
+        "image-path",
+        "image-path",
+        "media",
+    ]
     assert all(line["detail"] and "\n" not in line["detail"] for line in skipped)
 
 
