@@ -49,6 +49,10 @@ class BudgetSettings(Protocol):
     def per_sample(self) -> str:
         """`one`, `all` or `largest_and_one`."""
 
+    @property
+    def total(self) -> int:
+        """Visual tokens of a sample at most; 0 for no limit."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisualTokenBudget:
@@ -56,13 +60,15 @@ class VisualTokenBudget:
 
     counts: the counts that are drawn. probabilities: one per count. schedule: points (samples seen, probabilities), linear
     in between and constant outside; empty keeps `probabilities`. others: counts at which every image is shown besides the
-    drawn one, the largest first.
+    drawn one, the largest first. total: visual tokens that all images of a sample have at most, 0 for no limit: a sample whose drawn
+    count does not fit gets the largest that does.
     """
 
     counts: tuple[int, ...]
     probabilities: tuple[float, ...]
     schedule: tuple[tuple[int, tuple[float, ...]], ...] = ()
     others: tuple[int, ...] = ()
+    total: int = 0
 
     @classmethod
     def of(cls, config: BudgetSettings) -> "VisualTokenBudget":
@@ -73,7 +79,7 @@ class VisualTokenBudget:
         """
         counts, probabilities, schedule = config.num_visual_tokens, config.probabilities, config.schedule
         if config.per_sample == "one":
-            return cls(counts=counts, probabilities=probabilities, schedule=schedule)
+            return cls(counts=counts, probabilities=probabilities, schedule=schedule, total=config.total)
         if config.per_sample == "all":
             smallest, *others = sorted(counts)
             return cls(counts=(smallest,), probabilities=(1.0,), others=tuple(others[::-1]))
@@ -93,6 +99,24 @@ class VisualTokenBudget:
     def views(self, count: int) -> tuple[int, ...]:
         """The counts at which a sample that drew `count` is shown, the largest first; (0,) for one without images."""
         return (*self.others, count) if count else (0,)
+
+    @property
+    def most_tiles(self) -> float:
+        """Tiles with which a sample fits the total at the smallest count."""
+        return self.total // min(self.counts) if self.total else float("inf")
+
+    def within_total(self, counts: np.ndarray, tiles: np.ndarray) -> np.ndarray:
+        """Counts of samples, each lowered to the largest with which its tiles fit the total: [S], [S] -> [S].
+
+        With more than `most_tiles` it is the smallest. The same rule for one prompt is `tokenflex.model.sharing.even_count`.
+        """
+        counts = np.asarray(counts)
+        if not self.total:
+            return counts
+        ascending = np.array(sorted(self.counts))
+        most = self.total // np.maximum(tiles, 1)
+        fitting = ascending[np.maximum(np.searchsorted(ascending, most, side="right") - 1, 0)]
+        return np.minimum(counts, fitting)
 
     def visual_tokens(self, counts: np.ndarray) -> np.ndarray:
         """Visual tokens per tile over all views of samples that drew `counts`: [S] -> [S]; 0 stays 0."""

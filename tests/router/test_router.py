@@ -197,6 +197,51 @@ def _last_run(learned):
     return end - begin
 
 
+def test_the_router_shares_a_total_among_the_images_of_a_row(choosy, processor, samples):
+    """Every row for itself, at the largest effort with which its images fit, and never at more than was asked for."""
+    one, two = (next(s for s in samples if len(s.images) == number) for number in (1, 2))
+    talks = [sample.messages_with_images()[:-1] for sample in (one, two)]
+    inputs = processor.apply_chat_template(talks, tokenize=True, add_generation_prompt=True)
+    seen = {name: inputs[name] for name in ("input_ids", "pixel_values", "attention_mask", "num_tiles")}
+    for total in (8, 16, 23, 24, 100):
+        chosen = choosy.choose_num_visual_tokens(**seen, effort=1, total_visual_tokens=total)
+        assert chosen[0] == (12 if total >= 12 else 4) and sum(chosen[1:]) <= total
+        assert total < 24 or chosen[1:] == [12, 12]
+        free = choosy.choose_num_visual_tokens(**seen, effort=0.5)
+        held = choosy.choose_num_visual_tokens(**seen, effort=0.5, total_visual_tokens=total)
+        assert all(own <= other for own, other in zip(held, free))
+    with pytest.raises(ValueError, match="total_visual_tokens=7: 2 images .* 8 visual tokens at the least"):
+        choosy.choose_num_visual_tokens(**seen, total_visual_tokens=7)
+    options = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with pytest.raises(ValueError, match="are the router's here"):
+        choosy.generate(**inputs, num_visual_tokens=4, total_visual_tokens=16, **options)
+    with pytest.raises(ValueError, match="the router shares a total among all images"):
+        choosy.generate(**inputs, num_visual_tokens=["auto", 4, 4], total_visual_tokens=16, **options)
+    shared = choosy.generate(**inputs, num_visual_tokens="auto", effort=1, total_visual_tokens=16, **options)
+    chosen = choosy.choose_num_visual_tokens(**seen, effort=1, total_visual_tokens=16)
+    assert torch.equal(shared, choosy.generate(**inputs, num_visual_tokens=chosen, **options))
+
+
+def test_the_generator_shares_a_total_as_it_is_asked_to(routed, samples):
+    generator = Generator(routed)
+    talk = next(sample for sample in samples if len(sample.images) == 2).messages_with_images()[:-1]
+    runs = lambda *options: int(
+        (generator.inputs(talk, *options)["input_ids"] == generator.processor.image_token_id).sum()
+    )  # noqa: E731
+    assert runs(None, None, 24) == 24 and runs(None, None, 23) == runs(None, None, 23, "size") == 8
+    assert runs("auto", 1, 24) == runs(None, 1, 24, "router") == 24 and runs(None, 1, 15, "router") == 8
+    for options, why in (
+        ((None, None, 7), "total_visual_tokens=7: 2 images"),
+        ((None, None, 7, "router"), "total_visual_tokens=7: 2 images"),
+        ((None, None, None, "router"), "--share router: .* give --total-visual-tokens"),
+        ((4, None, 16, "router"), "--share router: .* and no counts"),
+        (("auto", None, 16, "even"), "--share even with --num-visual-tokens auto"),
+        ((None, None, None, "size"), "is of a total, and there is none"),
+    ):
+        with pytest.raises(UserError, match=why):
+            runs(*options)
+
+
 def test_auto_is_the_chosen_numbers_per_image_and_row(choosy, processor, samples):
     """Answers of a batch at "auto" are those at its numbers, whatever count the prompt was built with; rows are as alone."""
     some = samples[:10]

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from .options import Commands, add_debug, share
+from .options import Commands, add_debug, positive, share
 
 
 def add_to(commands: Commands) -> None:
@@ -33,6 +33,17 @@ def add_to(commands: Commands) -> None:
         metavar="X",
         help="of auto: from 0 (fewest visual tokens) to 1 (most); default: what training the router found enough",
     )
+    add(
+        "--total-visual-tokens",
+        type=positive,
+        metavar="N",
+        help="visual tokens of all images together at most, such as 512 (default: what the model was trained at, or no limit)",
+    )
+    add(
+        "--share",
+        choices=("even", "size", "router"),
+        help="how the images share the total: evenly, by their pixels, or as the model's router chooses (default: as in training)",
+    )
     add("--max-new-tokens", type=int, default=64, metavar="N", help="length of the answer at most (default 64)")
     add_debug(command)
     command.set_defaults(run=run)
@@ -42,9 +53,19 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
     from ..infer import Generator, check_auto, parse_num_visual_tokens
 
     counts = None if arguments.num_visual_tokens is None else parse_num_visual_tokens(arguments.num_visual_tokens)
-    if counts == "auto" or (isinstance(counts, list) and "auto" in counts):
+    if arguments.share == "router" or counts == "auto" or (isinstance(counts, list) and "auto" in counts):
         check_auto(arguments.model)
     generator = Generator(arguments.model)
-    asked = (arguments.prompt, arguments.image, counts, arguments.max_new_tokens, arguments.effort)
-    say(generator(*asked, videos=arguments.video))
+    say(
+        generator(
+            arguments.prompt,
+            arguments.image,
+            counts,
+            arguments.max_new_tokens,
+            arguments.effort,
+            arguments.total_visual_tokens,
+            arguments.share,
+            arguments.video,
+        )
+    )
     return 0

@@ -54,6 +54,9 @@ class BudgetConfig(Section):
 
     num_visual_tokens: tuple[PositiveInt, ...] = (64, 144, 256)
     """Counts per image (or tile) seen in training."""
+    sides: Literal["square", "aspect"] = "square"
+    """How a count becomes rows and columns: `square`, shaped like the patches of a tile, so 64 is 8 x 8; `aspect`, shaped like the image
+    (or what a tile shows of it), so 64 is 4 x 16 for a wide page. The count, and so every length, stays the same."""
     probabilities: tuple[NonNegativeFloat, ...] = (0.2, 0.3, 0.5)
     """Probability of each count: fractions that sum to 1 (rounded ones such as 0.333 are scaled), or weights in whole numbers."""
     schedule: tuple[tuple[NonNegativeInt, tuple[NonNegativeFloat, ...]], ...] = ()
@@ -61,6 +64,11 @@ class BudgetConfig(Section):
     per_sample: Literal["one", "all", "largest_and_one"] = "one"
     """Counts at which a sample is seen when it comes: `one` that is drawn (the paper); `all` of them side by side in its pack (M3);
     `largest_and_one`: the largest, and one of the others that is drawn (ViCO). Its images run through the encoder once."""
+    total: NonNegativeInt = 0
+    """Visual tokens that all images (or frames) of a sample have together at most, such as 512; 0 for no limit. A sample whose drawn count
+    does not fit gets the largest of the counts that does, for each of its images."""
+    share: Literal["even", "size"] = "even"
+    """How the images of a sample share its visual tokens under a total: each the same, or by their size in pixels (without tiles)."""
 
     @model_validator(mode="after")
     def _check(self) -> "BudgetConfig":
@@ -77,10 +85,23 @@ class BudgetConfig(Section):
         if samples != sorted(set(samples)):
             raise ValueError(f"the schedule's points are at samples {samples}; they must rise")
         self._check_views()
+        self._check_total()
         object.__setattr__(self, "probabilities", as_probabilities(self.probabilities))
         points = tuple((at, as_probabilities(probabilities)) for at, probabilities in self.schedule)
         object.__setattr__(self, "schedule", points)
         return self
+
+    def _check_total(self) -> None:
+        if self.total and self.total < min(self.num_visual_tokens):
+            raise ValueError(
+                f"total={self.total} holds no image at any of the counts {list(self.num_visual_tokens)}; raise it, or add a smaller count"
+            )
+        if self.total and self.per_sample != "one":
+            raise ValueError(
+                f"total={self.total} with per_sample={self.per_sample}; a total is for samples that are seen at one count"
+            )
+        if self.share != "even" and not self.total:
+            raise ValueError(f"share={self.share} shares a total, and there is none; set total, such as 512")
 
     def _check_views(self) -> None:
         if self.per_sample != "one" and len(self.num_visual_tokens) < 2:

@@ -28,7 +28,7 @@ class PackedBatch:
     input_ids, position_ids: [1, T] int64, positions restart in every view of a sample (which has one, or one per count that it
     is seen at). cu_seq_lens: [views + 1] int32, where each begins. max_length: the longest. counts: [views] int64, the visual tokens per
     tile of each, 0 of one without images. images: [B, H, W, 3] bytes, one per
-    tile. tile_counts: visual tokens of each tile of each view. tile_index: which of the B tiles each of those is, or None where
+    tile. tile_counts: visual tokens of each tile of each view, on average over its sample. tile_sides: rows and columns of each. tile_index: which of the B tiles each of those is, or None where
     it is every one once. visual_positions: [V] places of the placeholders. logits_positions: [L] places whose logits are needed.
     targets: [L] the tokens to predict there. weights: [L] float32, the loss weight of each.
     teacher: [L] for a learned token the place among the L of the same token in the sample's first view, at the largest count;
@@ -46,6 +46,7 @@ class PackedBatch:
     counts: torch.Tensor
     images: torch.Tensor
     tile_counts: list[int]
+    tile_sides: list[tuple[int, int]]
     visual_positions: torch.Tensor
     logits_positions: torch.Tensor
     targets: torch.Tensor
@@ -83,7 +84,7 @@ class PreparedSample:
     """One sample as tokens and tiles, at one visual-token count: one view of it.
 
     input_ids: list. learned: [L] places of the learned tokens. visual: [V] places of the placeholders. tiles: [B, H, W, 3]
-    bytes. count: visual tokens per tile. problem: why this is a substitute, if it is one. is_further_view: it has the same
+    bytes. count: visual tokens per tile, on average where images share them by size. sides: (rows, columns) of each tile's. problem: why this is a substitute, if it is one. is_further_view: it has the same
     tiles and learned tokens as the view before it.
     """
 
@@ -92,6 +93,7 @@ class PreparedSample:
     visual: np.ndarray
     tiles: np.ndarray
     count: int
+    sides: list[tuple[int, int]]
     problem: BadSample | None = None
     is_further_view: bool = False
 
@@ -109,11 +111,12 @@ def prepare_views(
     Raises:
         BadSample: an image that is refused by its header or does not decode, or turns that the chat template refuses.
     """
-    tiles = [_tiled(data, i, processor.image_processor, limits) for i, data in enumerate(sample.images)]
-    joined = np.concatenate([_no_tiles(processor), *tiles])
+    shown = [_shown(data, i, processor.image_processor, limits) for i, data in enumerate(sample.images)]
+    joined = np.concatenate([_no_tiles(processor), *(tiles for tiles, _ in shown)])
     views = []
     for number, count in enumerate(counts):
-        lengths = [len(some) * count for some in tiles]
+        counts_of_images = processor.shared_counts(count, [sizes.tolist() for _, sizes in shown])
+        lengths = [len(tiles) * own for (tiles, _), own in zip(shown, counts_of_images)]
         tokens = encoded(processor, sample.messages, lengths)
         view = PreparedSample(
             input_ids=tokens.input_ids,
@@ -121,16 +124,21 @@ def prepare_views(
             visual=_concatenated([np.arange(n) + start for n, start in zip(lengths, tokens.image_starts)]),
             tiles=joined,
             count=count,
+            sides=[
+                side
+                for (_, sizes), own in zip(shown, counts_of_images)
+                for side in processor.tile_sides(own, sizes.tolist())
+            ],
             is_further_view=number > 0,
         )
         views.append(view)
     return tuple(views)
 
 
-def _tiled(data: bytes, number: int, image_processor: ImageProcessor, limits: Limits) -> np.ndarray:
+def _shown(data: bytes, number: int, image_processor: ImageProcessor, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
     try:
         read_header(data, limits)
-        return image_processor.tiled(data)
+        return image_processor.shown(data)
     except BadSample as problem:
         raise BadSample(problem.reason, f"image {number}: {problem.detail}") from None
     except (OSError, SyntaxError, ValueError, struct.error, EOFError, IndexError, KeyError, OverflowError) as error:
@@ -149,6 +157,7 @@ def substitute(
         visual=np.arange(num_tiles * count),
         tiles=np.zeros((num_tiles, blank.height, blank.width, 3), np.uint8),
         count=count,
+        sides=_blank_sides(num_tiles, count, processor),
         problem=problem,
     )
 
@@ -161,13 +170,13 @@ def collate(
     total_weight: float,
     blank_count: int,
     *,
-    plan_of: Callable[[list[int]], Any] | None = None,
+    plan_of: Callable[[list[tuple[int, int]]], Any] | None = None,
 ) -> PackedBatch:
     """`PreparedSample`s of a micro-batch -> `PackedBatch`; of a sample with several views they stand side by side, and
     `sample_ids` has it once.
 
     `blank_count` is the visual-token count of the blank image that stands in where no sample has an image. `plan_of` makes
-    a pooling plan of the tiles' counts (`TokenAdaptiveProjector.plan_maker`).
+    a pooling plan of the tiles' sides (`TokenAdaptiveProjector.plan_maker`).
     """
     weight_of = LOSS_WEIGHTS[loss_weighting]
     lengths = [len(sample.input_ids) for sample in samples] or [1]
@@ -177,9 +186,11 @@ def collate(
     first_views = [sample for sample in samples if not sample.is_further_view]
     tiles = np.concatenate([_no_tiles(processor), *(sample.tiles for sample in first_views)])
     tile_counts = [sample.count for sample in samples for _ in sample.tiles]
+    tile_sides = [side for sample in samples for side in sample.sides]
     is_dummy_image = not len(tiles)
     if is_dummy_image:
         tiles, tile_counts = np.zeros((1, *tiles.shape[1:]), np.uint8), [blank_count]
+        tile_sides = _blank_sides(1, blank_count, processor)
     learned = torch.from_numpy(_concatenated([begin + sample.learned for begin, sample in zip(begins, samples)]))
     weights = [np.full(len(s.learned), weight_of(np.array(len(s.learned)))) for s in samples]
     visual = _concatenated([begin + sample.visual for begin, sample in zip(begins, samples)])
@@ -192,6 +203,7 @@ def collate(
         counts=torch.tensor([sample.count for sample in samples] or [0]),
         images=torch.from_numpy(tiles),
         tile_counts=tile_counts,
+        tile_sides=tile_sides,
         visual_positions=torch.from_numpy(visual),
         logits_positions=learned - 1,
         targets=ids[learned],
@@ -200,7 +212,7 @@ def collate(
         sample_ids=torch.as_tensor(np.asarray(sample_ids, dtype=np.int64)),
         total_weight=total_weight,
         skipped=_skipped(first_views, sample_ids),
-        pool_plan=plan_of(tile_counts) if plan_of else None,
+        pool_plan=plan_of(tile_sides) if plan_of else None,
         **(_relations(samples) if len(first_views) < len(samples) else {}),
     )
 
@@ -229,6 +241,11 @@ def _relations(samples: Sequence[PreparedSample]) -> dict[str, torch.Tensor]:
         "tile_index": torch.from_numpy(_concatenated(tile_index)),
         "teacher": torch.from_numpy(_concatenated(teacher)),
     }
+
+
+def _blank_sides(num_tiles: int, count: int, processor: Processor) -> list[tuple[int, int]]:
+    size = (processor.image_processor.height, processor.image_processor.width)
+    return processor.tile_sides(count, [size] * num_tiles)
 
 
 def _no_tiles(processor: Processor) -> np.ndarray:

@@ -116,8 +116,8 @@ class PackDataset(Dataset):
         self.blank_count = blank_count
         self.limits = limits
         self.views_of = views_of
-        self.plan_of: Callable[[list[int]], Any] | None = None
-        """Set before the workers start: tile counts -> the plan of their pooling, which batches then carry."""
+        self.plan_of: Callable[[list[tuple[int, int]]], Any] | None = None
+        """Set before the workers start: the tiles' sides -> the plan of their pooling, which batches then carry."""
         self._files: dict[Shard, Any] = {}
 
     def sample(self, sample_id: int, num_messages: int = 0) -> Sample:

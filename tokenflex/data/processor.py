@@ -3,6 +3,7 @@
 The one that there is lies in `tokenflex.model`, which this room does not know.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,8 +40,8 @@ class ImageProcessor(Protocol):
     def num_tiles(self, widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
         """Tiles that images of these sizes are cut into: [N], [N] -> [N]."""
 
-    def tiled(self, image: bytes) -> np.ndarray:
-        """An encoded image -> its tiles [tiles, H, W, 3] of uint8."""
+    def shown(self, image: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """An encoded image -> its tiles [tiles, H, W, 3] of uint8, and height and width [tiles, 2] of what each shows of it."""
 
     def normalised(self, tiles_BHW3: torch.Tensor) -> torch.Tensor:
         """Tiles of bytes -> pixel values [B, 3, H, W]."""
@@ -83,6 +84,14 @@ class Processor(Protocol):
     @property
     def image_end_token_id(self) -> int:
         """Of `image_end_token`."""
+
+    def tile_sides(
+        self, num_visual_tokens: int | tuple[int, int], sizes: Sequence[Sequence[int]]
+    ) -> list[tuple[int, int]]:
+        """(rows, columns) of visual tokens of each tile of an image; `sizes` as `ImageProcessor.shown` gives them."""
+
+    def shared_counts(self, count: int, sizes: Sequence[Sequence[Sequence[int]]]) -> list[int]:
+        """Visual tokens per tile of each image of a sample that has `count` per tile, `sizes` of its tiles for each image."""
 
     def encode(self, messages: list[dict[str, Any]], lengths: list[int]) -> Encoded:
         """A conversation as tokens, image i as a run of `lengths[i]`."""

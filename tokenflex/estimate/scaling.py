@@ -188,7 +188,10 @@ def num_samples_for(lengths: Sequence[Lengths], data: DataConfig, budget: Visual
     """Samples that fill the first window of a plan, with a margin."""
     text = np.concatenate([np.asarray(table.text_tokens, np.float64) for table in lengths])
     tiles = np.concatenate([np.asarray(table.num_tiles, np.float64) for table in lengths])
-    count = float(np.dot(budget.visual_tokens(np.array(budget.counts)), budget.probabilities))
+    at_counts = [
+        budget.visual_tokens(budget.within_total(np.full_like(tiles, count), tiles)) for count in budget.counts
+    ]
+    count = np.dot(budget.probabilities, at_counts)
     per_pack = data.pack_length / max(float(budget.tokens(text, tiles, count).mean()), 1.0)
     window = max(data.window_rows * data.lockstep_packs, 512, data.packs_per_step)
     return int(2.2 * window * max(per_pack, 1.0)) + MAX_LEFT_OVER

@@ -292,7 +292,7 @@ def _logits(model, pack):
     return model(
         input_ids=torch.zeros(1, pack.tokens, dtype=torch.long, device=meta),
         pixel_values=images.permute(0, 3, 1, 2).float().contiguous(),
-        num_visual_tokens=[pack.count] * tiles,
+        num_visual_tokens=[sides_of(pack.count, model.patch_grid)] * tiles,
         visual_positions=torch.zeros(pack.tiles * pack.count, dtype=torch.long, device=meta),
         is_dummy_image=not pack.tiles,
         logits_to_keep=torch.zeros(1, dtype=torch.long, device=meta),

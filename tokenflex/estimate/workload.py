@@ -198,13 +198,14 @@ def assumed_workload(config: RunConfig, assumed: AssumedSamples) -> Workload:
     text, tiles = assumed.text_tokens, assumed.tiles
     packs, sums = float(data.packs_per_step), np.zeros(6)
     for count, share in zip(budget.counts, budget.probabilities):
+        count = int(budget.within_total(np.array(count), np.array(tiles)))
         visual = int(budget.visual_tokens(np.array(count)))
         views = [text + tiles * view for view in (budget.views(count) if tiles else (0,))]
         length = sum(views)
-        if length > data.pack_length or tiles > data.max_images_per_pack:
+        if length > data.pack_length or tiles > min(data.max_images_per_pack, budget.most_tiles):
             raise UserError(
                 f"--text-tokens {text}, --tiles {tiles}: a sample has {length} tokens at {visual} per tile, a pack holds "
-                f"{data.pack_length} and {data.max_images_per_pack} tiles; assume smaller ones"
+                f"{data.pack_length} and {min(data.max_images_per_pack, budget.most_tiles)} tiles; assume smaller ones"
             )
         pairs = float(_pairs(np.array(views)).sum())
         per_sample = np.array([length, tiles, tiles * visual, pairs, len(views) * text / 2, 1.0])

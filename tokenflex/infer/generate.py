@@ -17,6 +17,8 @@ from ..export import is_exported
 from ..model.generation import greedy
 from ..model.router import AUTO, asks_auto
 
+ROUTER = "router"
+"""A total shared by the router."""
 Count = int | tuple[int, int] | str
 """Visual tokens of an image: a number, (rows, columns), or "auto" for what the model's router chooses."""
 
@@ -50,20 +52,24 @@ class Generator:
         num_visual_tokens: Count | Sequence[Count] | None = None,
         max_new_tokens: int = 64,
         effort: float | None = None,
+        total_visual_tokens: int | None = None,
+        share: str | None = None,
         videos: Sequence[str | PathLike] = (),
     ) -> str:
         """The answer to `prompt` about `images` and `videos` (paths), at `num_visual_tokens` (one for all or one per image or frame).
 
-        `effort` in [0, 1] is for "auto"; by default what training the router found enough.
+        `effort` in [0, 1] is for "auto"; by default what training the router found enough. `total_visual_tokens` is what all images
+        have together at most, shared `even`ly, by `size`, or by the `router`.
 
         Raises:
-            UserError: an image or a video that cannot be read, a count that does not fit, or "auto" where the model has no router.
+            UserError: an image or a video that cannot be read, a count or total that does not fit, or "auto" where the model has no
+                router.
         """
         content = [{"type": "image", "image": _read_image(path)} for path in images]
         for path in videos:
             content += [{"type": "image", "image": frame} for frame in self._frames(path)]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
-        inputs = self.inputs(messages, num_visual_tokens, effort)
+        inputs = self.inputs(messages, num_visual_tokens, effort, total_visual_tokens, share)
         output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
@@ -80,24 +86,38 @@ class Generator:
         messages: list[dict[str, Any]],
         num_visual_tokens: Count | Sequence[Count] | None = None,
         effort: float | None = None,
+        total_visual_tokens: int | None = None,
+        share: str | None = None,
     ) -> BatchFeature:
         """Inputs of the model, on its device, for a conversation that it shall go on with; images as the processor takes them.
 
         Where all images are encoded bytes, `pixel_values` are their features, of which those used last are kept. "auto" has
-        become numbers in them.
+        become numbers in them. `total_visual_tokens` and `share` as in a call.
 
         Raises:
-            UserError: a count that does not fit, a conversation that the chat template does not take, or "auto" where the model
+            UserError: a count or total that does not fit, a conversation that the chat template does not take, or "auto" where the model
                 has no router.
         """
+        if share == ROUTER:
+            if num_visual_tokens not in (None, AUTO) or total_visual_tokens is None:
+                raise UserError(
+                    "--share router: the router shares a total among all images; give --total-visual-tokens, and no counts"
+                )
+            num_visual_tokens, share = AUTO, None
         if not asks_auto(num_visual_tokens):
             if effort is not None:
                 raise UserError(f"--effort {effort:g} is for --num-visual-tokens auto; leave it out, or ask for auto")
-            return self._rendered(messages, num_visual_tokens)
+            return self._rendered(messages, num_visual_tokens, None, total_visual_tokens, share)
+        if share is not None:
+            raise UserError(
+                f"--share {share} with --num-visual-tokens auto: the router shares the total then; leave it out"
+            )
         inputs = self._rendered(messages, None)
         seen = {name: inputs.get(name) for name in ("input_ids", "pixel_values", "attention_mask", "num_tiles")}
         try:
-            chosen = self.model.resolve_auto(num_visual_tokens, **seen, effort=effort)
+            chosen = self.model.resolve_auto(
+                num_visual_tokens, **seen, effort=effort, total_visual_tokens=total_visual_tokens
+            )
         except ValueError as error:
             raise UserError(f"--num-visual-tokens auto: {error}") from None
         return self._rendered(messages, chosen, inputs.get("pixel_values"))
@@ -107,6 +127,8 @@ class Generator:
         messages: list[dict[str, Any]],
         num_visual_tokens: Count | Sequence[Count] | None,
         features: torch.Tensor | None = None,
+        total_visual_tokens: int | None = None,
+        share: str | None = None,
     ) -> BatchFeature:
         """Inputs at counts that are numbers; `features` are those of the images, if they are there."""
         try:
@@ -115,6 +137,8 @@ class Generator:
                 tokenize=True,
                 add_generation_prompt=True,
                 num_visual_tokens=num_visual_tokens,
+                total_visual_tokens=total_visual_tokens,
+                share=share,
             ).to(self.model.device)
         except ValueError as error:
             raise UserError(f"--num-visual-tokens: {error}") from None

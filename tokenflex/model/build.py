@@ -80,13 +80,20 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
         tokenizer.add_special_tokens({"additional_special_tokens": missing})
     grid = _grid(vision_config(model), model.image_size)
     check_counts(budget.num_visual_tokens, grid, model.pooling_mode, "budget.num_visual_tokens")
+    if budget.share == "size" and model.max_tiles > 1:
+        raise UserError(
+            f"budget.share=size with model.max_tiles={model.max_tiles}: a larger image has more tiles already; set share to even, or max_tiles to 1"
+        )
     start, token, end = model.image_tokens
     processor = TokenFlexProcessor(
-        _image_processor(model),
+        _image_processor(model, budget.sides),
         tokenizer,
         chat_template=template,
         chat_template_options=model.chat_template_options,
         num_visual_tokens=max(budget.num_visual_tokens),
+        trained_num_visual_tokens=sorted(budget.num_visual_tokens),
+        total_visual_tokens=budget.total,
+        share=budget.share,
         patch_grid=grid,
         image_start_token=start,
         image_token=token,
@@ -102,10 +109,16 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
     return processor
 
 
-def _image_processor(model):
+def _image_processor(model, sides):
     height, width = model.image_size
     return TokenFlexImageProcessor(
-        height, width, model.image_mean, model.image_std, max_tiles=model.max_tiles, thumbnail=model.thumbnail
+        height,
+        width,
+        model.image_mean,
+        model.image_std,
+        max_tiles=model.max_tiles,
+        thumbnail=model.thumbnail,
+        sides=sides,
     )
 
 
@@ -179,6 +192,8 @@ def build_model(
     built.projector.backend = model.projector_backend
     built.config.trained_num_visual_tokens = sorted(budget.num_visual_tokens)
     built.config.default_num_visual_tokens = max(budget.num_visual_tokens)
+    built.config.sides = budget.sides
+    built.config.share = budget.share
     built.generation_config = generation_settings(model, processor)
     try:
         built.num_added_tokens = grow_vocabulary(built.language_model, len(processor.tokenizer), gathered)
@@ -304,6 +319,8 @@ def _composed_config(model, budget, num_tokens, dtype, **token_ids):
         vision_position_embedding=model.vision_position_embedding,
         vision_feature_layer=model.vision_feature_layer,
         trained_num_visual_tokens=budget.num_visual_tokens,
+        sides=budget.sides,
+        share=budget.share,
         dtype=dtype,
         **token_ids,
     )

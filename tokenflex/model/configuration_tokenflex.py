@@ -24,6 +24,8 @@ class TokenFlexConfig(PreTrainedConfig):
         image_start_token_id, image_token_id, image_end_token_id: `<img>`, `<IMG_CONTEXT>`, `</img>`.
         trained_num_visual_tokens: the counts seen in training; any other count works and is warned of once.
         default_num_visual_tokens: the count used where the caller names none; 0 takes the largest trained count.
+        sides: how a count is shaped: `square`, like the patches, or `aspect`, like what a tile shows of its image.
+        share: how images shared a total in training: `even`, or `size`, which gives them counts between the trained ones.
         router: where the model has one (`router.py`): `num_visual_tokens` it chooses among, `hidden_size`, `turn_end_ids`, and the
             `effort` where the caller names none. None: the model has none.
     """
@@ -49,6 +51,8 @@ class TokenFlexConfig(PreTrainedConfig):
         default_num_visual_tokens: int = 0,
         router: dict[str, Any] | None = None,
         pooling_detail: str = "none",
+        sides: str = "square",
+        share: str = "even",
         **kwargs: Any,
     ):
         self.vision_config = _sub_config(vision_config, "siglip_vision_model")
@@ -61,6 +65,10 @@ class TokenFlexConfig(PreTrainedConfig):
         if pooling_detail not in ("none", "max"):
             raise ValueError(f"pooling_detail is {pooling_detail!r}; it must be 'none' or 'max'")
         self.pooling_detail = pooling_detail
+        if sides not in ("square", "aspect"):
+            raise ValueError(f"sides is {sides!r}; it must be 'square' or 'aspect'")
+        self.sides = sides
+        self.share = share
         self.projector_multiplier = projector_multiplier
         if vision_position_embedding not in ("none", "sine2d"):
             raise ValueError(

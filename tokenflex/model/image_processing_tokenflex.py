@@ -42,6 +42,7 @@ CALL_KWARGS = (
 )
 """What a call may set for itself; `size` is height and width of a tile."""
 CHANNELS = (1, 3, 4)
+SIDES = ("square", "aspect")
 OneImage = bytes | bytearray | memoryview | str | Path | Image.Image | np.ndarray | torch.Tensor
 """What an image may come as; a text is a path, a URL or base64."""
 
@@ -60,9 +61,13 @@ class TokenFlexImageProcessor(BaseImageProcessor):
         height, width: of a tile. Aspect ratios are not kept within a tile, as in InternVL.
         max_tiles: 1 takes every image as one tile; more cut it into a grid chosen by its aspect ratio (`tiling.py`).
         thumbnail: whether a grid of several tiles is followed by the whole image as one more.
+        sides: how the model's visual tokens lie over a tile: `square`, as its pixels do, or `aspect`, as what it shows of the image
+            does; the model then needs `tile_sizes`.
+
+    Raises:
+        ValueError: other sides.
     """
 
-    model_input_names = ["pixel_values", "num_tiles"]
     valid_kwargs = TokenFlexImageProcessorKwargs
     do_rescale, rescale_factor, do_normalize = True, 1 / 255, True
 
@@ -74,8 +79,11 @@ class TokenFlexImageProcessor(BaseImageProcessor):
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
         max_tiles: int = 1,
         thumbnail: bool = True,
+        sides: str = "square",
         **kwargs: Unpack[ImagesKwargs],
     ):
+        if sides not in SIDES:
+            raise ValueError(f"sides is {sides!r}; it must be one of {', '.join(SIDES)}")
         kwargs.pop("auto_map", None)  # of the file that it came from; written anew with every save
         super().__init__(**kwargs)
         self.height = height
@@ -84,27 +92,40 @@ class TokenFlexImageProcessor(BaseImageProcessor):
         self.image_std = list(image_std)
         self.max_tiles = max_tiles
         self.thumbnail = thumbnail
+        self.sides = sides
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What a call returns."""
+        return ["pixel_values", "num_tiles", *(["tile_sizes"] if self.sides == "aspect" else [])]
 
     def preprocess(
-        self, images: OneImage | Sequence | None, return_tensors: str | None = "pt", **kwargs: Unpack[ImagesKwargs]
+        self,
+        images: OneImage | Sequence | None,
+        return_tensors: str | None = "pt",
+        return_tile_sizes: bool = False,
+        **kwargs: Unpack[ImagesKwargs],
     ) -> BatchFeature:
         """Images (bytes, path, URL, PIL, tensor, or array of bytes or of 0 to 1; one or a list) -> model inputs.
 
         Arrays have their channels last, tensors first, unless their shape says otherwise. `CALL_KWARGS` may be set for one call.
 
         Returns:
-            `pixel_values` [tiles, 3, height, width], image after image, and `num_tiles` [images].
+            `pixel_values` [tiles, 3, height, width], image after image, and `num_tiles` [images]; with `sides="aspect"` or where
+            `return_tile_sizes` asks for them also `tile_sizes` [tiles, 2], height and width in pixels of what each tile shows.
 
         Raises:
             ValueError: a keyword that asks for something else than is done here.
         """
         call = self._for_call(kwargs)
-        tiled = [call.tiled(image) for image in flattened(images)]
+        tiled, sizes = zip(*(call.shown(image) for image in flattened(images)))
         pixels = call.normalised(torch.from_numpy(np.concatenate(tiled)))
-        num_tiles = torch.tensor([len(tiles) for tiles in tiled])
+        data = {"pixel_values": pixels, "num_tiles": torch.tensor([len(tiles) for tiles in tiled])}
+        if self.sides == "aspect" or return_tile_sizes:
+            data["tile_sizes"] = torch.from_numpy(np.concatenate(sizes))
         if return_tensors == "np":
-            pixels, num_tiles = pixels.numpy(), num_tiles.numpy()
-        return BatchFeature({"pixel_values": pixels, "num_tiles": num_tiles}, tensor_type=return_tensors)
+            data = {name: values.numpy() for name, values in data.items()}
+        return BatchFeature(data, tensor_type=return_tensors)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> list[str]:
         """Write the configuration and its code; the addresses of the code are of the files alone, not of this object."""
@@ -125,7 +146,8 @@ class TokenFlexImageProcessor(BaseImageProcessor):
             return self
         if size is not None:
             known["height"], known["width"] = (size, size) if isinstance(size, int) else (size["height"], size["width"])
-        call = type(self)(**{name: getattr(self, name) for name in ("height", "width", *CALL_KWARGS) if name != "size"})
+        names = {"height", "width", "sides", *CALL_KWARGS} - {"size"}
+        call = type(self)(**{name: getattr(self, name) for name in names})
         for name, value in known.items():
             setattr(call, name, value)
         return call
@@ -134,19 +156,32 @@ class TokenFlexImageProcessor(BaseImageProcessor):
         """Tiles of images by their upright sizes: [S], [S] -> [S] int64. What `tiled` returns as many of."""
         return tiles_for(widths, heights, self.max_tiles, self.thumbnail, (self.height, self.width))
 
+    def tile_sizes(self, width: int, height: int) -> np.ndarray:
+        """Pixels [tiles, 2] int64, height and width, that each tile of an upright image shows of it; the thumbnail all of them."""
+        rows, columns = self._grid(width, height)
+        sizes = [(max(1, round(height / rows)), max(1, round(width / columns)))] * (rows * columns)
+        if len(sizes) > 1 and self.thumbnail:
+            sizes.append((height, width))
+        return np.array(sizes, dtype=np.int64)
+
     def tiled(self, image: OneImage) -> np.ndarray:
-        """One image -> bytes [tiles, height, width, 3]: the grid row by row, then the thumbnail.
+        """One image -> bytes [tiles, height, width, 3]; see `shown`."""
+        return self.shown(image)[0]
+
+    def shown(self, image: OneImage) -> tuple[np.ndarray, np.ndarray]:
+        """One image -> bytes [tiles, height, width, 3], the grid row by row, then the thumbnail; and their `tile_sizes`.
 
         Raises:
             ValueError, OSError: bytes or a file that cannot be decoded.
         """
-        pixels_HW3, rows, columns = self._decoded(image)
+        pixels_HW3, width, height = self._decoded(image)
+        rows, columns = self._grid(width, height)
         whole = resized(pixels_HW3, rows * self.height, columns * self.width)
         tiles = whole.reshape(rows, self.height, columns, self.width, 3).swapaxes(1, 2)
         tiles = tiles.reshape(rows * columns, self.height, self.width, 3)
         if len(tiles) > 1 and self.thumbnail:
             tiles = np.concatenate([tiles, resized(pixels_HW3, self.height, self.width)[None]])
-        return tiles
+        return tiles, self.tile_sizes(width, height)
 
     def normalised(self, tiles_BHW3: torch.Tensor) -> torch.Tensor:
         """Bytes [B, height, width, 3] -> float32 `pixel_values` [B, 3, height, width], on the device they are on."""
@@ -160,7 +195,7 @@ class TokenFlexImageProcessor(BaseImageProcessor):
         return (tiles_BHW3.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
     def _decoded(self, image):
-        """Upright RGB bytes [H, W, 3], perhaps at a smaller scale, and the rows and columns of tiles that it is cut into."""
+        """Upright RGB bytes [H, W, 3], perhaps at a smaller scale, and the width and height of the upright image itself."""
         image = fetched(image)
         orientation = 0
         if isinstance(image, (bytes, bytearray, memoryview)):
@@ -170,12 +205,12 @@ class TokenFlexImageProcessor(BaseImageProcessor):
                 orientation = image.getexif().get(ORIENTATION, 1) if "exif" in image.info else 1
         if not orientation:
             pixels_HW3 = np.asarray(upright_rgb(image))
-            return pixels_HW3, *self._grid(pixels_HW3.shape[1], pixels_HW3.shape[0])
+            return pixels_HW3, pixels_HW3.shape[1], pixels_HW3.shape[0]
         width, height = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
         rows, columns = self._grid(width, height)
         fits = min(width / (columns * self.width), height / (rows * self.height))
         scale = next(scale for scale in (8, 4, 2, 1) if scale <= max(fits, 1))
-        return decode_jpeg(data, image, scale, orientation), rows, columns
+        return decode_jpeg(data, image, scale, orientation), width, height
 
     def _grid(self, width, height):
         rows, columns = grids_for(width, height, self.max_tiles, (self.height, self.width))

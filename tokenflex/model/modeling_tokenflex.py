@@ -17,7 +17,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
 from .configuration_tokenflex import TokenFlexConfig
-from .pooling import sides_of
+from .pooling import tile_sides
 from .projector import TokenAdaptiveProjector
 from .router import (
     AUTO,
@@ -28,12 +28,18 @@ from .router import (
     question_mask,
     question_summary,
 )
+from .sharing import even_count
 from .vision import patch_grid, patch_outputs, patch_width
 
 logger = logging.get_logger(__name__)
 
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What this release of transformers calls the key-value cache, in arguments and outputs; both names are taken."""
+
+EFFORT_STEPS = 32
+"""Efforts that are tried at most until a row's images fit a total."""
+IMAGE_INPUTS = ("pixel_values", "num_tiles", "tile_sizes", "num_visual_tokens")
+"""What says how images are seen; of use until they are in the cache."""
 
 
 @dataclass
@@ -135,6 +141,7 @@ class _TokenFlexBase(PreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         visual_sides: torch.Tensor | None = None,
+        tile_sizes: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling | tuple:
         """Visual tokens of images as `pooler_output`: a list with one tensor [n, D] per image, all its tiles together.
@@ -142,14 +149,18 @@ class _TokenFlexBase(PreTrainedModel):
         `last_hidden_state` has the encoder's features, [tiles, patches, C]; hidden states and attentions are the encoder's own.
         By default every image gets the largest count. `visual_sides` [tiles, 3] stands for both `num_visual_tokens` and
         `num_tiles`, with a row per tile, for servers that keep images apart: rows, columns, and which tile of its image it is.
+        `tile_sizes` as in `forward`.
         """
         wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         options = {name: value for name, value in wanted.items() if value}
         if visual_sides is not None:
-            num_visual_tokens, num_tiles = _images_of(visual_sides.tolist())
-        tiles = _tiles(num_tiles, pixel_values)
-        counts = self.config.default_num_visual_tokens if num_visual_tokens is None else num_visual_tokens
-        sides = self._sides(counts, tiles, None)
+            sides, num_tiles = _sides_of_rows(visual_sides.tolist())
+            tiles = _tiles(num_tiles, pixel_values)
+            self._warn_of_untrained(sides)
+        else:
+            tiles = _tiles(num_tiles, pixel_values)
+            counts = self.config.default_num_visual_tokens if num_visual_tokens is None else num_visual_tokens
+            sides = self._sides(counts, tiles, None, tile_sizes)
         features_PC, visual_VD, outputs = self._visual_tokens(pixel_values, sides, **options)
         per_tile = iter(rows * columns for rows, columns in sides)
         lengths = [sum(next(per_tile) for _ in range(number)) for number in tiles]
@@ -210,6 +221,7 @@ class _TokenFlexBase(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         num_tiles: torch.Tensor | Sequence[int] | None = None,
         effort: float | None = None,
+        total_visual_tokens: int | None = None,
     ) -> list[int]:
         """The count that the router chooses for each image of prompts, whatever count the prompts were built with.
 
@@ -217,9 +229,11 @@ class _TokenFlexBase(PreTrainedModel):
             input_ids, attention_mask: [B, T], images as runs of placeholders.
             pixel_values: [tiles, 3, H, W], or features of `encode_images`, which are then not made again.
             effort: from 0 (the smallest count) to 1 (the largest); by default what training the router found enough.
+            total_visual_tokens: of all images of a row together at most; the effort is then lowered, row by row, until they fit.
 
         Raises:
-            ValueError: no router, one for other counts than the model's, or an effort that is none.
+            ValueError: no router, one for other counts than the model's, an effort that is none, or a total that holds a row's images
+                not even at the smallest count.
         """
         settings, trained = self.config.router, self.config.trained_num_visual_tokens
         if settings is None or self.router is None:
@@ -235,7 +249,26 @@ class _TokenFlexBase(PreTrainedModel):
         effort = settings["effort"] if effort is None else effort
         check_effort(effort)
         features = self.router_features(input_ids, pixel_values, attention_mask, num_tiles)
-        return self.router.choose(features, effort)
+        if total_visual_tokens is None:
+            return self.router.choose(features, effort)
+        tiles = _tiles(num_tiles, pixel_values)
+        chosen = [0] * len(tiles)
+        rows = [row for row, _, _ in image_runs(input_ids, self.config.image_token_id)]
+        for row in set(rows):
+            images = [image for image, its in enumerate(rows) if its == row]
+            own = self._chosen_within(features[images], [tiles[image] for image in images], effort, total_visual_tokens)
+            for image, count in zip(images, own):
+                chosen[image] = count
+        return chosen
+
+    def _chosen_within(self, features_NF, tiles, effort, total):
+        """The router's counts of a row's images at the largest effort, up to `effort`, at which they fit the total."""
+        even_count(min(self.router.counts), (), sum(tiles), total)  # or it says why they do not
+        for step in range(EFFORT_STEPS, -1, -1):
+            counts = self.router.choose(features_NF, effort * step / EFFORT_STEPS)
+            if sum(count * number for count, number in zip(counts, tiles)) <= total:
+                break
+        return counts
 
     @torch.no_grad()
     def router_features(
@@ -262,7 +295,7 @@ class _TokenFlexBase(PreTrainedModel):
 
     def _embedded(
         self, input_ids, inputs_embeds, pixel_values, num_visual_tokens, num_tiles, visual_positions, is_dummy_image, pool_plan,
-        tile_index=None,
+        tile_index=None, tile_sizes=None,
     ):  # fmt: skip
         """Embeddings [B, T, D] with images spliced in; see `TokenFlexForConditionalGeneration.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -277,7 +310,10 @@ class _TokenFlexBase(PreTrainedModel):
             None
             if pool_plan is not None and self.config.pooling_detail == "none"
             else self._sides(
-                num_visual_tokens, _tiles(num_tiles, pixel_values if tile_index is None else tile_index), input_ids
+                num_visual_tokens,
+                _tiles(num_tiles, pixel_values if tile_index is None else tile_index),
+                input_ids,
+                tile_sizes,
             )
         )
         _, visual_VD, _ = self._visual_tokens(pixel_values.to(inputs_embeds.dtype), sides, pool_plan, tile_index)
@@ -294,7 +330,7 @@ class _TokenFlexBase(PreTrainedModel):
         is_image = (inputs_embeds == self.get_input_embeddings()(token).to(inputs_embeds.dtype)).all(-1)
         return torch.where(is_image, token, -1)
 
-    def _sides(self, num_visual_tokens, tiles, input_ids):
+    def _sides(self, num_visual_tokens, tiles, input_ids, tile_sizes=None):
         """(rows, columns) per tile from whatever the caller gave; `tiles` has the number of them for each image."""
         if num_visual_tokens is None:
             if input_ids is None:
@@ -312,14 +348,35 @@ class _TokenFlexBase(PreTrainedModel):
                 f"{len(tiles)} images came with {len(num_visual_tokens)} runs of visual tokens; every image needs one run of "
                 "its own between <img> and </img>"
             )
-        sides = [sides_of(count, self.patch_grid) for count in num_visual_tokens]
+        sizes = iter(self._tile_sizes(tile_sizes, num_visual_tokens, sum(tiles)))
+        shaped = [
+            tile_sides(count, [next(sizes) for _ in range(number)], self.patch_grid, self.config.sides)
+            for count, number in zip(num_visual_tokens, tiles)
+        ]
+        sides = [side for some in shaped for side in some]
+        self._warn_of_untrained(sides)
+        return sides
+
+    def _tile_sizes(self, tile_sizes, num_visual_tokens, num_tiles):
+        """Height and width of what each tile shows, where sides look at them; (1, 1) where they do not."""
+        if self.config.sides == "square" or all(isinstance(count, (tuple, list)) for count in num_visual_tokens):
+            return [(1, 1)] * num_tiles
+        if tile_sizes is None or len(tile_sizes) != num_tiles:
+            came = "none" if tile_sizes is None else len(tile_sizes)
+            raise ValueError(
+                f"this model shapes visual tokens by the image (sides='aspect'), and of {num_tiles} tiles {came} came with a size; give "
+                "the tile_sizes that the processor returned, or num_visual_tokens as (rows, columns)"
+            )
+        return tile_sizes.tolist()
+
+    def _warn_of_untrained(self, sides):
         for rows, columns in sides:
-            if rows * columns not in self.config.trained_num_visual_tokens:
+            # by size, training has counts between the trained ones too
+            if rows * columns not in self.config.trained_num_visual_tokens and self.config.share == "even":
                 logger.warning_once(
                     f"num_visual_tokens={rows * columns} was not trained (trained: "
                     f"{self.config.trained_num_visual_tokens}); it works, but measure it on your task"
                 )
-        return [side for side, number in zip(sides, tiles) for _ in range(number)]
 
 
 class TokenFlexModel(_TokenFlexBase):
@@ -341,10 +398,21 @@ class TokenFlexModel(_TokenFlexBase):
         use_cache: bool | None = None,
         num_tiles: torch.Tensor | Sequence[int] | None = None,
         cache: Cache | None = None,
+        tile_sizes: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast | tuple:
         """Hidden states [B, T, D] of text with images spliced in; arguments as in `TokenFlexForConditionalGeneration`."""
-        embeds = self._embedded(input_ids, inputs_embeds, pixel_values, num_visual_tokens, num_tiles, None, False, None)
+        embeds = self._embedded(
+            input_ids,
+            inputs_embeds,
+            pixel_values,
+            num_visual_tokens,
+            num_tiles,
+            None,
+            False,
+            None,
+            tile_sizes=tile_sizes,
+        )
         outputs = self.language_model.base_model(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
@@ -404,6 +472,7 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         shift_labels: torch.Tensor | None = None,
         cache: Cache | None = None,
+        tile_sizes: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenFlexOutput | tuple:
         """Logits of text with images spliced in where `input_ids` holds `image_token_id`.
@@ -421,6 +490,8 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
             pool_plan: what `projector.plan_maker` made of the tiles' counts; stands for `num_visual_tokens` and `num_tiles`.
             tile_index: [N] for tiles that come several times, at several counts: which of `pixel_values` each is; the encoder runs
                 on each once. `num_visual_tokens` has then N entries.
+            tile_sizes: [tiles, 2] height and width of what each tile shows of its image, from the processor, where `config.sides` is
+                `aspect`; pairs (rows, columns) need none.
             labels: [B, T] with -100 where nothing is learned; the mean loss of the rest is returned, or with
                 `num_items_in_batch` their sum over that number. `shift_labels` are labels that have been shifted already.
 
@@ -429,7 +500,7 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         """
         embeds = self._embedded(
             input_ids, inputs_embeds, pixel_values, num_visual_tokens, num_tiles, visual_positions, is_dummy_image, pool_plan,
-            tile_index,
+            tile_index, tile_sizes,
         )  # fmt: skip
         outputs = self.language_model(
             inputs_embeds=embeds,
@@ -462,6 +533,7 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         generation_config: GenerationConfig | None = None,
         num_visual_tokens: int | tuple[int, int] | str | list[int | tuple[int, int] | str] | None = None,
         effort: float | None = None,
+        total_visual_tokens: int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | ModelOutput:
         """`transformers` generation with any number of visual tokens.
@@ -469,7 +541,8 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         `num_visual_tokens` (an int, a pair (rows, columns), `"auto"`, or a list of them, one per image) overrides the counts
         that the prompt was built with. The answer starts with `input_ids` as given, so `output[:, input_ids.shape[1]:]` is
         always the new text. For `"auto"` the router chooses a count by the image and the row's question, at `effort` (see
-        `choose_num_visual_tokens`); it becomes a number first, and the vision encoder runs once.
+        `choose_num_visual_tokens`), within `total_visual_tokens` for all images of a row; it becomes a number first, and the vision
+        encoder runs once. Without the router the processor shares a total.
         """
         prompt_ids = kwargs.pop("input_ids", inputs)
         if asks_auto(num_visual_tokens):
@@ -477,22 +550,29 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
             if pixels is not None and pixels.dim() != 3 and self.router is not None:
                 kwargs["pixel_values"] = self.encode_images(pixels.to(self.vision_tower.dtype))
             seen = {name: kwargs.get(name) for name in ("pixel_values", "attention_mask", "num_tiles")}
-            num_visual_tokens = self.resolve_auto(num_visual_tokens, prompt_ids, **seen, effort=effort)
-        elif effort is not None:
-            raise ValueError(f"effort={effort!r} is the router's; give num_visual_tokens='auto' with it")
+            num_visual_tokens = self.resolve_auto(
+                num_visual_tokens, prompt_ids, **seen, effort=effort, total_visual_tokens=total_visual_tokens
+            )
+        elif effort is not None or total_visual_tokens is not None:
+            raise ValueError(
+                f"effort={effort!r} and total_visual_tokens={total_visual_tokens!r} are the router's here; give num_visual_tokens='auto' "
+                "with them, or the total to the processor"
+            )
         pixel_values = kwargs.get("pixel_values")
         if pixel_values is None or num_visual_tokens is None or prompt_ids is None:
             return super().generate(prompt_ids, generation_config, **kwargs)
         mask = kwargs.pop("attention_mask", None)
         mask = torch.ones_like(prompt_ids) if mask is None else mask
         tiles = _tiles(kwargs.get("num_tiles"), pixel_values)
-        sides = self._sides(num_visual_tokens, tiles, prompt_ids)
-        per_tile = iter(rows * columns for rows, columns in sides)
+        per_tile = iter(
+            rows * columns
+            for rows, columns in self._sides(num_visual_tokens, tiles, prompt_ids, kwargs.get("tile_sizes"))
+        )
         counts = [sum(next(per_tile) for _ in range(number)) for number in tiles]
         pad = self.generation_config.pad_token_id or 0
         input_ids, mask = resize_image_runs(prompt_ids, mask, counts, self.config.image_token_id, pad)
-        first = iter(range(len(sides)))
-        per_image = [[sides[next(first)] for _ in range(number)][0] for number in tiles]
+        is_one = isinstance(num_visual_tokens, (int, tuple))
+        per_image = [num_visual_tokens] * len(tiles) if is_one else list(num_visual_tokens)
         options = {"attention_mask": mask, "num_visual_tokens": per_image, **kwargs}
         output = super().generate(input_ids, generation_config, **options)
         sequences = output if torch.is_tensor(output) else output.sequences
@@ -511,6 +591,7 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         num_tiles: torch.Tensor | Sequence[int] | None = None,
         effort: float | None = None,
+        total_visual_tokens: int | None = None,
     ) -> list[int | tuple[int, int]] | None:
         """A count per image, with what the router chooses in place of `"auto"`; None where there are no images.
 
@@ -520,7 +601,14 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
             return None
         if input_ids is None:
             raise ValueError("num_visual_tokens='auto' looks at the question; give input_ids, not inputs_embeds")
-        chosen = self.choose_num_visual_tokens(input_ids, pixel_values, attention_mask, num_tiles, effort)
+        if total_visual_tokens is not None and not isinstance(num_visual_tokens, str):
+            raise ValueError(
+                f"num_visual_tokens={num_visual_tokens!r} with total_visual_tokens={total_visual_tokens}: the router shares a total among "
+                "all images; give 'auto' for all of them, or leave the total out"
+            )
+        chosen = self.choose_num_visual_tokens(
+            input_ids, pixel_values, attention_mask, num_tiles, effort, total_visual_tokens
+        )
         asked = [AUTO] * len(chosen) if isinstance(num_visual_tokens, str) else num_visual_tokens
         if len(asked) != len(chosen):
             raise ValueError(f"num_visual_tokens has {len(asked)} entries for {len(chosen)} images; give one per image")
@@ -538,15 +626,13 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in ("pixel_values", "num_tiles", "num_visual_tokens"):
+            for name in IMAGE_INPUTS:
                 inputs.pop(name, None)
         return inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
         """Each row `expand_size` times, and with it its own images, of which a row can have any number."""
-        images = {
-            name: kwargs.pop(name) for name in ("pixel_values", "num_tiles", "num_visual_tokens") if name in kwargs
-        }
+        images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
         ids = input_ids
         if (ids is None or not ids.shape[1]) and kwargs.get("inputs_embeds") is not None:
             ids = self._ids_of(kwargs["inputs_embeds"])
@@ -564,10 +650,14 @@ def _repeated(images, rows, times):
     tiles = _tiles(images.get("num_tiles"), images["pixel_values"])
     starts = [sum(tiles[:place]) for place in range(len(tiles))]
     order = [place for row in sorted(set(rows)) for _ in range(times) for place, its in enumerate(rows) if its == row]
-    pixels = torch.cat([images["pixel_values"][starts[place] : starts[place] + tiles[place]] for place in order])
-    repeated = {**images, "pixel_values": pixels}
+    repeated = dict(images)
+    for name in ("pixel_values", "tile_sizes"):
+        if images.get(name) is not None:
+            own = [images[name][starts[place] : starts[place] + tiles[place]] for place in order]
+            repeated[name] = torch.cat(own)
     if images.get("num_tiles") is not None:
-        repeated["num_tiles"] = torch.tensor([tiles[place] for place in order], device=pixels.device)
+        device = images["pixel_values"].device
+        repeated["num_tiles"] = torch.tensor([tiles[place] for place in order], device=device)
     if isinstance(images.get("num_visual_tokens"), list):
         repeated["num_visual_tokens"] = [images["num_visual_tokens"][place] for place in order]
     return repeated
@@ -595,10 +685,10 @@ def _built(auto_class, config):
     return auto_class.from_config(config)
 
 
-def _images_of(visual_sides):
-    """(rows, columns) and tiles of each image, from a row per tile: rows, columns, and which tile of its image it is."""
+def _sides_of_rows(visual_sides):
+    """(rows, columns) of each tile and the tiles of each image, from rows of both and which tile of its image it is."""
     starts = [at for at, (_, _, number) in enumerate(visual_sides) if number == 0]
-    sides = [tuple(visual_sides[at][:2]) for at in starts]
+    sides = [(rows, columns) for rows, columns, _ in visual_sides]
     return sides, [end - at for at, end in zip(starts, [*starts[1:], len(visual_sides)])]
 
 

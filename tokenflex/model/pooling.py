@@ -29,17 +29,52 @@ def sides_of(num_visual_tokens: int | Sequence[int], grid: Sequence[int]) -> tup
         return tuple(num_visual_tokens)
     if not _is_count(num_visual_tokens):
         raise ValueError(f"num_visual_tokens is {num_visual_tokens!r}; it must be a positive integer, for example 64")
-    return _nearest_sides(num_visual_tokens, tuple(grid))
+    return _nearest_sides(num_visual_tokens, tuple(grid), None)
+
+
+def aspect_sides(num_visual_tokens: int | Sequence[int], size: Sequence[int], grid: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a pooled grid of exactly `num_visual_tokens`, shaped like an image of `size` = (height, width) pixels.
+
+    As `sides_of`, among the factorisations with no more rows and columns than the patch `grid` has, since more of them would
+    repeat patches; where there is none, what `sides_of` gives. The number of tokens does not depend on the image.
+
+    Raises:
+        ValueError: see `sides_of`.
+    """
+    sides = sides_of(num_visual_tokens, grid)
+    if isinstance(num_visual_tokens, (tuple, list)) or sides[0] > grid[0] or sides[1] > grid[1]:
+        return sides
+    return _nearest_sides(num_visual_tokens, tuple(size), tuple(grid))
+
+
+def tile_sides(
+    num_visual_tokens: int | Sequence[int], sizes: Sequence[Sequence[int]], grid: Sequence[int], sides: str
+) -> list[tuple[int, int]]:
+    """Rows and columns of each tile of an image at `num_visual_tokens` per tile.
+
+    Args:
+        sizes: [tiles, 2] height and width of what each tile shows; see `TokenFlexImageProcessor.tile_sizes`.
+        sides: `aspect` looks at them, `square` at the patch `grid` alone.
+
+    Raises:
+        ValueError: see `sides_of`.
+    """
+    if sides == "square":
+        return [sides_of(num_visual_tokens, grid) for _ in sizes]
+    return [aspect_sides(num_visual_tokens, size, grid) for size in sizes]
 
 
 @functools.lru_cache(maxsize=4096)
-def _nearest_sides(num_visual_tokens, grid):
-    height, width = grid
+def _nearest_sides(num_visual_tokens, shape, most):
+    height, width = shape
 
     def skew(rows):  # |log| treats "twice too tall" and "twice too wide" alike
         return round(abs(math.log(rows * rows * width / (num_visual_tokens * height))), 9), rows
 
-    rows = min((n for n in range(1, num_visual_tokens + 1) if num_visual_tokens % n == 0), key=skew)
+    factors = [n for n in range(1, num_visual_tokens + 1) if num_visual_tokens % n == 0]
+    if most is not None:
+        factors = [rows for rows in factors if rows <= most[0] and num_visual_tokens // rows <= most[1]]
+    rows = min(factors, key=skew)
     return rows, num_visual_tokens // rows
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from ..errors import UserError
 from .attention import PACKED, packing
 from .modeling_tokenflex import TokenFlexForConditionalGeneration
+from .pooling import sides_of
 from .vision import is_hierarchical
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
@@ -250,7 +251,7 @@ class _Probe:
             number = pixel_values.shape[0]
             inputs |= {
                 "pixel_values": pixel_values.to(self.device),
-                "num_visual_tokens": [self.count] * number,
+                "num_visual_tokens": [sides_of(self.count, self.model.patch_grid)] * number,
                 "visual_positions": places.to(self.device),
             }
         inputs |= packing(ends.to(self.device), max(map(len, samples)), len(ids)) if packed else {"use_cache": False}

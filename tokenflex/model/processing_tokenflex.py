@@ -20,9 +20,10 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpa
 from transformers.tokenization_utils_base import TextInput
 
 from .image_processing_tokenflex import TokenFlexImageProcessor, TokenFlexImageProcessorKwargs, flattened
-from .pooling import sides_of
+from .pooling import sides_of, tile_sides
 from .rendering import CALLS, ChatRenderer, RenderingRefused, dated_template, knows_variable, marked_contents
 from .router import asks_auto
+from .sharing import SHARES, counts_by_size, even_count
 from .video import FRAMES_PER_SECOND, MAX_FRAMES, clip_frames
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -67,6 +68,9 @@ class TokenFlexProcessor(ProcessorMixin):
 
     Args:
         num_visual_tokens: the count per image (per tile, where the image processor tiles) if the caller names none.
+        trained_num_visual_tokens: the counts seen in training, among which a total is shared; empty: not known.
+        total_visual_tokens: of all images of a prompt together at most, if the caller names neither a total nor counts; 0: no limit.
+        share: how images share a total if the caller does not say: `even`, or `size`, by their pixels.
         patch_grid: (rows, columns) of the vision encoder's patches, to shape a count into rows and columns.
         image_start_token, image_token, image_end_token: the tokens around and in place of an image.
         chat_template_options: variables of the chat template, such as `{"enable_thinking": False}`, in every rendering; a
@@ -96,6 +100,9 @@ class TokenFlexProcessor(ProcessorMixin):
         chat_template_options: dict[str, Any] | None = None,
         frames_per_second: float = FRAMES_PER_SECOND,
         max_frames: int = MAX_FRAMES,
+        trained_num_visual_tokens: Sequence[int] = (),
+        total_visual_tokens: int = 0,
+        share: str = "even",
         **kwargs: Any,
     ):
         tokens = (image_start_token, image_token, image_end_token)
@@ -107,6 +114,9 @@ class TokenFlexProcessor(ProcessorMixin):
             )
         self.num_visual_tokens = num_visual_tokens
         self.patch_grid = list(patch_grid)
+        self.trained_num_visual_tokens = list(trained_num_visual_tokens)
+        self.total_visual_tokens = total_visual_tokens
+        self.share = share
         self.chat_template_options = dict(chat_template_options or {})
         self.frames_per_second, self.max_frames = frames_per_second, max_frames
         self.render_date = ""
@@ -127,6 +137,8 @@ class TokenFlexProcessor(ProcessorMixin):
         images: ImageInput | None = None,
         text: TextInput | list[TextInput] | None = None,
         num_visual_tokens: int | tuple | list | None = None,
+        total_visual_tokens: int | None = None,
+        share: str | None = None,
         **kwargs: Unpack[TokenFlexProcessorKwargs],
     ) -> BatchFeature | dict[str, Any]:
         """Prompts rendered by `apply_chat_template(..., tokenize=False)` and their images -> model inputs.
@@ -135,30 +147,34 @@ class TokenFlexProcessor(ProcessorMixin):
         `apply_chat_template(..., tokenize=True)`, which cannot mistake a user's text for a special token.
 
         Args:
+            num_visual_tokens: a count or (rows, columns) for every image, or one for each; under a total the most that an image gets.
+            total_visual_tokens: of all images of a prompt together at most. Of the trained counts the largest with which they fit.
+            share: `even`: each image gets that count; `size`: large images more of the same sum (images of one tile).
             kwargs: of the tokenizer (`padding`, `padding_side`, `max_length`, `truncation`, ...), of the image processor
                 (`CALL_KWARGS` there), or of both (`return_tensors`), flat or in `text_kwargs` and `images_kwargs`.
 
         Returns:
             `input_ids` and `attention_mask` [B, T], padded on the left; where there are images also `pixel_values` [tiles, 3,
-            H, W] and `num_tiles` [images], or with `return_text_replacement_offsets` `visual_sides` (see `_per_tile`).
+            H, W] and `num_tiles` [images] (and `tile_sizes` where the image processor's `sides` are `aspect`), or with
+            `return_text_replacement_offsets` `visual_sides` (see `_per_tile`).
 
         Raises:
-            ValueError: the text has not one image tag per image; the message has both numbers.
+            ValueError: the text has not one image tag per image, or images that a total does not hold; the message has both numbers.
             TypeError: a keyword that neither of them knows.
         """
         if images is None and text is None:
             raise ValueError("neither text nor images came; give at least one of them")
         settings = self._settings(kwargs)
         images = flattened(images)
-        pixels = self._pixels(images, settings)
         if text is None:
-            return pixels
+            return self._pixels(images, settings)
         texts = [text] if isinstance(text, str) else list(text)
         tags = self._tags(texts, len(images))
-        sides = self._sides(num_visual_tokens, len(images))
-        lengths = iter(self._run_lengths([rows * columns for rows, columns in sides], pixels))
+        numbers = [len(tags.findall(prompt)) for prompt in texts]
+        pixels, entries = self._sized(images, settings, num_visual_tokens, numbers, total_visual_tokens, share)
+        lengths = iter(self._run_lengths(self.counts(entries, len(images)), pixels))
         if pixels and settings["return_text_replacement_offsets"]:
-            pixels = self._per_tile(pixels, sides)
+            pixels = self._per_tile(pixels, entries)
         rows, spans = [], []
         for prompt in texts:
             pieces, found = tags.split(prompt), tags.findall(prompt)
@@ -173,13 +189,93 @@ class TokenFlexProcessor(ProcessorMixin):
             batch["text_replacement_offsets"] = spans
         return batch
 
-    def _per_tile(self, pixels, sides):
+    def shared_counts(self, count: int, sizes: Sequence[Sequence[Sequence[int]]]) -> list[int]:
+        """Visual tokens per tile of each image where each tile has `count` on average, as the processor's `share` says.
+
+        `sizes` are the `image_processor.tile_sizes` of each image.
+        """
+        if self.share == "even" or not sizes:
+            return [count] * len(sizes)
+        return counts_by_size(count, [height * width for ((height, width),) in sizes], self.patch_grid)
+
+    def _sized(self, images, settings, num_visual_tokens, numbers, total, share):
+        """(pixels of images, a count or (rows, columns) of each); `numbers` are the images of each prompt."""
+        if total is None:
+            total = self.total_visual_tokens if num_visual_tokens is None else 0
+        self._check_total(num_visual_tokens, total, share)
+        if not total:
+            return self._pixels(images, settings), self._entries(num_visual_tokens, len(images))
+        share = self.share if share is None else share
+        pixels = self._pixels(images, settings, return_tile_sizes=True)
+        tiles = iter(pixels["num_tiles"].tolist() if images else [])
+        sizes = iter(pixels["tile_sizes"].tolist() if images else [])
+        entries, own = [], iter(self._entries(num_visual_tokens, len(images)))
+        for number in numbers:
+            counts, some = [next(own) for _ in range(number)], [next(tiles) for _ in range(number)]
+            shown = [[next(sizes) for _ in range(its)] for its in some]
+            entries += self._within_total(
+                counts, shown, total, share, is_one=not isinstance(num_visual_tokens, (list, tuple))
+            )
+        if self.image_processor.sides == "square":
+            pixels.pop("tile_sizes", None)
+        return pixels, entries
+
+    def _check_total(self, num_visual_tokens, total, share):
+        if isinstance(total, bool) or not isinstance(total, int) or total < 0:
+            raise ValueError(
+                f"total_visual_tokens is {total!r}; it must be a positive integer such as 512, or 0 for no limit"
+            )
+        if share is not None and not total:
+            raise ValueError(f"share={share!r} is of a total, and there is none; give total_visual_tokens, such as 512")
+        if share not in (None, *SHARES):
+            raise ValueError(
+                f"share is {share!r}; it must be one of {', '.join(SHARES)} (a router shares in model.generate, at 'auto')"
+            )
+        if total and not isinstance(num_visual_tokens, (list, tuple)) and not self.trained_num_visual_tokens:
+            raise ValueError(
+                f"total_visual_tokens={total}: this processor does not say which counts its model was trained at; set its "
+                "trained_num_visual_tokens, or give num_visual_tokens per image"
+            )
+
+    def _within_total(self, counts, sizes, total, share, is_one):
+        """The counts of a prompt's images under a total; `sizes` of each image's tiles."""
+        if not counts:
+            return []
+        tiles = [len(some) for some in sizes]
+        if not is_one:  # the caller's own, which are held or refused
+            came = sum(own * number for own, number in zip(self.counts(counts, len(counts)), tiles))
+            if came > total:
+                raise ValueError(
+                    f"num_visual_tokens {counts} come to {came} visual tokens in a prompt, more than total_visual_tokens={total}; "
+                    "give smaller ones, or one count for all images, which then share the total"
+                )
+            return counts
+        count = even_count(counts[0], self.trained_num_visual_tokens, sum(tiles), total)
+        if share == "even":
+            return [count] * len(counts)
+        if max(tiles) > 1:
+            raise ValueError(
+                "share='size' is for images of one tile; a larger image has more tiles already: share evenly, or max_tiles=1"
+            )
+        return counts_by_size(count, [height * width for ((height, width),) in sizes], self.patch_grid)
+
+    def tile_sides(
+        self, num_visual_tokens: int | tuple[int, int], sizes: Sequence[Sequence[int]]
+    ) -> list[tuple[int, int]]:
+        """(rows, columns) of visual tokens of each tile of an image; `sizes` are its `image_processor.tile_sizes`."""
+        return tile_sides(num_visual_tokens, sizes, self.patch_grid, self.image_processor.sides)
+
+    def _per_tile(self, pixels, entries):
         """Pixels of images with `visual_sides` [tiles, 3], rows, columns and which tile of its image, in place of `num_tiles`.
 
         Engines that keep images apart cut every field by tiles; the model's `get_image_features` takes them so.
         """
         tiles = [int(number) for number in pixels["num_tiles"]]
-        rows = [[*side, tile] for side, number in zip(sides, tiles) for tile in range(number)]
+        sizes = iter(pixels["tile_sizes"].tolist() if "tile_sizes" in pixels else [(1, 1)] * sum(tiles))
+        rows = []
+        for entry, number in zip(entries, tiles):
+            sides = self.tile_sides(entry, [next(sizes) for _ in range(number)])
+            rows += [[*side, tile] for tile, side in enumerate(sides)]
         return {"pixel_values": pixels["pixel_values"], "visual_sides": rows}
 
     def _tags(self, texts, num_images):
@@ -280,9 +376,11 @@ class TokenFlexProcessor(ProcessorMixin):
         self, num_visual_tokens: int | tuple[int, int] | Sequence[int | tuple[int, int]] | None, num_images: int
     ) -> list[int]:
         """One count per image from an int, a pair (rows, columns), or a list of them; default: the processor's own."""
-        return [rows * columns for rows, columns in self._sides(num_visual_tokens, num_images)]
+        entries = self._entries(num_visual_tokens, num_images)
+        return [rows * columns for rows, columns in (sides_of(entry, self.patch_grid) for entry in entries)]
 
-    def _sides(self, num_visual_tokens, num_images):
+    def _entries(self, num_visual_tokens, num_images):
+        """A count or (rows, columns) per image from what the caller gave."""
         if num_visual_tokens is None:
             num_visual_tokens = self.num_visual_tokens
         if isinstance(num_visual_tokens, (int, tuple)):
@@ -295,7 +393,7 @@ class TokenFlexProcessor(ProcessorMixin):
             raise ValueError(
                 f"num_visual_tokens has {len(num_visual_tokens)} entries for {num_images} images; give one per image"
             )
-        return [sides_of(count, self.patch_grid) for count in num_visual_tokens]
+        return list(num_visual_tokens)
 
     def apply_chat_template(
         self,
@@ -308,6 +406,8 @@ class TokenFlexProcessor(ProcessorMixin):
         return_tensors: str | None = "pt",
         return_assistant_tokens_mask: bool = False,
         num_visual_tokens: int | tuple[int, int] | list[int | tuple[int, int]] | None = None,
+        total_visual_tokens: int | None = None,
+        share: str | None = None,
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -320,6 +420,7 @@ class TokenFlexProcessor(ProcessorMixin):
         Args:
             chat_template: a template, or the name of one of the tokenizer's; by default the processor's own.
             return_assistant_tokens_mask: whether `assistant_masks` come along: 1 for what training would learn.
+            num_visual_tokens, total_visual_tokens, share: see `__call__`; a total is of each conversation.
             processor_kwargs: keywords of `__call__`, which may also stand among the others.
             kwargs: variables of the chat template (`enable_thinking`, `tools`, ...).
 
@@ -338,8 +439,9 @@ class TokenFlexProcessor(ProcessorMixin):
             [_image_of(item) for items in contents for item in items or () if item["type"] == "image"]
             for _, contents, _ in rendered
         ]
-        pixels = self._pixels([image for some in images for image in some], settings)
-        lengths = self._run_lengths(self.counts(num_visual_tokens, sum(map(len, images))), pixels)
+        flat, numbers = [image for some in images for image in some], [len(some) for some in images]
+        pixels, entries = self._sized(flat, settings, num_visual_tokens, numbers, total_visual_tokens, share)
+        lengths = self._run_lengths(self.counts(entries, len(flat)), pixels)
         rows, masks = [], []
         for (pieces, contents, marks), some in zip(rendered, images):
             encoded = self._encoded(pieces, contents, marks, lengths[: len(some)], template)
@@ -612,9 +714,9 @@ class TokenFlexProcessor(ProcessorMixin):
     def _image_ids(self, length):
         return [self.image_start_token_id, *[self.image_token_id] * length, self.image_end_token_id]
 
-    def _pixels(self, images, settings):
-        """`pixel_values` and `num_tiles` of images (PIL, bytes, array, path or URL), or nothing where there are none."""
-        return self.image_processor(images, **settings["images"]) if images else {}
+    def _pixels(self, images, settings, **options):
+        """What the image processor makes of images (PIL, bytes, array, path or URL), or nothing where there are none."""
+        return self.image_processor(images, **settings["images"], **options) if images else {}
 
     def _run_lengths(self, counts, pixels):
         """Visual tokens of each image: the count once per tile."""

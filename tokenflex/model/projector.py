@@ -77,8 +77,8 @@ class TokenAdaptiveProjector(nn.Module):
         peaks_NC = adaptive_pool(features_PC, grids, sides, "max")
         return pooled_NC + self.detail_share.to(pooled_NC.dtype) * (peaks_NC - pooled_NC)
 
-    def plan_maker(self, grid: Sequence[int], tensor: torch.Tensor) -> Callable[[list[int]], Any] | None:
-        """`counts -> plan` for tiles of `grid`, to be called where a batch is collated, also in another process.
+    def plan_maker(self, grid: Sequence[int], tensor: torch.Tensor) -> Callable[[list[Any]], Any] | None:
+        """`counts -> plan`, counts also as (rows, columns), for tiles of `grid`, to be called where a batch is collated, also in another process.
 
         None where `tensor` (any of the device that computes) does not go through the kernels.
         """

@@ -61,6 +61,8 @@ class Planner:
             token_cost=data.cost.per_token,
             pair_cost=data.cost.per_token_pair,
         )
+        self.most_tiles = min(data.max_images_per_pack, budget.most_tiles)
+        """Of a sample."""
         self.order = self.mixture.order(seed, data.shuffle_shards, data.shuffle_window)
         self.dropped = Dropped()
         """What the epochs planned so far have left out."""
@@ -76,7 +78,7 @@ class Planner:
     def _check(self) -> None:
         """Refuse plans that cannot be before the first step."""
         data, views = self.data, self.budget.num_views
-        largest = int(self.budget.visual_tokens(np.array(max(self.budget.counts))))
+        largest = int(self._most_tokens(np.array(0), np.array(1)))
         if largest + views > data.pack_length:
             at = f"{largest} visual tokens" + (f" in {views} views" if views > 1 else "")
             raise UserError(
@@ -90,39 +92,47 @@ class Planner:
             )
         num_usable = 0
         for source in self.mixture.sources:
-            num_usable += self._check_source(source, largest)
+            num_usable += self._check_source(source)
         if not num_usable:
             raise UserError("data.train: no sample is usable; each needs an assistant answer and must fit a pack")
 
-    def _check_source(self, source: Source, largest: int) -> int:
+    def _most_tokens(self, text: np.ndarray, tiles: np.ndarray) -> np.ndarray:
+        """Tokens of samples at the largest count that they can get: [S]."""
+        largest = np.full(tiles.shape, max(self.budget.counts))
+        return self.budget.tokens(text, tiles, self.budget.visual_tokens(self.budget.within_total(largest, tiles)))
+
+    def _may_be_too_long(self, text: np.ndarray, tiles: np.ndarray) -> np.ndarray:
+        return (self._most_tokens(text, tiles) > self.data.pack_length) | (tiles > self.most_tiles)
+
+    def _check_source(self, source: Source) -> int:
         """How many samples of a source have an answer and may fit; refuses over-long ones under `error`."""
         longest_text, num_usable = source.index.longest_text(), source.index.num_answered()
         tiles = np.arange(len(longest_text))
-        too_long = (longest_text >= 0) & (
-            (self.budget.tokens(longest_text, tiles, largest) > self.data.pack_length)
-            | (tiles > self.data.max_images_per_pack)
-        )
+        too_long = (longest_text >= 0) & self._may_be_too_long(longest_text, tiles)
         if not too_long.any() or source.over_long != "error":
             return num_usable
-        sample, number = self._first_too_long(source.index, largest)
+        sample, number = self._first_too_long(source.index)
         text, tiles = int(source.index.text_tokens[sample]), int(source.index.num_tiles[sample])
-        tokens = int(self.budget.tokens(np.array(text), np.array(tiles), largest))
+        if tiles > self.budget.most_tiles:
+            raise UserError(
+                f"{source.index.shard_of(sample)}: sample {sample} has {tiles} images (or tiles, or frames), and budget.total={self.budget.total} "
+                f"holds {self.budget.most_tiles} at {min(self.budget.counts)} visual tokens, the smallest count ({number} samples do not "
+                "fit); raise budget.total, add a smaller count, or set data.over_long=drop"
+            )
+        tokens = int(self._most_tokens(np.array(text), np.array(tiles)))
         raise UserError(
             f"{source.index.shard_of(sample)}: sample {sample} has up to {tokens} tokens and {tiles} images, a pack "
             f"holds {self.data.pack_length} and {self.data.max_images_per_pack} ({number} such samples); raise data.pack_length or "
             "data.max_images_per_pack, or set data.over_long=drop"
         )
 
-    def _first_too_long(self, index: Lengths, largest: int) -> tuple[int, int]:
+    def _first_too_long(self, index: Lengths) -> tuple[int, int]:
         """(the first sample that may be longer than a pack, how many there are)."""
         first, number = -1, 0
         for begin in range(0, len(index.text_tokens), 2**20):
             text = index.text_tokens[begin : begin + 2**20].astype(np.int64)
             tiles = index.num_tiles[begin : begin + 2**20].astype(np.int64)
-            wrong = np.flatnonzero(
-                (self.budget.tokens(text, tiles, largest) > self.data.pack_length)
-                | (tiles > self.data.max_images_per_pack)
-            )
+            wrong = np.flatnonzero(self._may_be_too_long(text, tiles))
             if len(wrong) and first < 0:
                 first = begin + int(wrong[0])
             number += len(wrong)
@@ -239,6 +249,7 @@ class Planner:
         position = np.arange(begin, end)
         ids, passes = self.order.read(epoch, begin, end)
         lengths = _Lengths(*self.mixture.columns(ids), self._counts(epoch, position, ids, passes), np.zeros_like(ids))
+        lengths.count = self.budget.within_total(lengths.count, lengths.tiles)
         lengths.count[lengths.tiles == 0] = 0
         too_long = self._is_too_long(lengths)
         if too_long.any():
@@ -274,7 +285,7 @@ class Planner:
         return self.budget.tokens(lengths.text, lengths.tiles, self.budget.visual_tokens(lengths.count))
 
     def _is_too_long(self, lengths: "_Lengths") -> np.ndarray:
-        return (self._all_tokens(lengths) > self.limits.max_tokens) | (lengths.tiles > self.limits.max_tiles)
+        return (self._all_tokens(lengths) > self.limits.max_tokens) | (lengths.tiles > self.most_tiles)
 
     def _queues(self, lengths: "_Lengths") -> np.ndarray:
         """The queue that each sample waits in: [N] int64."""
@@ -290,7 +301,7 @@ class Planner:
     def _truncate(self, ids: np.ndarray, places: np.ndarray, lengths: "_Lengths") -> None:
         """Samples of sources that truncate: end the conversation after the last answer that fits, in place."""
         visual, views = self.budget.visual_tokens(lengths.count), self.budget.num_views
-        most = self.limits.max_tokens, self.limits.max_tiles
+        most = self.limits.max_tokens, int(self.most_tiles)
         for number, at in self.mixture.parts(ids[places]):
             source = self.mixture.sources[number]
             if source.over_long != "truncate":

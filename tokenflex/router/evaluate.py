@@ -48,6 +48,7 @@ class _Batch:
         prompts = [sample.messages_with_images()[:-1] for sample in samples]
         inputs = processor.apply_chat_template(prompts, tokenize=True, add_generation_prompt=True).to(model.device)
         self.ids, self.mask, self.tiles = inputs["input_ids"], inputs["attention_mask"], inputs["num_tiles"]
+        self.sizes = inputs.get("tile_sizes")
         with torch.no_grad():
             self.features = model.encode_images(inputs["pixel_values"].to(model.vision_tower.dtype))
         self.row_of = np.array([row for row, _, _ in image_runs(self.ids, model.config.image_token_id)])
@@ -89,12 +90,13 @@ class _Batch:
             known.update(zip(some, zip(*self._generated(rows, images, counts))))
 
     def _generated(self, rows, images, counts):
-        pieces = self.features.split(self.tiles.tolist())
+        of_images = lambda values: torch.cat([values.split(self.tiles.tolist())[image] for image in images])  # noqa: E731
         output = self.model.generate(
             input_ids=self.ids[rows],
             attention_mask=self.mask[rows],
-            pixel_values=torch.cat([pieces[image] for image in images]),
+            pixel_values=of_images(self.features),
             num_tiles=self.tiles[images],
+            tile_sizes=None if self.sizes is None else of_images(self.sizes),
             num_visual_tokens=counts,
             max_new_tokens=self.settings.max_new_tokens,
             do_sample=False,

@@ -95,6 +95,7 @@ def _losses(model, inputs, count):
         position_ids=(wide_mask.cumsum(-1) - 1).clamp(min=0),
         pixel_values=inputs["pixel_values"],
         num_tiles=inputs["num_tiles"],
+        tile_sizes=inputs.get("tile_sizes"),
         num_visual_tokens=[count] * len(tiles),
         logits_to_keep=columns - 1,
         use_cache=False,

@@ -93,7 +93,7 @@ def model_inputs(batch: PackedBatch, normalise: Callable[[torch.Tensor], torch.T
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
         "pixel_values": normalise(batch.images),
-        "num_visual_tokens": batch.tile_counts,
+        "num_visual_tokens": batch.tile_sides,
         "pool_plan": batch.pool_plan,
         "tile_index": batch.tile_index,
         "visual_positions": batch.visual_positions,
