@@ -11,11 +11,14 @@ from clip_files import CONTAINERS, needs_av, numbers, picture, png, shard, talk,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tokenflex.budget import VisualTokenBudget
+from tokenflex.config import BudgetConfig, DataConfig
 from tokenflex.data import Limits, PackDataset, load_or_build_index
 from tokenflex.data.index import fingerprint
 from tokenflex.data.loader import MicroBatchPlan
+from tokenflex.model import build_processor
 from tokenflex.model.video import ClipRefused, PyAVMissing, clip_frames, container_of, sampled
-from tokenflex.plan import Position
+from tokenflex.plan import Planner, Position
 from tokenflex.train.objective import model_inputs
 
 
@@ -161,6 +164,30 @@ def test_the_index_has_what_the_loader_makes_and_a_pack_answers_as_its_prompts(c
         model.language_model.set_attn_implementation("sdpa")
         alone = model(**inputs, use_cache=False).logits[0]
     torch.testing.assert_close(packed[: len(alone)], alone, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("share", ["even", "size"])
+def test_frames_of_a_sample_share_a_total(share, clips, tmp_path, tiny_config):
+    """Four frames of 12 tokens fit a total of 50: planned, collated and in the prompt that names no count."""
+    counts = {
+        "num_visual_tokens": (4, 12, 20),
+        "probabilities": (0, 0, 1),
+        "total": 50,
+        "share": share,
+        "sides": "aspect",
+    }
+    budget = BudgetConfig(**counts)
+    processor = build_processor(tiny_config.model, budget)
+    index = load_or_build_index([clips], processor, tmp_path / "index", Limits())
+    data = DataConfig(pack_length=640, packs_per_step=1, lockstep_packs=1, max_images_per_pack=12)
+    planner = Planner(index, VisualTokenBudget.of(budget), data, seed=0, loss_weighting="token")
+    samples = planner.read(0, 0, 3)
+    dataset = PackDataset(index, processor, "token", blank_count=4, limits=Limits())
+    for sample_id, count, tokens in zip(samples.id.tolist(), samples.count.tolist(), samples.tokens.tolist()):
+        prepared = dataset.prepared(sample_id, count)[0]
+        assert count == (12 if index.num_images[sample_id] else 0) and len(prepared.input_ids) == tokens
+        inputs = processor.apply_chat_template(dataset.sample(sample_id).messages_with_images(), tokenize=True)
+        assert inputs["input_ids"][0].tolist() == prepared.input_ids
 
 
 @needs_av
