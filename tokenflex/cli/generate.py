@@ -56,8 +56,8 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
             counts,
             arguments.max_new_tokens,
             arguments.effort,
-            arguments.total_visual_tokens,
-            arguments.share,
+            total_visual_tokens=arguments.total_visual_tokens,
+            share=arguments.share,
         )
     )
     return 0
