@@ -63,9 +63,9 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
             counts,
             arguments.max_new_tokens,
             arguments.effort,
-            arguments.total_visual_tokens,
-            arguments.share,
-            arguments.video,
+            total_visual_tokens=arguments.total_visual_tokens,
+            share=arguments.share,
+            videos=arguments.video,
         )
     )
     return 0

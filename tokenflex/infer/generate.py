@@ -52,6 +52,7 @@ class Generator:
         num_visual_tokens: Count | Sequence[Count] | None = None,
         max_new_tokens: int = 64,
         effort: float | None = None,
+        *,
         total_visual_tokens: int | None = None,
         share: str | None = None,
         videos: Sequence[str | PathLike] = (),

@@ -175,6 +175,14 @@ class TokenFlexProcessor(ProcessorMixin):
         lengths = iter(self._run_lengths(self.counts(entries, len(images)), pixels))
         if pixels and settings["return_text_replacement_offsets"]:
             pixels = self._per_tile(pixels, entries)
+        rows, spans = self._prompt_rows(texts, tags, lengths, settings)
+        batch = self._batch(rows, pixels, settings)
+        if settings["return_text_replacement_offsets"]:
+            batch["text_replacement_offsets"] = spans
+        return batch
+
+    def _prompt_rows(self, texts, tags, lengths, settings):
+        """(tokens, replacements) of each prompt, its images as runs of the next `lengths`."""
         rows, spans = [], []
         for prompt in texts:
             pieces, found = tags.split(prompt), tags.findall(prompt)
@@ -184,10 +192,7 @@ class TokenFlexProcessor(ProcessorMixin):
                 ids = ids + self._image_ids(run) + self._prompt_ids(piece)
             rows.append(self._beginning(settings) + ids)
             spans.append(self._replacements(pieces, found, runs))
-        batch = self._batch(rows, pixels, settings)
-        if settings["return_text_replacement_offsets"]:
-            batch["text_replacement_offsets"] = spans
-        return batch
+        return rows, spans
 
     def shared_counts(self, count: int, sizes: Sequence[Sequence[Sequence[int]]]) -> list[int]:
         """Visual tokens per tile of each image where each tile has `count` on average, as the processor's `share` says.
@@ -435,17 +440,13 @@ class TokenFlexProcessor(ProcessorMixin):
             texts = [self._as_text(pieces, marks) for pieces, _, marks in rendered]
             return texts if is_batch else texts[0]
         settings = self._settings({"return_tensors": return_tensors, **(processor_kwargs or {}), **calls})
-        images = [
-            [_image_of(item) for items in contents for item in items or () if item["type"] == "image"]
-            for _, contents, _ in rendered
-        ]
+        images = [_images_of(contents) for _, contents, _ in rendered]
         flat, numbers = [image for some in images for image in some], [len(some) for some in images]
         pixels, entries = self._sized(flat, settings, num_visual_tokens, numbers, total_visual_tokens, share)
-        lengths = self._run_lengths(self.counts(entries, len(flat)), pixels)
+        lengths = iter(self._run_lengths(self.counts(entries, len(flat)), pixels))
         rows, masks = [], []
         for (pieces, contents, marks), some in zip(rendered, images):
-            encoded = self._encoded(pieces, contents, marks, lengths[: len(some)], template)
-            lengths = lengths[len(some) :]
+            encoded = self._encoded(pieces, contents, marks, [next(lengths) for _ in some], template)
             rows.append(encoded.input_ids)
             masks.append([int(is_target) for is_target in encoded.is_target])
         batch = self._batch(rows, pixels, settings, masks if return_assistant_tokens_mask else None)
@@ -808,6 +809,11 @@ def default_template(template: str | dict[str, str] | None) -> str | None:
     if "default" not in template and len(template) != 1:
         raise ValueError(f"the tokenizer has the chat templates {sorted(template)} and none named 'default'; name one")
     return template.get("default", next(iter(template.values())))
+
+
+def _images_of(contents):
+    """What the image items of a conversation's contents name."""
+    return [_image_of(item) for items in contents for item in items or () if item["type"] == "image"]
 
 
 def _image_of(item):
