@@ -96,7 +96,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 10) <= v < (3, 13) else f"error: {sys.executable} is Python {v.major}.{v.minor}; TokenFLEX runs on 3.10 to 3.12: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quickstart,mpi,parquet,tensorboard,serve,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[quickstart,mpi,parquet,tensorboard,serve,video,dev]"
 	@touch $@
 
 clean:

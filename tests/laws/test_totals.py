@@ -268,15 +268,7 @@ def test_a_conversation_is_cut_where_its_images_fit_the_total(processor, tmp_pat
 
 def test_a_run_with_rectangles_and_a_total_hands_both_to_its_export(tmp_path, cache_dir, tiny_config):
     budget = ["budget.sides=aspect", "budget.total=16", "budget.share=size"]
-    train_ranks(
-        1,
-        tmp_path,
-        cache_dir,
-        *budget,
-        "train.num_steps=2",
-        "evaluate.at_end=true",
-        "data.embedded.num_eval_per_task=1",
-    )
+    train_ranks(1, tmp_path, cache_dir, *budget, "train.num_steps=2", "evaluate.at_end=true")
     folder = tmp_path / "tiny" / "model"
     processor = TokenFlexProcessor.from_pretrained(folder)
     assert (processor.total_visual_tokens, processor.share, processor.image_processor.sides) == (16, "size", "aspect")

@@ -169,7 +169,8 @@ def test_the_processor_goes_round_through_its_files(processor, tmp_path):
     (lambda p: p.apply_chat_template(conversation(), tokenize=True, num_visual_tokens=0), "num_visual_tokens is 0"),
     (lambda p: p.apply_chat_template(conversation(), tokenize=True, num_visual_tokens=-3), "num_visual_tokens is -3"),
     (lambda p: p.apply_chat_template(conversation(images=2), tokenize=True, num_visual_tokens=[4]), "1 entries for 2 images"),
-    (lambda p: p.encode([{"role": "user", "content": [{"type": "video"}]}], []), "'video'"),
+    (lambda p: p.encode([{"role": "user", "content": [{"type": "audio"}]}], []), "'audio'"),
+    (lambda p: p.encode([{"role": "user", "content": [{"type": "video"}]}], []), "a clip came as NoneType"),
 ])  # fmt: skip
 def test_wrong_input_is_named(processor, call, part):
     with pytest.raises(ValueError, match=part):

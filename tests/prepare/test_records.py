@@ -108,7 +108,7 @@ def test_what_says_nothing_more_is_counted(name):
 SKIPPED = {
     "a lost image": (llava(None), "image-missing", "none came"),
     "a lost image at the end": (llava(None, "What?\n<image>"), "image-missing", "none came"),
-    "frames of a video": ({"frames": ["a.jpg"], "question": "What?", "answer": "x"}, "field", "'frames'"),
+    "images and videos apart": ({"image": "b.jpg", "frames": ["a.jpg"], "question": "What?", "answer": "x"}, "field", "order is not clear"),
     "an image that would not be shown": ({"image": "a.jpg", "target": "b.png", "conversations": [ASK, TOLD]}, "field", "'target' holds an image"),
     "bytes of an image under an unknown name": ({"left": {"bytes": b"..", "path": None}, "conversations": [ASK, TOLD]}, "field", "'left' holds an image"),
     "a crop": ({"image": "a.jpg", "crop": [0, 0, 9, 9], "conversations": [ASK, TOLD]}, "field", "'crop'"),
@@ -120,7 +120,10 @@ SKIPPED = {
     "a transcript as a caption": ({"image": "a.jpg", "text": "### Human: x\n### Assistant: y"}, "message", "whole conversation"),
     "a masked turn": ({"conversations": [ASK, {**TOLD, "mask": True}]}, "no-answer", "no assistant"),
     "a chain of thought": ({"question": "x", "answer": "y", "cot": "hm"}, "field", "'cot'"),
-    "a video": ({"video": "a.mp4", **llava(None, "<video>\nWhat?")}, "media", "'video'"),
+    "a lost video": ({"video": [], **llava(None, "<video>\nWhat?")}, "clip", "none came"),
+    "two videos and a tag": ({"videos": ["a.mp4", "b.mp4"], **llava(None, "<video>\nWhat?")}, "image-tags", "1 <image> tags but 2"),
+    "two fields of videos": ({"video": "a.mp4", "video_path": "b.mp4", **llava(None, "What?")}, "field", "different videos"),
+    "several videos in an item": ({"messages": [{"role": "user", "content": [{"type": "video", "video": ["a.mp4", "b.mp4"]}]}, {"role": "assistant", "content": "x"}]}, "clip", "2 clips"),
     "a sound": ({"audio": {"path": "a.wav"}, **llava(None, "What?")}, "media", "'audio'"),
     "an item of sound": ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}, {"role": "assistant", "content": "x"}]}, "message", "input_audio"),
     "a caption of nothing": ({"caption": "a box"}, "image-missing", "no image"),
@@ -180,7 +183,7 @@ def test_function_calls_as_text():
 
 WORDS = iter(f"word{i}" for i in range(10**9))
 UNKNOWN = ("notes", "Kommentar", "x1", "extra_field")
-OTHERS = ("video", "videos", "audio", "audio_path", "point_cloud", "speech")
+OTHERS = ("audios", "pdf", "audio", "audio_path", "point_cloud", "speech")
 
 
 @st.composite

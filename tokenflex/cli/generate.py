@@ -14,6 +14,13 @@ def add_to(commands: Commands) -> None:
     add = command.add_argument
     add("--model", required=True, metavar="DIR", help="folder that training exported (runs/NAME/model)")
     add("--image", action="append", default=[], metavar="FILE", help="image file; may be given several times")
+    add(
+        "--video",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="video file, asked about as frames; likewise, behind the images",
+    )
     add("--prompt", required=True, metavar="TEXT", help="the question")
     add(
         "--num-visual-tokens",
@@ -56,8 +63,9 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
             counts,
             arguments.max_new_tokens,
             arguments.effort,
-            arguments.total_visual_tokens,
-            arguments.share,
+            total_visual_tokens=arguments.total_visual_tokens,
+            share=arguments.share,
+            videos=arguments.video,
         )
     )
     return 0

@@ -160,6 +160,10 @@ class ModelConfig(Section):
     """Tiles that an image is cut into at most, by its aspect ratio (InternVL has 6 in training); 1 takes it whole."""
     thumbnail: bool = True
     """Whether an image of several tiles is followed by the whole of it as one more tile."""
+    frames_per_second: PositiveFloat = 1.0
+    """Frames of a video file that are taken per second of it; a clip that comes as a list of frames is taken as it is."""
+    max_frames: PositiveInt = 16
+    """Frames of a clip at most: of a longer file as many, spread evenly; a list of more is refused."""
     pooling_mode: Literal["adaptive", "resize"] = "adaptive"
     """`adaptive`: the paper's adaptive average pooling; `resize`: the authors' release (bilinear, then average)."""
     pooling_detail: Literal["none", "max"] = "none"

@@ -178,22 +178,19 @@ def collate(
     `blank_count` is the visual-token count of the blank image that stands in where no sample has an image. `plan_of` makes
     a pooling plan of the tiles' sides (`TokenAdaptiveProjector.plan_maker`).
     """
-    weight_of = LOSS_WEIGHTS[loss_weighting]
     lengths = [len(sample.input_ids) for sample in samples] or [1]
     begins = np.cumsum([0, *lengths])
     # an empty pack at the end of an epoch: one token, nothing learned
     tokens = [token for sample in samples for token in sample.input_ids] or [processor.image_end_token_id]
     first_views = [sample for sample in samples if not sample.is_further_view]
     tiles = np.concatenate([_no_tiles(processor), *(sample.tiles for sample in first_views)])
-    tile_counts = [sample.count for sample in samples for _ in sample.tiles]
-    tile_sides = [side for sample in samples for side in sample.sides]
     is_dummy_image = not len(tiles)
-    if is_dummy_image:
-        tiles, tile_counts = np.zeros((1, *tiles.shape[1:]), np.uint8), [blank_count]
-        tile_sides = _blank_sides(1, blank_count, processor)
+    tiles = np.zeros((1, *tiles.shape[1:]), np.uint8) if is_dummy_image else tiles
+    shapes = [(sample.count, side) for sample in samples for side in sample.sides]
+    shapes = shapes or [(blank_count, side) for side in _blank_sides(1, blank_count, processor)]
+    tile_sides = [side for _, side in shapes]
     learned = torch.from_numpy(_concatenated([begin + sample.learned for begin, sample in zip(begins, samples)]))
-    weights = [np.full(len(s.learned), weight_of(np.array(len(s.learned)))) for s in samples]
-    visual = _concatenated([begin + sample.visual for begin, sample in zip(begins, samples)])
+    weights = [np.full(len(s.learned), LOSS_WEIGHTS[loss_weighting](np.array(len(s.learned)))) for s in samples]
     ids = torch.tensor(tokens)
     return PackedBatch(
         input_ids=ids.unsqueeze(0),
@@ -202,9 +199,9 @@ def collate(
         max_length=max(lengths),
         counts=torch.tensor([sample.count for sample in samples] or [0]),
         images=torch.from_numpy(tiles),
-        tile_counts=tile_counts,
+        tile_counts=[count for count, _ in shapes],
         tile_sides=tile_sides,
-        visual_positions=torch.from_numpy(visual),
+        visual_positions=torch.from_numpy(_concatenated([b + s.visual for b, s in zip(begins, samples)])),
         logits_positions=learned - 1,
         targets=ids[learned],
         weights=torch.from_numpy(np.concatenate([np.empty(0), *weights])).float(),

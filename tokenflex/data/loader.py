@@ -13,6 +13,7 @@ from .. import failpoints
 from ..errors import UserError
 from ..layout import STOP_SIGNALS
 from ..plan import Lengths, Mixture, Position, Source, StepPlan
+from .clips import with_frames
 from .collate import PackedBatch, PreparedSample, collate, prepare_views, substitute
 from .index import Index
 from .problems import BadSample, Limits
@@ -123,6 +124,7 @@ class PackDataset(Dataset):
         """One parsed sample by id; with `num_messages` the conversation ends after so many."""
         shard, offset, num_bytes = self._place(sample_id)
         sample = parse_sample(shard.read(self._open(shard), offset, num_bytes, self.limits), where=shard)
+        sample = with_frames(sample, self.processor.frames)
         return first_messages(sample, int(num_messages)) if num_messages else sample
 
     def name_of(self, sample_id: int) -> str:

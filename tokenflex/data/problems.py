@@ -24,7 +24,7 @@ REASONS = {
     "message": "a message of an unknown role, or content that is neither text nor a list of text and image items",
     "template": "the chat template does not write the conversation as it is, or no answer where one is asked for",
     "field": "a field that changes what is said or shown, and cannot be used",
-    "media": "a video, sound or another medium that is no image",
+    "media": "a sound or another medium that is neither image nor video",
     "image-tags": "not one image per image tag",
     "image-missing": "the image file is not there",
     "image-path": "an absolute path, a path with `..`, or a URL of a scheme that is not on the allow-list",
@@ -32,6 +32,7 @@ REASONS = {
     "image-format": "not a JPEG, PNG or WebP image",
     "image-pixels": "the header announces more pixels than the limit, or none",
     "image-data": "the image is truncated or its data is broken",
+    "clip": "a clip that is empty, has too many frames, or does not decode",
     "no-answer": "no assistant text to learn from",
     "length": "the sample has not the length that the index says",
     "duplicate": "the same record once more",
@@ -110,7 +111,7 @@ class Limits:
     """Bytes of one file in a shard."""
     max_image_pixels: int = 100_000_000
     """Pixels of one image, by its header."""
-    extensions: str = r"json|([^.]+\.)?(jpg|jpeg|png|webp)"
+    extensions: str = r"json|([^.]+\.)?(jpg|jpeg|png|webp|mp4|webm|mkv|mov|avi)"
     """Members that are read, as a pattern of their extensions. No pickles, no arrays, no tensors: nothing whose reading
     could run code."""
     ignore_others: bool = False

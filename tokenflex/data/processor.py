@@ -96,5 +96,16 @@ class Processor(Protocol):
     def encode(self, messages: list[dict[str, Any]], lengths: list[int]) -> Encoded:
         """A conversation as tokens, image i as a run of `lengths[i]`."""
 
+    def frames(self, clip: Any) -> list[Any]:
+        """A video file's bytes, or a list of frames, -> frames as encoded bytes or arrays [H, W, 3]."""
+
+    @property
+    def frames_per_second(self) -> float:
+        """At which video files are sampled."""
+
+    @property
+    def max_frames(self) -> int:
+        """Of a clip."""
+
     def rendering_key(self) -> str:
         """What the text of a conversation depends on."""

@@ -2,7 +2,8 @@
 
 A sample is `<key>.json` and one image per image tag, `<key>.0.jpg`, `<key>.1.png`, ... The JSON holds `messages` (role and
 content; content a string or a list of `{"type": "text", "text": ...}` and `{"type": "image"}` items), and optionally
-`task` and `source`.
+`task` and `source`. A clip is an item `{"type": "video"}`, whose member is a video file (`<key>.0.mp4`), or `{"type": "video",
+"frames": 4}`, whose members are the next four images.
 """
 
 import json
@@ -15,15 +16,16 @@ from .problems import BadSample
 from .processor import Encoded, Processor
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi")
 ROLES = ("system", "user", "assistant")
 
 Message = dict[str, Any]
-"""`role`, and `content`: a list of text and image items."""
+"""`role`, and `content`: a list of text, image and video items; one of a video has its file's bytes, or a list of frames, as `video`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A parsed sample; `images` are still encoded."""
+    """A parsed sample; `images` are those of its image items, still encoded."""
 
     key: str
     messages: list[Message]
@@ -64,13 +66,7 @@ def parse_sample(members: dict[str, Any], where: object) -> Sample:
             raise BadSample("no-json", f"has no .json member; wanted {key}.json with the messages")
         record = parse_record(members["json"], f"{key}.json")
         messages = [parse_message(message) for message in record["messages"]]
-        images = _images(members)
-        tags = sum(item["type"] == "image" for message in messages for item in message["content"])
-        if tags != len(images):
-            raise BadSample(
-                "image-tags",
-                f"the messages have {tags} image tags but the sample has {len(images)} images; each image needs one tag",
-            )
+        messages, images = _with_members(messages, _members(members))
     except BadSample as problem:
         raise problem.located(where, key) from None
     return Sample(
@@ -117,17 +113,25 @@ def parse_message(message: Any) -> Message:
         )
     for item in content:
         kind = item.get("type") if isinstance(item, dict) else item
-        if kind not in ("text", "image") or (kind == "text" and not isinstance(item.get("text"), str)):
+        if kind not in ("text", "image", "video") or (kind == "text" and not isinstance(item.get("text"), str)):
             raise BadSample(
                 "message",
-                f"a message holds the item {item!r:.80}; wanted a text item with its text, or an image item",
+                f"a message holds the item {item!r:.80}; wanted a text item with its text, an image item or a video item",
+            )
+        if kind == "video" and not _is_number(item.get("frames", 1)):
+            raise BadSample(
+                "clip", f"a video item has frames={item['frames']!r:.40}; wanted how many images are its frames"
             )
         if kind == "text" and not _is_utf8(item["text"]):
             raise BadSample(
                 "message", "a message holds half a surrogate pair, which no tokenizer takes; repair the text"
             )
-    if message["role"] == "assistant" and any(item["type"] == "image" for item in content):
-        raise BadSample("message", "an assistant message holds an image; only text can be learned")
+    shown = next((item["type"] for item in content if item["type"] != "text"), None)
+    if message["role"] == "assistant" and shown:
+        raise BadSample(
+            "message",
+            f"an assistant message holds {'an image' if shown == 'image' else 'a video'}; only text can be learned",
+        )
     return {"role": message["role"], "content": content, **_weight(message)}
 
 
@@ -175,12 +179,48 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _images(members: dict[str, Any]) -> list[bytes]:
-    """The encoded images in the order of their numbers."""
-    numbered: dict[int, bytes] = {}
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _with_members(messages: list[Message], members: list[tuple[bytes, bool]]) -> tuple[list[Message], list[bytes]]:
+    """(messages, video items with their file or frames; the images of image items) from members (bytes, whether it is a video)."""
+    items = [item for message in messages for item in message["content"] if item["type"] != "text"]
+    tags = sum(item.get("frames", 1) if item["type"] == "video" else 1 for item in items)
+    has_clips = any(item["type"] == "video" for item in items)
+    if tags != len(members):
+        of_what = "tags of images, videos and their frames" if has_clips else "image tags"
+        detail = (
+            f"the messages have {tags} {of_what} but the sample has {len(members)} images; each image needs one tag"
+        )
+        raise BadSample("image-tags", detail)
+    following, images, clips = iter(members), [], []
+    for item in items:
+        is_file = item["type"] == "video" and "frames" not in item
+        own = [next(following) for _ in range(item.get("frames", 1) if item["type"] == "video" else 1)]
+        if any(is_video != is_file for _, is_video in own):
+            came, wanted = ("an image", "a video file") if is_file else ("a video file", "an image")
+            raise BadSample(
+                "clip",
+                f"where a message wants {wanted} the sample has {came}; number members in the order of the items",
+            )
+        if item["type"] == "image":
+            images.append(own[0][0])
+        else:
+            clips.append(own[0][0] if is_file else [data for data, _ in own])
+    if not clips:
+        return messages, images
+    shown = iter(clips)
+    filled = lambda item: {"type": "video", "video": next(shown)} if item["type"] == "video" else item  # noqa: E731
+    return [{**message, "content": [filled(item) for item in message["content"]]} for message in messages], images
+
+
+def _members(members: dict[str, Any]) -> list[tuple[bytes, bool]]:
+    """The encoded images and video files in the order of their numbers, and whether each is a video."""
+    numbered: dict[int, tuple[bytes, bool]] = {}
     for extension, data in members.items():
         number, _, kind = extension.rpartition(".")
-        if kind.lower() in IMAGE_EXTENSIONS:
+        if kind.lower() in (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS):
             if number and not (number.isascii() and number.isdigit()):
                 raise BadSample(
                     "image-number",
@@ -189,7 +229,7 @@ def _images(members: dict[str, Any]) -> list[bytes]:
             place = int(number or 0)
             if place in numbered:
                 raise BadSample("image-number", f"image {place} comes twice, as .{extension} and by another name")
-            numbered[place] = data
+            numbered[place] = data, kind.lower() in VIDEO_EXTENSIONS
     if sorted(numbered) != list(range(len(numbered))):
         raise BadSample(
             "image-number",

@@ -125,13 +125,13 @@ def evaluate_run(
     if not is_exported(folder):
         raise UserError(f"evaluation: no exported model at {folder}; train first, or give --model DIR")
     shards = locate_shards(config.data.evaluation, config.data, "data.evaluation")
-    settings = config.evaluate
-    questions = read_questions(shards, settings.max_samples_per_task, Limits.of(config.data), settings.tasks)
+    settings, limits = config.evaluate, Limits.of(config.data)
+    processor = AutoProcessor.from_pretrained(folder)
+    questions = read_questions(shards, settings.max_samples_per_task, limits, processor.frames, tasks=settings.tasks)
     questions.tell(say)
     samples = questions.samples
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(ranks.device).eval()
     model.generation_config = greedy(model.generation_config)
-    processor = AutoProcessor.from_pretrained(folder)
     router = model.config.router
     chosen = f", and as its router chooses at effort {router['effort']:g}" if router else ""
     say(f"evaluate  {len(samples)} questions at {list(settings.num_visual_tokens)} visual tokens{chosen}")

@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..data import BadSample, Limits, Sample, decode_image
+from ..data.clips import FramesOf, with_frames
 from ..data.shards import Shard
 from ..errors import UserError
+from ..model.video import clip_frames
 
 MAX_NAMED = 10
 """Bad samples that are printed."""
@@ -27,8 +29,17 @@ class Questions:
             say(f"left out  {len(self.problems) - MAX_NAMED} more; tokenflex data validate names all")
 
 
-def read_questions(shards: Sequence[Shard], max_per_task: int, limits: Limits, tasks: Sequence[str] = ()) -> Questions:
+def read_questions(
+    shards: Sequence[Shard],
+    max_per_task: int,
+    limits: Limits,
+    frames_of: FramesOf = clip_frames,
+    *,
+    tasks: Sequence[str] = (),
+) -> Questions:
     """The questions of shards, at most `max_per_task` of each of `tasks`, or of every task where none is named.
+
+    Clips become frames by `frames_of`, a processor's `frames`.
 
     Raises:
         UserError: a shard that cannot be read, no good question in any, or none of a task that is named.
@@ -44,6 +55,7 @@ def read_questions(shards: Sequence[Shard], max_per_task: int, limits: Limits, t
                     if tasks and sample.task not in tasks:
                         others.add(sample.task)
                     elif per_task[sample.task] < max_per_task:
+                        sample = with_frames(sample, frames_of)
                         _check_images(sample, limits)
                         per_task[sample.task] += 1
                         questions.samples.append(sample)

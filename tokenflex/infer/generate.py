@@ -52,22 +52,35 @@ class Generator:
         num_visual_tokens: Count | Sequence[Count] | None = None,
         max_new_tokens: int = 64,
         effort: float | None = None,
+        *,
         total_visual_tokens: int | None = None,
         share: str | None = None,
+        videos: Sequence[str | PathLike] = (),
     ) -> str:
-        """The answer to `prompt` about `images` (paths), at `num_visual_tokens` (one for all or one per image).
+        """The answer to `prompt` about `images` and `videos` (paths), at `num_visual_tokens` (one for all or one per image or frame).
 
         `effort` in [0, 1] is for "auto"; by default what training the router found enough. `total_visual_tokens` is what all images
         have together at most, shared `even`ly, by `size`, or by the `router`.
 
         Raises:
-            UserError: an image that cannot be read, a count or total that does not fit, or "auto" where the model has no router.
+            UserError: an image or a video that cannot be read, a count or total that does not fit, or "auto" where the model has no
+                router.
         """
         content = [{"type": "image", "image": _read_image(path)} for path in images]
+        for path in videos:
+            content += [{"type": "image", "image": frame} for frame in self._frames(path)]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
         inputs = self.inputs(messages, num_visual_tokens, effort, total_visual_tokens, share)
         output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    def _frames(self, path: str | PathLike) -> list[Any]:
+        try:
+            return list(self.processor.frames(Path(path)))
+        except OSError as error:
+            raise UserError(f"--video {path}: {error.strerror}; give the path of a video file") from None
+        except ValueError as error:
+            raise UserError(f"--video {path}: {error}") from None
 
     def inputs(
         self,
@@ -131,7 +144,8 @@ class Generator:
         except ValueError as error:
             raise UserError(f"--num-visual-tokens: {error}") from None
         contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
-        images = [item["image"] for content in contents for item in content if item["type"] == "image"]
+        items = [item for content in contents for item in content if item["type"] != "text"]
+        images = [item.get("image") for item in items]  # of a video none is named, and nothing is kept
         if features is not None:
             inputs["pixel_values"] = features
         elif images and all(isinstance(image, bytes) for image in images):

@@ -72,20 +72,10 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
     )
     template = _template(model.chat_template, tokenizer, source)
     _check_image_tokens(model.image_tokens, tokenizer)
-    missing = missing_tokens(tokenizer, model.image_tokens)
-    if missing and not model.add_image_tokens:
-        raise UserError(
-            f"model.tokenizer {source}: lacks the image tokens {missing}; name three special tokens it has in model.image_tokens, "
-            "or set model.add_image_tokens=true"
-        )
-    if missing:
-        tokenizer.add_special_tokens({"additional_special_tokens": missing})
+    _add_image_tokens(model, tokenizer, source)
     grid = _grid(vision_config(model), model.image_size)
     check_counts(budget.num_visual_tokens, grid, model.pooling_mode, "budget.num_visual_tokens")
-    if budget.share == "size" and model.max_tiles > 1:
-        raise UserError(
-            f"budget.share=size with model.max_tiles={model.max_tiles}: a larger image has more tiles already; set share to even, or max_tiles to 1"
-        )
+    _check_share(model, budget)
     start, token, end = model.image_tokens
     processor = TokenFlexProcessor(
         _image_processor(model, budget.sides),
@@ -100,6 +90,8 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
         image_start_token=start,
         image_token=token,
         image_end_token=end,
+        frames_per_second=model.frames_per_second,
+        max_frames=model.max_frames,
     )
     check_template(processor)
     if processor.turn_end_id() in tokenizer.convert_tokens_to_ids(list(model.image_tokens)):
@@ -107,6 +99,24 @@ def build_processor(model: "ModelConfig", budget: "BudgetConfig") -> TokenFlexPr
             f"model.image_tokens {list(model.image_tokens)}: one of them ends a turn in the template; name others"
         )
     return processor
+
+
+def _add_image_tokens(model, tokenizer, source):
+    missing = missing_tokens(tokenizer, model.image_tokens)
+    if missing and not model.add_image_tokens:
+        raise UserError(
+            f"model.tokenizer {source}: lacks the image tokens {missing}; name three special tokens it has in model.image_tokens, "
+            "or set model.add_image_tokens=true"
+        )
+    if missing:
+        tokenizer.add_special_tokens({"additional_special_tokens": missing})
+
+
+def _check_share(model, budget):
+    if budget.share == "size" and model.max_tiles > 1:
+        raise UserError(
+            f"budget.share=size with model.max_tiles={model.max_tiles}: a larger image has more tiles already; set share to even, or max_tiles to 1"
+        )
 
 
 def _image_processor(model, sides):

@@ -79,6 +79,7 @@ class TokenFlexImageProcessor(BaseImageProcessor):
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
         max_tiles: int = 1,
         thumbnail: bool = True,
+        *,
         sides: str = "square",
         **kwargs: Unpack[ImagesKwargs],
     ):

@@ -141,6 +141,7 @@ class _TokenFlexBase(PreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         visual_sides: torch.Tensor | None = None,
+        *,
         tile_sizes: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling | tuple:
@@ -545,19 +546,7 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         encoder runs once. Without the router the processor shares a total.
         """
         prompt_ids = kwargs.pop("input_ids", inputs)
-        if asks_auto(num_visual_tokens):
-            pixels = kwargs.get("pixel_values")
-            if pixels is not None and pixels.dim() != 3 and self.router is not None:
-                kwargs["pixel_values"] = self.encode_images(pixels.to(self.vision_tower.dtype))
-            seen = {name: kwargs.get(name) for name in ("pixel_values", "attention_mask", "num_tiles")}
-            num_visual_tokens = self.resolve_auto(
-                num_visual_tokens, prompt_ids, **seen, effort=effort, total_visual_tokens=total_visual_tokens
-            )
-        elif effort is not None or total_visual_tokens is not None:
-            raise ValueError(
-                f"effort={effort!r} and total_visual_tokens={total_visual_tokens!r} are the router's here; give num_visual_tokens='auto' "
-                "with them, or the total to the processor"
-            )
+        num_visual_tokens = self._numbers_for(num_visual_tokens, prompt_ids, kwargs, effort, total_visual_tokens)
         pixel_values = kwargs.get("pixel_values")
         if pixel_values is None or num_visual_tokens is None or prompt_ids is None:
             return super().generate(prompt_ids, generation_config, **kwargs)
@@ -583,6 +572,21 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         output.sequences = sequences
         return output
 
+    def _numbers_for(self, num_visual_tokens, prompt_ids, kwargs, effort, total):
+        """What generation was asked for, with numbers for "auto"; `kwargs` then hold features, so that the encoder runs once."""
+        if asks_auto(num_visual_tokens):
+            pixels = kwargs.get("pixel_values")
+            if pixels is not None and pixels.dim() != 3 and self.router is not None:
+                kwargs["pixel_values"] = self.encode_images(pixels.to(self.vision_tower.dtype))
+            seen = {name: kwargs.get(name) for name in ("pixel_values", "attention_mask", "num_tiles")}
+            return self.resolve_auto(num_visual_tokens, prompt_ids, **seen, effort=effort, total_visual_tokens=total)
+        if effort is not None or total is not None:
+            raise ValueError(
+                f"effort={effort!r} and total_visual_tokens={total!r} are the router's here; give num_visual_tokens='auto' "
+                "with them, or the total to the processor"
+            )
+        return num_visual_tokens
+
     def resolve_auto(
         self,
         num_visual_tokens: str | Sequence[int | tuple[int, int] | str],
@@ -591,6 +595,7 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         num_tiles: torch.Tensor | Sequence[int] | None = None,
         effort: float | None = None,
+        *,
         total_visual_tokens: int | None = None,
     ) -> list[int | tuple[int, int]] | None:
         """A count per image, with what the router chooses in place of `"auto"`; None where there are no images.

@@ -24,6 +24,7 @@ from .pooling import sides_of, tile_sides
 from .rendering import CALLS, ChatRenderer, RenderingRefused, dated_template, knows_variable, marked_contents
 from .router import asks_auto
 from .sharing import SHARES, counts_by_size, even_count
+from .video import FRAMES_PER_SECOND, MAX_FRAMES, clip_frames
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_KEPT = 4096  # pieces of templates whose tokens are kept
@@ -74,6 +75,7 @@ class TokenFlexProcessor(ProcessorMixin):
         image_start_token, image_token, image_end_token: the tokens around and in place of an image.
         chat_template_options: variables of the chat template, such as `{"enable_thinking": False}`, in every rendering; a
             call's own take precedence.
+        frames_per_second, max_frames: how a video file is sampled, and the most frames of a clip; see `clip_frames` in `video.py`.
 
     Attributes:
         render_date: ISO date that the chat template takes for today's (`strftime_now`); empty is the day it runs on. Not
@@ -96,6 +98,8 @@ class TokenFlexProcessor(ProcessorMixin):
         image_token: str = "<IMG_CONTEXT>",
         image_end_token: str = "</img>",
         chat_template_options: dict[str, Any] | None = None,
+        frames_per_second: float = FRAMES_PER_SECOND,
+        max_frames: int = MAX_FRAMES,
         trained_num_visual_tokens: Sequence[int] = (),
         total_visual_tokens: int = 0,
         share: str = "even",
@@ -114,6 +118,7 @@ class TokenFlexProcessor(ProcessorMixin):
         self.total_visual_tokens = total_visual_tokens
         self.share = share
         self.chat_template_options = dict(chat_template_options or {})
+        self.frames_per_second, self.max_frames = frames_per_second, max_frames
         self.render_date = ""
         self._template_cache, self._turn_ends, self._ids = {}, {}, None
         self._blank = None
@@ -170,6 +175,14 @@ class TokenFlexProcessor(ProcessorMixin):
         lengths = iter(self._run_lengths(self.counts(entries, len(images)), pixels))
         if pixels and settings["return_text_replacement_offsets"]:
             pixels = self._per_tile(pixels, entries)
+        rows, spans = self._prompt_rows(texts, tags, lengths, settings)
+        batch = self._batch(rows, pixels, settings)
+        if settings["return_text_replacement_offsets"]:
+            batch["text_replacement_offsets"] = spans
+        return batch
+
+    def _prompt_rows(self, texts, tags, lengths, settings):
+        """(tokens, replacements) of each prompt, its images as runs of the next `lengths`."""
         rows, spans = [], []
         for prompt in texts:
             pieces, found = tags.split(prompt), tags.findall(prompt)
@@ -179,10 +192,7 @@ class TokenFlexProcessor(ProcessorMixin):
                 ids = ids + self._image_ids(run) + self._prompt_ids(piece)
             rows.append(self._beginning(settings) + ids)
             spans.append(self._replacements(pieces, found, runs))
-        batch = self._batch(rows, pixels, settings)
-        if settings["return_text_replacement_offsets"]:
-            batch["text_replacement_offsets"] = spans
-        return batch
+        return rows, spans
 
     def shared_counts(self, count: int, sizes: Sequence[Sequence[Sequence[int]]]) -> list[int]:
         """Visual tokens per tile of each image where each tile has `count` on average, as the processor's `share` says.
@@ -406,10 +416,11 @@ class TokenFlexProcessor(ProcessorMixin):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Render conversations (role/content messages; content a string or a list of text and image items).
+        """Render conversations (role/content messages; content a string or a list of text, image and video items).
 
         With `tokenize=False` the prompt as text. With `tokenize=True` the model inputs as `__call__` returns them, or with
-        `return_dict=False` the `input_ids` alone. Images are taken from the items' `image`, `path`, `url` or `base64` entry.
+        `return_dict=False` the `input_ids` alone. Images are taken from the items' `image`, `path`, `url` or `base64` entry. A video
+        item, with a file's path or bytes or a list of frames as `video` (or `path`), is as many images as it has frames (`frames`).
 
         Args:
             chat_template: a template, or the name of one of the tokenizer's; by default the processor's own.
@@ -429,17 +440,13 @@ class TokenFlexProcessor(ProcessorMixin):
             texts = [self._as_text(pieces, marks) for pieces, _, marks in rendered]
             return texts if is_batch else texts[0]
         settings = self._settings({"return_tensors": return_tensors, **(processor_kwargs or {}), **calls})
-        images = [
-            [_image_of(item) for items in contents for item in items or () if item["type"] == "image"]
-            for _, contents, _ in rendered
-        ]
+        images = [_images_of(contents) for _, contents, _ in rendered]
         flat, numbers = [image for some in images for image in some], [len(some) for some in images]
         pixels, entries = self._sized(flat, settings, num_visual_tokens, numbers, total_visual_tokens, share)
-        lengths = self._run_lengths(self.counts(entries, len(flat)), pixels)
+        lengths = iter(self._run_lengths(self.counts(entries, len(flat)), pixels))
         rows, masks = [], []
         for (pieces, contents, marks), some in zip(rendered, images):
-            encoded = self._encoded(pieces, contents, marks, lengths[: len(some)], template)
-            lengths = lengths[len(some) :]
+            encoded = self._encoded(pieces, contents, marks, [next(lengths) for _ in some], template)
             rows.append(encoded.input_ids)
             masks.append([int(is_target) for is_target in encoded.is_target])
         batch = self._batch(rows, pixels, settings, masks if return_assistant_tokens_mask else None)
@@ -650,7 +657,7 @@ class TokenFlexProcessor(ProcessorMixin):
 
     def _pieces(self, messages, add_generation_prompt, chat_template, options, must_teach=False):
         """Pieces of the rendered conversation, the items of each message (None: tool calls only), the marks of images."""
-        contents = [_items(message) for message in messages]
+        contents = [self._items(message) for message in messages]
         self._check_spelling(messages)
         texts, marks = marked_contents(contents, len("".join(self._image_tokens())))
         pieces = self._renderer.pieces(
@@ -664,6 +671,26 @@ class TokenFlexProcessor(ProcessorMixin):
             ):
                 raise RenderingRefused(f"the chat template leaves out or moves an image of message {piece.message}")
         return pieces, contents, marks
+
+    def frames(self, clip: Any) -> list[Any]:
+        """The frames of a clip (a video file's path or bytes, or a list of frames) as images; see `clip_frames`.
+
+        Raises:
+            ValueError: an empty clip, one of too many frames, or a file that does not decode. ImportError: PyAV is missing.
+        """
+        return clip_frames(clip, self.frames_per_second, self.max_frames)
+
+    def _items(self, message):
+        """A message's content as a list of text and image items, an image for each frame of a video; None: tool calls only."""
+        items = _items(message)
+        if not any(item["type"] == "video" for item in items or ()):
+            return items
+        framed = []
+        for item in items:
+            clip = next((item[key] for key in ("video", "path", "url") if item.get(key) is not None), None)
+            is_clip = item["type"] == "video"
+            framed += [{"type": "image", "image": frame} for frame in self.frames(clip)] if is_clip else [item]
+        return framed
 
     def _check_spelling(self, messages):
         """What else a message holds is written by the template, where a special token would be one."""
@@ -784,6 +811,11 @@ def default_template(template: str | dict[str, str] | None) -> str | None:
     return template.get("default", next(iter(template.values())))
 
 
+def _images_of(contents):
+    """What the image items of a conversation's contents name."""
+    return [_image_of(item) for items in contents for item in items or () if item["type"] == "image"]
+
+
 def _image_of(item):
     """What an image item names its image by."""
     named = next(
@@ -802,6 +834,9 @@ def _items(message):
     items = [{"type": "text", "text": item} if isinstance(item, str) else item for item in content]
     for item in items:
         kind = item.get("type")
-        if kind not in ("text", "image", "image_url") or (kind == "text" and not isinstance(item.get("text"), str)):
-            raise ValueError(f"a message holds an item of type {kind!r}; known are 'text' with its text, and 'image'")
+        known = ("text", "image", "image_url", "video")
+        if kind not in known or (kind == "text" and not isinstance(item.get("text"), str)):
+            raise ValueError(
+                f"a message holds an item of type {kind!r}; known are 'text' with its text, 'image' and 'video'"
+            )
     return [{**item, "type": "image"} if item["type"] == "image_url" else item for item in items]

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 
+from ..data.clips import with_frames
 from ..data.images import verify_image
 from ..data.problems import BadSample, Limits, Tally
 from ..data.sample import Sample, has_answer
 from ..data.scan import scan_shard
 from ..errors import UserError
 from ..files import over_processes
+from .clips import frames_of
 from .convert.records import text_repairs
 
 
@@ -55,7 +57,7 @@ def validate_shard(shard: Path, limits: Limits) -> tuple[Tally, list[BadSample],
     try:
         for scanned in scan_shard(shard, limits):
             try:
-                tally.keep(check_sample(scanned.whole, limits))
+                tally.keep(check_sample(with_frames(scanned.whole, frames_of), limits))
                 digest = hashlib.blake2b(scanned.key.encode(), digest_size=12).digest()
                 keys.append((digest, scanned.key, scanned.offset))
             except BadSample as problem:

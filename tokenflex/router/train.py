@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from ..config import RunConfig
 from ..data import BadSample, Limits, Sample, decode_image
+from ..data.clips import FramesOf, with_frames
 from ..data.remote import locate_shards
 from ..errors import UserError
 from ..evaluate.questions import read_questions
@@ -50,7 +51,7 @@ def train_router(
         UserError: no export, a model of one count, or no training data with images.
     """
     counts = _counts(folder)
-    samples = _conversations(config, num_samples, say)
+    samples = _conversations(config, num_samples, say, AutoProcessor.from_pretrained(folder).frames)
     model, processor = _loaded(folder)
     ends = processor.turn_end_id()
     model.config.router = {
@@ -111,12 +112,13 @@ def evaluate_router(
     if not config.data.evaluation:
         raise UserError("data.evaluation: empty; name shards of held-out questions")
     shards = locate_shards(config.data.evaluation, config.data, "data.evaluation")
-    questions = read_questions(shards, config.evaluate.max_samples_per_task, Limits.of(config.data))
+    model, processor = _loaded(folder)
+    limits = Limits.of(config.data)
+    questions = read_questions(shards, config.evaluate.max_samples_per_task, limits, processor.frames)
     questions.tell(say)
     samples = [sample for sample in questions.samples if sample.images]
     if not samples:
         raise UserError("data.evaluation: no question has an image; a router has nothing to choose there")
-    model, processor = _loaded(folder)
     model.generation_config = greedy(model.generation_config)
     say(
         f"evaluate  {len(samples)} questions with images at {model.config.router['num_visual_tokens']} visual tokens and as the router chooses"
@@ -164,7 +166,7 @@ def _loaded(folder) -> tuple[TokenFlexForConditionalGeneration, TokenFlexProcess
     return model, AutoProcessor.from_pretrained(folder)
 
 
-def _conversations(config: RunConfig, number: int, say: Say) -> list[Sample]:
+def _conversations(config: RunConfig, number: int, say: Say, frames_of: FramesOf) -> list[Sample]:
     """Training conversations with images, as many from the beginning of each shard; bad ones are left out and counted.
 
     Raises:
@@ -180,7 +182,7 @@ def _conversations(config: RunConfig, number: int, say: Say) -> list[Sample]:
             if quota <= 0:
                 break
             try:
-                sample = scanned.whole
+                sample = with_frames(scanned.whole, frames_of)
                 for image, data in enumerate(sample.images):
                     decode_image(data, f"image {image}", limits)
             except BadSample:

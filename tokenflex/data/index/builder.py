@@ -18,6 +18,7 @@ import numpy as np
 from ...errors import UserError
 from ...files import over_processes, staged_folder, write_whole
 from ...layout import MANIFEST
+from ..clips import with_frames
 from ..images import read_header
 from ..problems import BadSample, Limits
 from ..processor import Processor
@@ -217,7 +218,8 @@ class ShardScanner:
         skipped = []
         for scanned in shard.scan(self.limits):
             try:
-                lengths, sample_sizes, sample_cuts = self.scan(scanned.whole, len(records))
+                sample = with_frames(scanned.whole, self.processor.frames)
+                lengths, sample_sizes, sample_cuts = self.scan(sample, len(records))
             except BadSample as problem:
                 skipped.append(problem.located(shard, scanned.key, scanned.offset).record())
                 continue

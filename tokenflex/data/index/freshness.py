@@ -19,6 +19,12 @@ def tiling_of(processor: Processor) -> str:
     return " ".join(f"{name}={getattr(processor.image_processor, name)}" for name in names)
 
 
+def sampling_of(processor: Processor) -> str:
+    """What the number of frames of a clip depends on, as text; empty is the sampling by default, as indexes before it have it."""
+    sampling = f"frames_per_second={processor.frames_per_second:g} max_frames={processor.max_frames}"
+    return "" if sampling == "frames_per_second=1 max_frames=16" else f"\0{sampling}"
+
+
 def tells_date(processor: Processor) -> bool:
     """Whether the chat template writes the day on which it runs."""
     return "strftime_now" in str(processor.chat_template)
@@ -34,7 +40,7 @@ def fingerprint(processor: Processor) -> str:
     parts = (
         _tokenizer_text(processor.tokenizer.backend_tokenizer) + "\0" + tokens,
         processor.rendering_key() + (f"\0{date}" if date else ""),
-        f"{tiling_of(processor)}\0{VERSION}",
+        f"{tiling_of(processor)}\0{VERSION}{sampling_of(processor)}",
     )
     return "-".join(hashlib.sha256(part.encode()).hexdigest()[:8] for part in parts)
 

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ...data.problems import BadSample
@@ -23,6 +24,8 @@ FILE_KEYS = ("file_name", "filename", "file", "path", "filepath", "file_path")
 """Fields that name an image file where no other field does, if the name looks like one."""
 NUMBERED_IMAGE = re.compile(r"(?:image|img)_?(\d+)")
 IMAGE_NAME = re.compile(r"\.(jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|heic|heif|mpo)$", re.IGNORECASE)
+VIDEO_KEY = re.compile(r"(videos?|mp4)(_(path|file|url|name)s?)?|frames", re.I)
+"""Fields that hold videos, or the frames of one."""
 OTHER_MEDIA = re.compile(
     r"(videos?|audios?|speech|sounds?|wavs?|mp3|mp4|point_?clouds?|pdfs?|documents?)(_(path|file|url|name|id)s?)?", re.I
 )
@@ -176,15 +179,52 @@ def image_fields(record: Fields) -> tuple[list, set[str]]:
     return kept, {*named, *numbered, *files}
 
 
-def check_media(record: Fields) -> None:
-    """Whether all that a record shows are images.
+@dataclass(frozen=True)
+class Clip:
+    """A reference to a video: `source` is that of its file (a path, a `data:` URL, bytes), or a list with those of its frames."""
+
+    source: Any
+
+
+def video_fields(record: Fields) -> tuple[list[Clip], set[str]]:
+    """(the clips of a record, the fields that they are in). A list of images is the frames of one clip, one of videos as many clips.
 
     Raises:
-        BadSample: it has a video, sound or other medium, which its conversation would ask about without showing it.
+        BadSample: two fields hold different ones.
+    """
+    held = {str(key): clips_of(record[key]) for key in record if VIDEO_KEY.fullmatch(str(key)) and holds(record[key])}
+    found = list(held.values())
+    if any(clips != found[0] for clips in found):
+        raise BadSample(
+            "field", f"the fields {sorted(held)[:4]} hold different videos; wanted one field for what is shown"
+        )
+    return (found[0] if found else []), set(held)
+
+
+def clips_of(value: Any) -> list[Clip]:
+    """The clips that a field or an item holds."""
+    if isinstance(value, (list, tuple)) and not any(map(_is_frame, value)):
+        return [Clip(list(entry) if isinstance(entry, tuple) else entry) for entry in value]
+    return [Clip(list(value) if isinstance(value, tuple) else value)]
+
+
+def _is_frame(entry: Any) -> bool:
+    """Whether an entry of a list is a frame, and not a video: an image's name or address, or a cell that names no video."""
+    if isinstance(entry, dict):  # the cell of a Hugging Face column
+        return not entry.get("path") or _is_frame(entry["path"])
+    return isinstance(entry, str) and bool(IMAGE_NAME.search(entry) or entry.startswith("data:image/"))
+
+
+def check_media(record: Fields, has_clips: bool) -> None:
+    """Whether all that a record shows are images and videos.
+
+    Raises:
+        BadSample: it has a sound or other medium, which its conversation would ask about without showing it.
     """
     for key, value in record.items():
-        if OTHER_MEDIA.fullmatch(str(key)) and holds(value):
-            raise BadSample("media", f"the field {key!r} holds {value!r:.80}; only images are read")
+        is_shown = VIDEO_KEY.fullmatch(str(key)) or (has_clips and str(key).casefold().startswith("video"))
+        if OTHER_MEDIA.fullmatch(str(key)) and holds(value) and not is_shown:
+            raise BadSample("media", f"the field {key!r} holds {value!r:.80}; only images and videos are read")
 
 
 def check_unused(record: Fields, used: set[str], said: str, where: str = "", shown: Sequence[object] = ()) -> list[str]:

@@ -16,14 +16,17 @@ from ...data.sample import Message, has_answer, parse_message
 from .fields import (
     UNLEARNED,
     WEIGHTS,
+    Clip,
     Fields,
     as_answer,
     check_media,
     check_unused,
+    clips_of,
     column_options,
     first_of,
     holds,
     image_fields,
+    video_fields,
     weight_of,
     with_options,
 )
@@ -37,6 +40,8 @@ TAG_OF_ITS_OWN = re.compile(r"\A\s*(<image>)|\n\s*(<image>)\s*\Z")
 """A tag at the beginning or on a line at the end, where an image is put, and not a word of a sentence."""
 TRANSCRIPT = re.compile(r"^\s*(#+ ?(Human|User)|USER:|Human:|<\|im_start\|>|\[INST\])", re.MULTILINE)
 """How a text begins that is a whole conversation."""
+VIDEO_TAG = re.compile(r"<video>", re.IGNORECASE)
+VIDEO_TAG_OF_ITS_OWN = re.compile(r"\A\s*<video>|\n\s*<video>\s*\Z", re.IGNORECASE)
 OTHER_MEDIA_TAGS = re.compile(r"<(video|audio|speech|sound)>", re.IGNORECASE)
 INLINE_IMAGE = re.compile(r"<img>([^<>\n]+\.(?:jpe?g|png|webp|gif|bmp|tiff?|avif|heic))</img>", re.IGNORECASE)
 SPECIAL_TEXT = re.compile(r"<image>|</?img>|<IMG_CONTEXT>|<\|[A-Za-z_]+\|>|</?s>")
@@ -61,6 +66,7 @@ _TOOL_ROLE = {
 }
 _TEXT_KINDS = ("text", "input_text", "output_text")
 _IMAGE_KINDS = ("image", "image_url", "input_image")
+_VIDEO_KINDS = ("video", "video_url", "input_video")
 QUESTIONS, ANSWERS = ("question", "query", "prompt"), ("answer", "answers", "response", "completion")
 OUTPUTS = ("output", *ANSWERS)
 CAPTIONS = ("caption", "captions", "text", "txt")
@@ -70,7 +76,8 @@ OPTIONS = ("options", "choices", "candidates")
 
 @dataclass(frozen=True)
 class Converted:
-    """A record as messages; references: its images in the order of their tags; repairs: names; unread: fields to be counted."""
+    """A record as messages; references: its images, and a `Clip` for a video, in the order of their tags, which are image items all;
+    repairs: names; unread: fields to be counted."""
 
     messages: list[Message]
     references: list
@@ -100,8 +107,15 @@ def convert_record(record: object, caption_prompt: str, tool_turns: str = "skip"
     """
     if not isinstance(record, dict):
         raise BadSample("json", f"holds a {type(record).__name__}; wanted an object with a conversation")
-    check_media(record)
+    clips, clip_keys = video_fields(record)
     references, image_keys = image_fields(record)
+    check_media(record, bool(clips))
+    if clips and references:
+        raise BadSample(
+            "field",
+            "has images and videos in fields of their own, so that their order is not clear; put them into the messages",
+        )
+    references = references or list(clips)
     reading = _Reading(record, caption_prompt, tool_turns)
     turns = reading.turns(references)
     turns, repairs = _tidied(turns)
@@ -110,7 +124,7 @@ def convert_record(record: object, caption_prompt: str, tool_turns: str = "skip"
     if not has_answer(messages):
         raise BadSample("no-answer", "has no assistant text to learn from")
     said = "\n".join(item["text"] for message in messages for item in message["content"] if item["type"] == "text")
-    unread = (*check_unused(record, reading.used | image_keys, said, shown=ordered), *reading.unread)
+    unread = (*check_unused(record, reading.used | image_keys | clip_keys, said, shown=ordered), *reading.unread)
     return Converted(messages, ordered, (*reading.repairs, *repairs, *more, *text_repairs(messages)), unread)
 
 
@@ -398,8 +412,13 @@ def _spelled(turn: Turn, items: list, references: list) -> list:
     if turn.role != "user":
         return items
     spelled = []
+    has_clips = any(isinstance(reference, Clip) for reference in references)
     for item in items:
         text = item.get("text", "")
+        if has_clips:
+            text = VIDEO_TAG.sub(TAG, text)
+        elif VIDEO_TAG_OF_ITS_OWN.search(text) and not _is_shown(items):
+            raise BadSample("clip", "a question has <video> where a clip is put, and none came")
         numbers = [int(found[1] or found[2] or 0) for found in OTHER_TAGS.finditer(text)]
         if references and numbers:
             if numbers not in ([0] * len(numbers), [*range(1, len(references) + 1)]) or TAG in text:
@@ -418,6 +437,11 @@ def _spelled(turn: Turn, items: list, references: list) -> list:
     return spelled
 
 
+def _is_shown(items: list) -> bool:
+    """Whether a turn shows a clip by an item of its own, so that a tag beside it is a word."""
+    return any(isinstance(item.get("reference"), Clip) for item in items)
+
+
 def _messages(contents: list) -> list[dict]:
     """Messages of our own form: nothing but the text and the places of the images, and a weight of 0."""
     keep = lambda item: {"type": "image"} if item["type"] == "image" else item  # noqa: E731
@@ -432,6 +456,15 @@ def _item(item: Any) -> dict:
     kind = item.get("type") if isinstance(item, dict) else None
     if kind in _TEXT_KINDS and isinstance(item.get("text"), str):
         return {"type": "text", "text": item["text"]}
+    if kind in _VIDEO_KINDS:
+        reference = next(
+            (item[key] for key in ("video_url", "video", "frames", "path", "url") if item.get(key) is not None), None
+        )
+        reference = reference.get("url") if isinstance(reference, dict) and "url" in reference else reference
+        clips = clips_of([] if reference is None else reference)
+        if reference is not None and len(clips) != 1:
+            raise BadSample("clip", f"a video item holds {len(clips)} clips; wanted one file, or the frames of one")
+        return {"type": "image", "reference": clips[0] if clips else None}
     if kind in _IMAGE_KINDS:
         reference = next(
             (item[key] for key in ("image_url", "image", "path", "url") if item.get(key) is not None), None

@@ -16,11 +16,13 @@ import webdataset
 from ...data.problems import BadSample, Limits, Tally
 from ...errors import UserError
 from ...files import over_processes, write_whole
+from ..clips import checked_video
+from .fields import Clip
 from .images import checked_image, fetch_image
 from .records import convert_record
 from .sources import AnyPart, csv_records, json_parts, parquet_parts, read_parts, shard_parts
 
-VERSION = 3  # of the rules by which records are read: shards of two versions do not mix
+VERSION = 4  # of the rules by which records are read: shards of two versions do not mix
 FORMATS: dict[str, Callable[..., Iterator[AnyPart]]] = {
     "llava": json_parts,
     "openai": json_parts,
@@ -172,11 +174,22 @@ def _sample(record: Any, part: AnyPart, options: Options) -> tuple[dict[str, byt
         written["id"] = str(record["id"])
     if options.source_name or record.get("source"):
         written["source"] = options.source_name or str(record["source"])
-    members = {}
-    for i, reference in enumerate(converted.references):
-        data, extension, more = checked_image(fetch_image(reference, part.images, options.limits), options.limits)
-        members[f"{i}.{extension}"] = data
-        repairs = (*repairs, *more)
+    members: dict[str, bytes] = {}
+    shown = (item for message in converted.messages for item in message["content"] if item["type"] == "image")
+    for item, reference in zip(shown, converted.references):
+        is_file = isinstance(reference, Clip) and not isinstance(reference.source, list)
+        frames = reference.source if isinstance(reference, Clip) and not is_file else [reference]
+        if isinstance(reference, Clip):
+            item |= {"type": "video"} if is_file else {"type": "video", "frames": len(frames)}
+        if not frames:
+            raise BadSample("clip", "an empty clip: it has no frame; wanted at least one")
+        for frame in frames:
+            if is_file:
+                data, extension = checked_video(fetch_image(reference.source, part.images, options.limits))
+            else:
+                data, extension, more = checked_image(fetch_image(frame, part.images, options.limits), options.limits)
+                repairs = (*repairs, *more)
+            members[f"{len(members)}.{extension}"] = data
     return {"json": json.dumps(written, ensure_ascii=False).encode(), **members}, repairs, converted.unread
 
 

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 from ...data.problems import BadSample, Limits
+from ...data.sample import VIDEO_EXTENSIONS
 from ...data.scan import scan_shard
 from ...data.shards import find_shards
 from ...errors import UserError
@@ -24,7 +25,7 @@ from .huggingface import chosen_files
 
 CHUNK = 2**22
 IMAGES = ("jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif")
-OTHER_MEDIA = ("mp4", "webm", "mkv", "avi", "mov", "mp3", "wav", "flac", "ogg", "m4a", "pdf")
+OTHER_MEDIA = ("mp3", "wav", "flac", "ogg", "m4a", "pdf")
 """Members of a plain shard that show something: the first are read, the others lead to a skip."""
 _BLANK = re.compile(rb"[\s,]*")
 
@@ -116,7 +117,7 @@ class ShardPart(Part):
         return 1
 
     def records(self, limits: Limits) -> Iterator[Placed]:
-        wanted = rf"([^.]+\.)?({'|'.join((*IMAGES, *OTHER_MEDIA, 'json', 'txt', 'caption'))})"
+        wanted = rf"([^.]+\.)?({'|'.join((*IMAGES, *VIDEO_EXTENSIONS, *OTHER_MEDIA, 'json', 'txt', 'caption'))})"
         limits = type(limits)(**{**limits.to_json(), "extensions": wanted, "ignore_others": True})
         for scanned in scan_shard(self.path, limits, parse=lambda members, path: members):
             if scanned.problem is not None:
@@ -241,13 +242,10 @@ def shard_parts(sources: str, images: str | None, per_shard: int) -> Iterator[Sh
 
 def _plain_record(members: dict[str, Any]) -> tuple[Any, tuple[str, ...]]:
     """The record of a plain sample's members and its repairs, or the BadSample in its place."""
-    images = sorted(
-        ((name, data) for name, data in members.items() if name.rpartition(".")[2].casefold() in IMAGES),
-        key=lambda item: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", item[0])],
-    )
+    images, videos = (_in_order(members, extensions) for extensions in (IMAGES, VIDEO_EXTENSIONS))
     media = next((name for name in members if name.rpartition(".")[2].casefold() in OTHER_MEDIA), None)
     if media is not None:
-        return BadSample("media", f"has the member .{media}; only images are read"), ()
+        return BadSample("media", f"has the member .{media}; only images and videos are read"), ()
     record = {}
     if "json" in members:
         try:
@@ -262,7 +260,15 @@ def _plain_record(members: dict[str, Any]) -> tuple[Any, tuple[str, ...]]:
             record = {**record, "caption": text.decode()}
         except UnicodeDecodeError as error:
             return BadSample("json", f"its text is not UTF-8 ({error})"), ()
-    return {**record, "images": [data for _, data in images], "image": None}, ()
+    clips = {"videos": videos, "video": None} if videos else {}
+    return {**record, "images": images, "image": None, **clips}, ()
+
+
+def _in_order(members: dict[str, Any], extensions: tuple[str, ...]) -> list[bytes]:
+    """The members of these extensions, by the numbers in their names."""
+    some = [(name, data) for name, data in members.items() if name.rpartition(".")[2].casefold() in extensions]
+    some.sort(key=lambda item: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", item[0])])
+    return [data for _, data in some]
 
 
 def _spans(path: Path) -> Iterator[Span]:

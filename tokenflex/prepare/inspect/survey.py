@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...budget import keyed_uniform
+from ...data.clips import with_frames
 from ...data.images import read_header
 from ...data.problems import BadSample, Limits, Tally
 from ...data.sample import Sample, encoded
 from ...data.scan import Scanned, count_samples, scan_shard
 from ...errors import UserError
+from ..clips import frames_of
 from ..validate import check_sample
 
 if TYPE_CHECKING:
@@ -113,7 +115,8 @@ def _add(
 ) -> Surveyed | None:
     """Count a sample; returns it measured, or None where it is bad."""
     try:
-        surveyed = _measured(scanned.whole, str(shard), processor, limits)
+        sample = with_frames(scanned.whole, processor.frames if processor else frames_of)
+        surveyed = _measured(sample, str(shard), processor, limits)
     except BadSample as problem:
         survey.problems.append(problem.located(shard, scanned.key, scanned.offset))
         survey.tally.skip(problem)
