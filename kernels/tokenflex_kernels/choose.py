@@ -123,8 +123,9 @@ def run(
 
     ``trial`` is what is compared and timed in its stead, for a launch that writes over what it reads.
     """
-    config = _state.resolved.get(key)
-    return launch(_resolve(key, candidates(), trial or launch) if config is None else config)
+    with on_device(key[1]):
+        config = _state.resolved.get(key)
+        return launch(_resolve(key, candidates(), trial or launch) if config is None else config)
 
 
 def _resolve(key: tuple, candidates: Sequence[Candidate], launch: Callable[[Any], Any]) -> Any:
@@ -219,11 +220,11 @@ def _worst_error(got: Tensor, wanted: Tensor) -> float:
     return float(torch.stack(errors).max().sqrt())
 
 
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Make ``tensor``'s device current: Triton launches on the current one."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Make ``device`` current: Triton launches on the current one."""
+    if device.index is None or device.type != "cuda" or device.index == torch.cuda.current_device():
         return _HERE
-    return torch.cuda.device(tensor.device)
+    return torch.cuda.device(device)
 
 
 _HERE = contextlib.nullcontext()

@@ -53,7 +53,7 @@ def weight_grads(
     num_rows, channels = weight.shape
     grid = (target.cdiv(num_rows, ROWS_PER_PROGRAM), target.cdiv(channels, COLUMNS))
     sums = torch.empty(grid[0], 2, channels, dtype=torch.float32, device=weight.device)
-    with choose.on_device(weight):
+    with choose.on_device(weight.device):
         weight_grad_rows[grid](
             weight, product, row_sums, scale, shift, sums, num_rows, channels, ROWS=ROWS, COLUMNS=COLUMNS,
             TURNS=ROWS_PER_PROGRAM // ROWS, num_warps=NUM_WARPS, **OPTIONS,

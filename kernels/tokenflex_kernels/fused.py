@@ -113,20 +113,16 @@ def pooled_gated(
     if plan is None or not choose.allows_one_launch() or width > pool.SHARED_ROW_WIDTH:
         return launch(UNFUSED, source, plan, norm, weight, bias, store_gate_up)
     source, weight = pool.strided(source), gated.dense(weight)
-    inner, num_rows, aligned = (
-        weight.shape[0] // 2,
-        plan.num_tokens,
-        gated.is_aligned(weight.shape[0] // 2, width, weight),
-    )
+    inner, num_rows = weight.shape[0] // 2, plan.num_tokens
+    aligned = gated.is_aligned(inner, width, weight)
     flags = (0,) if norm is None else (1, norm.scale is not None, norm.shift is not None, norm.keep)
     key = choose.key(
         "pooled_gated", source, num_rows, width, inner, plan.cells, plan.is_resize, *flags, bias is not None, store_gate_up, aligned
     )  # fmt: skip
     # The two launches come first: without a timing they are what runs.
     found = lambda: gated.candidates(gated.GATED_CONFIGS, source, num_rows, inner, aligned)  # noqa: E731
-    with choose.on_device(source):
-        return choose.run(
-            key,
-            lambda: sorted(found() if aligned else found()[:1], key=lambda candidate: candidate.name != UNFUSED),
-            lambda config: launch(config, source, plan, norm, weight, bias, store_gate_up),
-        )
+    return choose.run(
+        key,
+        lambda: sorted(found() if aligned else found()[:1], key=lambda candidate: candidate.name != UNFUSED),
+        lambda config: launch(config, source, plan, norm, weight, bias, store_gate_up),
+    )

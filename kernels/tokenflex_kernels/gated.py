@@ -283,12 +283,11 @@ def gated(
     num_rows, width, depth = tokens.shape[0], weight.shape[0] // 2, tokens.shape[1]
     aligned = is_aligned(width, depth, tokens, weight)
     key = choose.key("gated", tokens, num_rows, depth, width, bias is not None, store_inner, store_gate_up, aligned)
-    with choose.on_device(tokens):
-        return choose.run(
-            key,
-            lambda: candidates(GATED_CONFIGS, tokens, num_rows, width, aligned),
-            lambda config: launch_gated(config, tokens, weight, bias, store_inner, store_gate_up),
-        )
+    return choose.run(
+        key,
+        lambda: candidates(GATED_CONFIGS, tokens, num_rows, width, aligned),
+        lambda config: launch_gated(config, tokens, weight, bias, store_inner, store_gate_up),
+    )
 
 
 def dgated(
@@ -305,13 +304,12 @@ def dgated(
     launch = lambda config, in_place=False: launch_dgated(  # noqa: E731
         config, d_out, weight, gate_up, sum_bias, store_inner, in_place
     )
-    with choose.on_device(d_out):
-        return choose.run(
-            key,
-            lambda: candidates(DGATED_CONFIGS, d_out, num_rows, width, aligned),
-            lambda config: launch(config, in_place),
-            launch,
-        )
+    return choose.run(
+        key,
+        lambda: candidates(DGATED_CONFIGS, d_out, num_rows, width, aligned),
+        lambda config: launch(config, in_place),
+        launch,
+    )
 
 
 def dense(matrix: Tensor) -> Tensor:

@@ -146,9 +146,7 @@ def splice_rows(text: Tensor, visual: Tensor, positions: Tensor) -> Tensor:
     return _OPS.splice(text, visual, positions)
 
 
-_PROJECTOR = (
-    "features", "norm_weight", "norm_bias", "gate_up_weight", "gate_up_bias", "down_weight", "down_bias",
-)  # fmt: skip
+_PROJECTOR = mlp.Needs._fields
 _NO_PLAN = (None, 0, 0, 0, 0, False)
 
 

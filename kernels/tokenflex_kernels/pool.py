@@ -407,8 +407,7 @@ def pooled(
         shape = (width, plan.patch_cells if transposed else plan.cells, plan.is_resize, transposed)
     flags = (0,) if norm is None else (1, norm.scale is not None, norm.shift is not None, norm.keep)
     key = choose.key("pool", source, num_rows, *shape, *flags)
-    with choose.on_device(source):
-        return choose.run(key, lambda: candidates(width), lambda c: launch(c, source, plan, transposed, norm))
+    return choose.run(key, lambda: candidates(width), lambda c: launch(c, source, plan, transposed, norm))
 
 
 def candidates(width: int) -> list[choose.Candidate]:
@@ -436,7 +435,7 @@ def norm_grad(
     sums = None
     if need_sums:
         sums = torch.empty(programs, 2, channels, dtype=torch.float32, device=hat.device)
-    with choose.on_device(hat):
+    with choose.on_device(hat.device):
         norm_grad_rows[(programs,)](
             d_tokens, hat, rstd, scale, d_tokens if need_grad else None, sums, num_rows, rows, channels,
             WIDTH=triton.next_power_of_2(channels),
@@ -450,7 +449,7 @@ def affine(hat: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     if scale is None and shift is None:
         return hat
     out = torch.empty_like(hat)
-    with choose.on_device(hat):
+    with choose.on_device(hat.device):
         affine_rows[target.cdiv(hat.shape[0], 8), target.cdiv(hat.shape[1], 128)](
             hat, scale, shift, out, *hat.shape, ROWS=8, COLUMNS=128, num_warps=4, **OPTIONS
         )

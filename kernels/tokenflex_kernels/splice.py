@@ -40,7 +40,7 @@ def _route(text: Tensor | None, visual: Tensor | None, source: Tensor, num_rows:
         return out
     columns = COLUMN_BYTES // like.element_size()
     grid = (target.cdiv(num_rows, ROWS) * target.cdiv(like.shape[1], columns),)
-    with choose.on_device(like):
+    with choose.on_device(like.device):
         route_rows[grid](
             text, visual, source, out, num_rows, like.shape[1], ROWS=ROWS, COLUMNS=columns, num_warps=NUM_WARPS, **OPTIONS
         )  # fmt: skip
