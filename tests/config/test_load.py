@@ -39,7 +39,13 @@ WRONG = {
     "train.compile=all": ["train.compile", "'all'", "'blocks'"],
     **{
         f"{key}=2": [f"unknown key {key}: there is no sequence parallelism here"]
-        for key in ("train.sequence_ranks", "train.sequence_parallel_size", "data.context_parallel", "train.sp_size", "ulysses.degree")
+        for key in (
+            "train.sequence_ranks",
+            "train.sequence_parallel_size",
+            "data.context_parallel",
+            "train.sp_size",
+            "ulysses.degree",
+        )
     },
     "train.sequence=2": ["unknown key train.sequence;"],
     "train.export_average=true": ["train.ema_decay is 0", "no average is kept"],
@@ -76,7 +82,9 @@ def test_an_adapter_on_a_frozen_part_is_refused(part):
 
 def test_a_run_that_trains_nothing_is_refused_and_one_that_trains_rows_is_not():
     frozen = [f"optimizer.{part}.train=false" for part in ("vision", "projector", "text")]
-    with pytest.raises(UserError, match="vision, projector and text are all frozen; set optimizer.projector.train=true"):
+    with pytest.raises(
+        UserError, match="vision, projector and text are all frozen; set optimizer.projector.train=true"
+    ):
         load_config(None, frozen)
     assert load_config(None, [*frozen, "optimizer.train_image_tokens=true"]).optimizer.train_image_tokens
 

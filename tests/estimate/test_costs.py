@@ -260,7 +260,9 @@ def test_an_adapter_and_an_average_are_in_the_estimate(tiny_config):
     plain = run_estimate(tiny_config.model_copy(update={"model": model}))
     found = run_estimate(tiny_config.model_copy(update={"model": model, "train": train}))
     base = run_estimate(tiny_config)
-    adapter = 2 * 4 * ((32 + 32) + 2 * (32 + 16) + (32 + 32) + 3 * (32 + 48))  # q, k and v, o, gate, up and down of two layers
+    adapter = (
+        2 * 4 * ((32 + 32) + 2 * (32 + 16) + (32 + 32) + 3 * (32 + 48))
+    )  # q, k and v, o, gate, up and down of two layers
     assert found.parts["text"].trained == adapter
     assert found.parts["text"].parameters == base.parts["text"].parameters + adapter
     assert found.export_bytes == base.export_bytes, "merged"

@@ -106,10 +106,10 @@ def test_questions_behind_a_url_are_read_as_training_reads_them(tmp_path):
 def test_tasks_are_chosen_by_name(corpus):
     shards = as_shards(sorted((corpus / "eval").glob("*.tar")))
     every = Counter(sample.task for sample in read_questions(shards, 2, Limits()).samples)
-    some = read_questions(shards, 2, Limits(), ("dense", "control"))
+    some = read_questions(shards, 2, Limits(), tasks=("dense", "control"))
     assert Counter(sample.task for sample in some.samples) == {task: every[task] for task in ("dense", "control")}
     with pytest.raises(
         UserError, match=r"evaluate.tasks: no good question of task 'denser'; there are coarse, control"
     ) as error:
-        read_questions(shards, 2, Limits(), ("dense", "denser"))
+        read_questions(shards, 2, Limits(), tasks=("dense", "denser"))
     assert "\n" not in str(error.value)

@@ -14,7 +14,6 @@ from pydantic_core import PydanticUndefined
 from ..errors import UserError
 from .schema import RunConfig
 
-
 SEQUENCE_PARALLEL = re.compile(
     r"ulysses|ring_attention|((sequence|context)(_?parallel\w*|_ranks|_size|_degree)|[sc]p(_ranks|_size|_degree))$"
 )

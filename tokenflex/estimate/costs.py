@@ -145,9 +145,12 @@ def estimate(
         num_steps=config.train.num_steps,
         micro_batch=pack,
         activations=activations,
-        memory=tuple(stage_memory(sizes, ds_config, stage, num_gpus, held, with_average=has_average) for stage in STAGES),
+        memory=tuple(
+            stage_memory(sizes, ds_config, stage, num_gpus, held, with_average=has_average) for stage in STAGES
+        ),
         flops=costs.of(**work),
-        checkpoint_bytes=(MASTER + MOMENTS + AVERAGE * has_average) * sizes.trained + sizes.itemsize * (sizes.total - sizes.trained),
+        checkpoint_bytes=(MASTER + MOMENTS + AVERAGE * has_average) * sizes.trained
+        + sizes.itemsize * (sizes.total - sizes.trained),
         export_bytes=sizes.itemsize * (sizes.total - adapters),
         assumptions=assumptions,
         notes=tuple(_notes(config)),

@@ -59,6 +59,7 @@ def ask_teacher_forced(
     efforts = tuple(sorted({*EFFORTS, model.config.router["effort"]}))
     measured = measure(model, processor, samples, counts, settings.batch_size, on_samples)
     features, router = measured.features.to(model.device), model.router
+    assert router is not None, "evaluate_router looks for it"
     chosen = np.array([router.choose(features, effort) for effort in efforts]).T
     right, routed, spent, tiles, kept = [], [], [], [], []
     for number, sample in enumerate(samples):

@@ -164,7 +164,9 @@ def packed_text(spec, ask):
             [conversation(messages, images)], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         ids, learned = (list(map(int, row[name][0])) for name in ("input_ids", "assistant_masks"))
-        rows.append({"input_ids": ids, "labels": [token if is_learned else -100 for token, is_learned in zip(ids, learned)]})
+        rows.append(
+            {"input_ids": ids, "labels": [token if is_learned else -100 for token, is_learned in zip(ids, learned)]}
+        )
     settings = training_arguments(trl.SFTConfig, spec, packing=True, max_length=spec["pack_length"])
     Paced(
         trl.SFTTrainer, ask, model=AutoModelForImageTextToText.from_pretrained(spec["model"]).language_model, args=settings,

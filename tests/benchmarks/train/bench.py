@@ -39,7 +39,10 @@ MODELS = {
     "98M": (ROOT / "tests" / "estimate" / "hundred-million.yaml", []),
 }
 """The quick start's model and one of a hundred million parameters, both from scratch."""
-PACKS = {"0.9M": {"pack_length": 768, "packs_per_step": 4, "longest": 330}, "98M": {"pack_length": 512, "packs_per_step": 2, "longest": 220}}
+PACKS = {
+    "0.9M": {"pack_length": 768, "packs_per_step": 4, "longest": 330},
+    "98M": {"pack_length": 512, "packs_per_step": 2, "longest": 220},
+}
 """Of the made-up lengths: the longest sample fills most of a pack."""
 NUM_SAMPLES = 1500
 FUSED = "off" if torch.cuda.is_available() else "on"
@@ -66,7 +69,12 @@ def settings_of(model, workload, folder):
     if not shards.exists():
         write_shards(shards, kind, NUM_SAMPLES, packs["longest"], has_images=has_images)
     data = [f"data.{key}={packs[key]}" for key in ("pack_length", "packs_per_step")]
-    lists = [f"data.train=[{json.dumps(str(shards))}]", "data.evaluation=[]", "data.lockstep_packs=1", "data.shuffle_window=0"]
+    lists = [
+        f"data.train=[{json.dumps(str(shards))}]",
+        "data.evaluation=[]",
+        "data.lockstep_packs=1",
+        "data.shuffle_window=0",
+    ]
     return recipe, [*common, *data, *lists, "data.max_images_per_pack=64", f"model.tokenizer={folder / 'tokenizer'}"]
 
 
@@ -112,10 +120,19 @@ def arms_of(model, workload, common, overrides):
     for name in names:
         if OURS[name] is None and workload == "quick start":
             continue  # some of its samples have two images, and others none
-        alone = [f"data.packs_per_step={common['batch_size']}", "data.max_images_per_pack=1", "data.packs_per_micro_batch=1"]
+        alone = [
+            f"data.packs_per_step={common['batch_size']}",
+            "data.max_images_per_pack=1",
+            "data.packs_per_micro_batch=1",
+        ]
         more = alone if OURS[name] is None else OURS[name]
         stage = 3 if name.endswith("ZeRO-3") else 0
-        specs[name] = {**common, "arm": "ours", "overrides": [*overrides, *more], "ds_config": str(ROOT / f"configs/zero{stage}.json")}
+        specs[name] = {
+            **common,
+            "arm": "ours",
+            "overrides": [*overrides, *more],
+            "ds_config": str(ROOT / f"configs/zero{stage}.json"),
+        }
     return specs
 
 
@@ -225,7 +242,9 @@ def main():
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0, help="of an arm's turn, about")
     parser.add_argument("--models", default=",".join(MODELS), help="of " + ", ".join(MODELS))
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the record; the page is written with the default alone")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="the record; the page is written with the default alone"
+    )
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as name:
