@@ -672,7 +672,7 @@ class TokenFlexProcessor(ProcessorMixin):
                 raise RenderingRefused(f"the chat template leaves out or moves an image of message {piece.message}")
         return pieces, contents, marks
 
-    def frames(self, clip: Any) -> list[Any]:
+    def frames(self, clip: object) -> list[Any]:
         """The frames of a clip (a video file's path or bytes, or a list of frames) as images; see `clip_frames`.
 
         Raises:
