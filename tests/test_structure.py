@@ -225,6 +225,7 @@ TRAVELLING = [
     "projector",
     "rendering",
     "router",
+    "sharing",
     "tiling",
     "vision",
 ]
@@ -241,6 +242,7 @@ def test_the_exported_model_code_stands_alone():
         "collections",
         "typing",
         "functools",
+        "heapq",
         "inspect",
         "re",
         "datetime",
