@@ -243,6 +243,7 @@ def test_the_exported_model_code_stands_alone():
         "collections",
         "typing",
         "functools",
+        "heapq",
         "inspect",
         "re",
         "datetime",
