@@ -225,7 +225,9 @@ TRAVELLING = [
     "projector",
     "rendering",
     "router",
+    "sharing",
     "tiling",
+    "video",
     "vision",
 ]
 
@@ -241,6 +243,7 @@ def test_the_exported_model_code_stands_alone():
         "collections",
         "typing",
         "functools",
+        "heapq",
         "inspect",
         "re",
         "datetime",
@@ -249,6 +252,7 @@ def test_the_exported_model_code_stands_alone():
         "io",
         "base64",
         "simplejpeg",
+        "av",
         "tokenflex_kernels",
     }
     for name in TRAVELLING:

@@ -24,7 +24,7 @@ def test_a_run_on_lists_of_frames_and_files_trains_and_answers(tmp_path, cache_d
     assert [record["step"] for record in logged if "loss" in record] == [1, 2, 3]
     assert not list((tmp_path / "tiny").glob("bad-samples/*.jsonl")), end.output[-2000:]
     accuracy = json.loads((tmp_path / "tiny" / "accuracy.json").read_text())
-    assert set(accuracy["accuracy"]) == {"digit", "way"} and accuracy["num_bad_samples"] == {}
+    assert set(accuracy["accuracy"]) == {"digit", "way"} and accuracy["num_bad_samples"] == 0
 
 
 @pytest.mark.slow

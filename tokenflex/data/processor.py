@@ -96,7 +96,7 @@ class Processor(Protocol):
     def encode(self, messages: list[dict[str, Any]], lengths: list[int]) -> Encoded:
         """A conversation as tokens, image i as a run of `lengths[i]`."""
 
-    def frames(self, clip: Any) -> list[Any]:
+    def frames(self, clip: bytes | list[bytes]) -> list[Any]:
         """A video file's bytes, or a list of frames, -> frames as encoded bytes or arrays [H, W, 3]."""
 
     @property

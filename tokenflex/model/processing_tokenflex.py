@@ -419,8 +419,7 @@ class TokenFlexProcessor(ProcessorMixin):
         """Render conversations (role/content messages; content a string or a list of text, image and video items).
 
         With `tokenize=False` the prompt as text. With `tokenize=True` the model inputs as `__call__` returns them, or with
-        `return_dict=False` the `input_ids` alone. Images are taken from the items' `image`, `path`, `url` or `base64` entry. A video
-        item, with a file's path or bytes or a list of frames as `video` (or `path`), is as many images as it has frames (`frames`).
+        `return_dict=False` the `input_ids` alone. Images are an item's `image`, `path`, `url` or `base64`, videos its `video` (see `frames`).
 
         Args:
             chat_template: a template, or the name of one of the tokenizer's; by default the processor's own.
@@ -672,7 +671,7 @@ class TokenFlexProcessor(ProcessorMixin):
                 raise RenderingRefused(f"the chat template leaves out or moves an image of message {piece.message}")
         return pieces, contents, marks
 
-    def frames(self, clip: Any) -> list[Any]:
+    def frames(self, clip: object) -> list[Any]:
         """The frames of a clip (a video file's path or bytes, or a list of frames) as images; see `clip_frames`.
 
         Raises:

@@ -29,7 +29,7 @@ class PyAVMissing(ImportError, ClipRefused):
 
 
 def clip_frames(
-    clip: Any,
+    clip: object,
     frames_per_second: float = FRAMES_PER_SECOND,
     max_frames: int = MAX_FRAMES,
     max_pixels: int = MAX_PIXELS,

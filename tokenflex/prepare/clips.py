@@ -6,7 +6,7 @@ from ..data.problems import BadSample
 from ..errors import UserError
 
 
-def frames_of(clip: Any) -> list[Any]:
+def frames_of(clip: bytes | list[bytes]) -> list[Any]:
     """The frames of a clip at a recipe's default sampling; see `tokenflex.model.video.clip_frames`."""
     from ..model.video import clip_frames  # with transformers behind it, which a data set of images does not need
 

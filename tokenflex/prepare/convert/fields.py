@@ -201,7 +201,7 @@ def video_fields(record: Fields) -> tuple[list[Clip], set[str]]:
     return (found[0] if found else []), set(held)
 
 
-def clips_of(value: Any) -> list[Clip]:
+def clips_of(value: object) -> list[Clip]:
     """The clips that a field or an item holds."""
     if isinstance(value, (list, tuple)) and not any(map(_is_frame, value)):
         return [Clip(list(entry) if isinstance(entry, tuple) else entry) for entry in value]
