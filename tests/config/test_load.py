@@ -39,7 +39,13 @@ WRONG = {
     "train.compile=all": ["train.compile", "'all'", "'blocks'"],
     **{
         f"{key}=2": [f"unknown key {key}: there is no sequence parallelism here"]
-        for key in ("train.sequence_ranks", "train.sequence_parallel_size", "data.context_parallel", "train.sp_size", "ulysses.degree")
+        for key in (
+            "train.sequence_ranks",
+            "train.sequence_parallel_size",
+            "data.context_parallel",
+            "train.sp_size",
+            "ulysses",
+        )
     },
     "train.sequence=2": ["unknown key train.sequence;"],
     "train.export_average=true": ["train.ema_decay is 0", "no average is kept"],
@@ -76,9 +82,32 @@ def test_an_adapter_on_a_frozen_part_is_refused(part):
 
 def test_a_run_that_trains_nothing_is_refused_and_one_that_trains_rows_is_not():
     frozen = [f"optimizer.{part}.train=false" for part in ("vision", "projector", "text")]
-    with pytest.raises(UserError, match="vision, projector and text are all frozen; set optimizer.projector.train=true"):
+    with pytest.raises(
+        UserError, match="vision, projector and text are all frozen; set optimizer.projector.train=true"
+    ):
         load_config(None, frozen)
     assert load_config(None, [*frozen, "optimizer.train_image_tokens=true"]).optimizer.train_image_tokens
+
+
+def test_a_recipe_that_extends_another_holds_what_differs(tmp_path):
+    (tmp_path / "base.yaml").write_text("model: {image_size: [28, 28], max_tiles: 2}\ntrain: {num_steps: 7}\n")
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    (inner / "next.yaml").write_text("extends: ../base.yaml\nname: next\nmodel: {max_tiles: 3}\n")
+    (inner / "last.yaml").write_text("extends: next.yaml\nname: last\n")
+    config = load_config(inner / "last.yaml", ["train.log_every=3"])
+    assert (config.name, config.model.max_tiles, config.model.image_size) == ("last", 3, (28, 28))
+    assert (config.train.num_steps, config.train.log_every) == (7, 3)
+    (inner / "next.yaml").write_text("extends: last.yaml\n")
+    for text, part in (
+        ("extends: none.yaml", "none.yaml: No such file"),
+        ("extends: [a, b]", "wanted the name of one YAML file"),
+    ):
+        (inner / "wrong.yaml").write_text(text)
+        with pytest.raises(UserError, match=part):
+            load_config(inner / "wrong.yaml")
+    with pytest.raises(UserError, match="extends itself, by way of"):
+        load_config(inner / "last.yaml")
 
 
 def test_overrides_reach_every_depth_and_keep_their_neighbours(tmp_path):

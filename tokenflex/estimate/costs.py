@@ -130,8 +130,6 @@ def estimate(
     held = {"logits": float(activations.logits), "reserved": assumptions.reserved_gb * 1e9}
     held["activations"] = float(activations.recomputed if config.model.gradient_checkpointing else activations.kept)
     work = {name: value for name, value in asdict(workload.step).items() if name != "samples"}
-    has_average = config.train.ema_decay > 0
-    adapters = sum(p.numel() for name, p in model.named_parameters() if ADAPTER in name)  # an export has them merged
     return Estimate(
         name=config.name,
         num_gpus=num_gpus,
@@ -145,10 +143,14 @@ def estimate(
         num_steps=config.train.num_steps,
         micro_batch=pack,
         activations=activations,
-        memory=tuple(stage_memory(sizes, ds_config, stage, num_gpus, held, with_average=has_average) for stage in STAGES),
+        memory=tuple(
+            stage_memory(sizes, ds_config, stage, num_gpus, held, with_average=config.train.ema_decay > 0)
+            for stage in STAGES
+        ),
         flops=costs.of(**work),
-        checkpoint_bytes=(MASTER + MOMENTS + AVERAGE * has_average) * sizes.trained + sizes.itemsize * (sizes.total - sizes.trained),
-        export_bytes=sizes.itemsize * (sizes.total - adapters),
+        checkpoint_bytes=(MASTER + MOMENTS + AVERAGE * (config.train.ema_decay > 0)) * sizes.trained
+        + sizes.itemsize * (sizes.total - sizes.trained),
+        export_bytes=sizes.itemsize * (sizes.total - _adapter_size(model)),
         assumptions=assumptions,
         notes=tuple(_notes(config)),
     )
@@ -181,6 +183,11 @@ def _traced(config: RunConfig, run: Callable[[], Any]) -> Any:
             f"estimate of {config.name}: a part cannot be run on shapes alone, as one whose experts are chosen by values ({reason}); "
             "measure it instead: launch/train.py --dry-run"
         ) from error
+
+
+def _adapter_size(model):
+    """Parameters of adapters, which an export has merged into what they stand on."""
+    return sum(p.numel() for name, p in model.named_parameters() if ADAPTER in name)
 
 
 def _notes(config):

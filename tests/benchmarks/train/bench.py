@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path.append(str(Path(__file__).parent))
 
 from shards import LENGTHS, read_shards, write_shards  # noqa: E402
+from table import table, written  # noqa: E402
 
 from tokenflex.config import load_config  # noqa: E402
 from tokenflex.corpus import encoder, resolve_embedded  # noqa: E402
@@ -32,14 +32,16 @@ from tokenflex.export import export_model  # noqa: E402
 from tokenflex.model import build_model, build_processor  # noqa: E402
 
 PAGE, RESULTS = ROOT / "docs" / "speed.md", ROOT / "docs" / "results" / "train-speed.json"
-BEGIN, END = "<!-- begin: make bench-train -->", "<!-- end: make bench-train -->"
 ENCODER = json.dumps({"model_type": "bit", **encoder.ARCHITECTURE})
 MODELS = {
     "0.9M": (ROOT / "configs" / "quickstart.yaml", [f"model.vision={ENCODER}"]),
     "98M": (ROOT / "tests" / "estimate" / "hundred-million.yaml", []),
 }
 """The quick start's model and one of a hundred million parameters, both from scratch."""
-PACKS = {"0.9M": {"pack_length": 768, "packs_per_step": 4, "longest": 330}, "98M": {"pack_length": 512, "packs_per_step": 2, "longest": 220}}
+PACKS = {
+    "0.9M": {"pack_length": 768, "packs_per_step": 4, "longest": 330},
+    "98M": {"pack_length": 512, "packs_per_step": 2, "longest": 220},
+}
 """Of the made-up lengths: the longest sample fills most of a pack."""
 NUM_SAMPLES = 1500
 FUSED = "off" if torch.cuda.is_available() else "on"
@@ -57,7 +59,7 @@ PADDED, PACKED_TEXT = "Hugging Face Trainer, padded", "TRL SFT, packed"
 def settings_of(model, workload, folder):
     """(recipe, overrides) of a model on a workload; made-up shards are written once."""
     recipe, overrides = MODELS[model]
-    common = [*overrides, "data.num_workers=1", "train.num_steps=1000000", "train.save_every=0", "train.wandb=off", "model.probe=false",
+    common = [*overrides, "data.num_workers=1", "train.num_steps=1000000", "train.save_every=0", "train.wandb=off", "model.probe=false", "train.hang_timeout_s=100000",
               "evaluate.at_end=false", "data.packs_per_micro_batch=8"]  # fmt: skip
     if workload == "quick start":
         return recipe, [*common, "data.evaluation=[]"]
@@ -66,7 +68,12 @@ def settings_of(model, workload, folder):
     if not shards.exists():
         write_shards(shards, kind, NUM_SAMPLES, packs["longest"], has_images=has_images)
     data = [f"data.{key}={packs[key]}" for key in ("pack_length", "packs_per_step")]
-    lists = [f"data.train=[{json.dumps(str(shards))}]", "data.evaluation=[]", "data.lockstep_packs=1", "data.shuffle_window=0"]
+    lists = [
+        f"data.train=[{json.dumps(str(shards))}]",
+        "data.evaluation=[]",
+        "data.lockstep_packs=1",
+        "data.shuffle_window=0",
+    ]
     return recipe, [*common, *data, *lists, "data.max_images_per_pack=64", f"model.tokenizer={folder / 'tokenizer'}"]
 
 
@@ -112,10 +119,19 @@ def arms_of(model, workload, common, overrides):
     for name in names:
         if OURS[name] is None and workload == "quick start":
             continue  # some of its samples have two images, and others none
-        alone = [f"data.packs_per_step={common['batch_size']}", "data.max_images_per_pack=1", "data.packs_per_micro_batch=1"]
+        alone = [
+            f"data.packs_per_step={common['batch_size']}",
+            "data.max_images_per_pack=1",
+            "data.packs_per_micro_batch=1",
+        ]
         more = alone if OURS[name] is None else OURS[name]
         stage = 3 if name.endswith("ZeRO-3") else 0
-        specs[name] = {**common, "arm": "ours", "overrides": [*overrides, *more], "ds_config": str(ROOT / f"configs/zero{stage}.json")}
+        specs[name] = {
+            **common,
+            "arm": "ours",
+            "overrides": [*overrides, *more],
+            "ds_config": str(ROOT / f"configs/zero{stage}.json"),
+        }
     return specs
 
 
@@ -193,39 +209,14 @@ def workloads(models):
             yield model, f"{LENGTHS[1]}, text alone"
 
 
-def table(record):
-    """Medians and ratios as Markdown; a line that says so where nothing was measured."""
-    if not record:
-        return "Not measured."
-    machine = record["machine"]
-    lines = [
-        f"{machine['device']}, {machine['threads']} threads, {record['date']}; medians of {record['turns']} turns, in useful tokens per second.",
-        "", "| model | lengths | arm | tokens/s | lowest to highest | ours is faster by |", "|---|---|---|---:|---:|---:|",
-    ]  # fmt: skip
-    for row in record["rows"]:
-        base = statistics.median(row["arms"]["ours"]["tokens_per_s"])
-        for name, found in row["arms"].items():
-            speeds = found["tokens_per_s"]
-            ratio = "" if name == "ours" else f"{base / statistics.median(speeds):.2f}"
-            lines.append(
-                f"| {row['model']} | {row['workload']} | {name} | {statistics.median(speeds):,.0f} | {min(speeds):,.0f} to {max(speeds):,.0f} | {ratio} |"
-            )
-    return "\n".join([*lines, *(f"\nLeft out: {name}." for name in record["left_out"])])
-
-
-def written(page, record):
-    """The page with the record's table between its marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table(record)}\n{END}{after}"
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0, help="of an arm's turn, about")
     parser.add_argument("--models", default=",".join(MODELS), help="of " + ", ".join(MODELS))
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the record; the page is written with the default alone")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="the record; the page is written with the default alone"
+    )
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as name:

@@ -28,7 +28,9 @@ def write_shards(folder, kind, number, longest, seed=0, has_images=True):
         for index, length in enumerate(answer_lengths(kind, number, longest, rng)):
             buffer = io.BytesIO()
             Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(buffer, "JPEG", quality=92)
-            question = [{"type": "image"}] * has_images + [{"type": "text", "text": " ".join(rng.choice(WORDS, QUESTION))}]
+            question = [{"type": "image"}] * has_images + [
+                {"type": "text", "text": " ".join(rng.choice(WORDS, QUESTION))}
+            ]
             messages = [
                 {"role": "user", "content": question},
                 {"role": "assistant", "content": " ".join(rng.choice(WORDS, length))},
