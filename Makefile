@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: test-estimate bench-scaling train test check bench-train paper paper-gpu docs test-slurm test-templates test-quickstart test-reliability bench-decode bench-packing gpu bench lint clean \
+.PHONY: test-estimate bench-scaling train test check bench-train paper paper-x4 paper-many paper-gpu docs test-slurm test-templates test-quickstart test-reliability bench-decode bench-packing gpu bench lint clean \
         test-transformers test-ecosystem test-versions models-table
 
 train: $(VENV)/installed
@@ -42,6 +42,16 @@ test-quickstart: $(VENV)/installed
 # docs/paper.md; what is stopped goes on. ARGS="--arms all", ARGS="--seeds 1 --arms flexible,fixed-9", ARGS="--report"
 paper: $(VENV)/installed
 	$(BIN)/python launch/paper.py $(ARGS)
+
+# Two questions beyond its core, a record each and one seed, beside the first in docs/paper.md: four times the data (25 minutes); eight counts at once
+paper-x4: $(VENV)/installed
+	$(BIN)/python launch/paper.py --results docs/results/paper-x4.json --seeds 1 --arms flexible,fixed-9,fixed-25,fixed-64 \
+		output_dir=runs/paper-x4 data.embedded.num_train=61440 train.num_steps=2400 $(ARGS)
+
+paper-many: $(VENV)/installed
+	$(BIN)/python launch/paper.py --results docs/results/paper-many.json --seeds 1 --arms flexible output_dir=runs/paper-many \
+		budget.num_visual_tokens=[4,9,16,25,36,64,144,256] budget.probabilities=[1,1,1,1,1,1,1,1] data.pack_length=1500 \
+		evaluate.num_visual_tokens=[4,9,16,25,36,64,144,256] $(ARGS)
 
 # The same at the paper's geometry, for a GPU: as many runs as end within ARGS="--minutes 10" of a call, then the next call goes on
 paper-gpu: $(VENV)/installed

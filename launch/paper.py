@@ -3,6 +3,7 @@
 
 python launch/paper.py                             trains what is missing, judges, writes docs/results/paper.json, plots and docs/paper.md
 python launch/paper.py --seeds 1 --arms flexible,fixed-9
+python launch/paper.py --times 5                   five rounds of short runs by turns, on a quiet machine: does time follow tokens?
 python launch/paper.py --report                    judges what is there
 """
 
@@ -49,7 +50,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="N",
         help="stop what runs after so long, as a signal would; the same command goes on",
     )
-    parser.add_argument("--report", action="store_true", help="train nothing")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--times", type=positive, metavar="ROUNDS", help="train no arm to its end; time them by turns")
+    only.add_argument("--report", action="store_true", help="train nothing")
     add_debug(parser)
     return parser.parse_intermixed_args(argv)
 
@@ -59,11 +62,13 @@ def main(arguments: argparse.Namespace, say: Say) -> int:
     from tokenflex import parallel
 
     parallel.quiet_libraries()
-    from tokenflex.study.study import judge, open_study, train
+    from tokenflex.study.study import judge, open_study, take_times, train
 
     study = open_study(arguments.config, arguments.protocol, arguments.results, tuple(arguments.overrides), say)
     arms, seeds = study.arms(arguments.arms), list(range(1, arguments.seeds + 1))
-    if not arguments.report:
+    if arguments.times:
+        take_times(study, arguments.times, say)
+    elif not arguments.report:
         if arguments.minutes:
             signal.alarm(60 * arguments.minutes)
         left, is_stopped = train(study, arms, seeds, arguments.workers, say)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,13 +11,15 @@ from conftest import ROOT
 from tokenflex.config import load_config
 from tokenflex.errors import UserError
 from tokenflex.layout import RunLayout
-from tokenflex.study.arms import chosen, core_arms, further_arms
+from tokenflex.study.arms import FLEXIBLE, chosen, core_arms, further_arms
 from tokenflex.study.jobs import Job
-from tokenflex.study.record import Record, protocol_version
+from tokenflex.study.record import MadeBy, Record, protocol_version
 from tokenflex.study.report import PLOTS, TABLES, Findings, filled
 from tokenflex.study.shards import without_images
+from tokenflex.study.times import predicted, times_table
 
 COUNTS = (9, 25, 64)
+MADE_BY = MadeBy("code", "parts")
 TASKS = ["coarse", "dense", "text"] * 20
 
 
@@ -51,7 +54,7 @@ def study(recipe, tmp_path_factory):
             job = Job(arm, seed, 20)
             shards = (("a.tar", 9, "11", 3),) if arm.without_images else (("a.tar", 5, "00", 3),)
             mean = 0.1 if arm.name.startswith(("no-", "small-")) else 0.5
-            record.add(job, write_run(folder / job.name, rng, mean, arm.counts, shards), "code")
+            record.add(job, write_run(folder / job.name, rng, mean, arm.counts, shards), MADE_BY)
     return record, arms, folder
 
 
@@ -99,13 +102,13 @@ def test_other_questions_are_refused_and_a_run_without_answers_is_named(study, t
     answers = json.loads(layout.answers.read_text())
     layout.answers.write_text(json.dumps({**answers, "keys": answers["keys"][::-1]}))
     with pytest.raises(UserError, match="was asked other questions"):
-        record.add(Job(arms[0], 7, 20), layout, "code")
+        record.add(Job(arms[0], 7, 20), layout, MADE_BY)
     layout.answers.unlink()
     with pytest.raises(UserError, match="was not evaluated: run it again"):
-        record.add(Job(arms[0], 7, 20), layout, "code")
+        record.add(Job(arms[0], 7, 20), layout, MADE_BY)
 
 
-@pytest.mark.parametrize("what", ["missing", "code", "corpus"])
+@pytest.mark.parametrize("what", ["missing", "code", "corpus", "parts"])
 def test_what_does_not_belong_is_named_and_not_averaged(study, what):
     record, arms, _ = study
     runs = {name: dict(run) for name, run in record.runs.items()}
@@ -123,6 +126,24 @@ def test_what_does_not_belong_is_named_and_not_averaged(study, what):
         Findings.of(Record("p", record.questions, runs), arms, [0, 1])
 
 
+def test_without_the_flexible_arm_nothing_is_judged_whatever_else_there_is(study):
+    record, arms, _ = study
+    others = {name: run for name, run in record.runs.items() if not name.startswith("flexible")}
+    with pytest.raises(UserError, match="the arm flexible is not whole .flexible-seed0, flexible-seed1: missing."):
+        Findings.of(Record("p", record.questions, others), arms, [0, 1])
+
+
+def test_runs_from_other_weights_are_told_apart(recipe, tmp_path):
+    part = tmp_path / "encoder"
+    part.mkdir()
+    config = recipe.model_copy(update={"model": recipe.model.model_copy(update={"vision": str(part)})})
+    found = set()
+    for weights in (b"one", b"two", b"one"):
+        (part / "model.safetensors").write_bytes(weights)
+        found.add(MadeBy.here(config))
+    assert len(found) == 2 and len({made_by.code for made_by in found}) == 1
+
+
 def test_means_are_over_tasks_that_are_judged(study):
     record, arms, _ = study
     findings = Findings.of(record, arms, [0, 1])
@@ -137,41 +158,47 @@ def test_means_are_over_tasks_that_are_judged(study):
 def test_every_table_and_plot_is_made_of_the_record(study, tmp_path):
     record, arms, _ = study
     findings = Findings.of(record, arms, [0, 1])
-    page = "".join(f"# {name}\n<!-- table: {name} -->\nold\n<!-- end -->\n" for name in TABLES)
-    made = filled(page, findings)
-    assert "old" not in made and filled(made, findings) == made
+    page = "".join(f"# {name}\n<!-- table: paper/{name} -->\nold\n<!-- end -->\n" for name in TABLES)
+    made = filled(page, findings, "paper")
+    assert "old" not in made and filled(made, findings, "paper") == made
+    assert filled(page, findings, "another") == page
     verdicts = TABLES["verdicts"](findings).splitlines()[2:]
     assert [line.split("|")[1:3] for line in verdicts] == [
         [f" {equal} ", f" {count} "] for equal in ("samples", "tokens") for count in COUNTS
     ]
     assert "| fixed at 64, equal tokens | 20 | 40 | 0.00M | 0.00M | 10 s | 1.00 | 1.00 |" in TABLES["cost"](findings)
-    assert len(TABLES["others"](findings).splitlines()) == 2 + 6 * 3 + 3 * 1 + 1
+    assert len(TABLES["others"](findings).splitlines()) == 2 + 7 * 3 + 3 * 1 + 1
+    assert len(TABLES["others-verdicts"](findings).splitlines()) == 2 + 7 * 3 * 2
     assert len(TABLES["hard"](findings).splitlines()) == len(TABLES["reading"](findings).splitlines()) == 2 + 3
     for name, plot in PLOTS.items():
-        plot(findings, tmp_path / name)
-        assert (tmp_path / name).stat().st_size > 5000
+        plot(findings, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
     with pytest.raises(UserError, match="wants the table 'nothing'"):
-        filled("<!-- table: nothing -->\n<!-- end -->", findings)
+        filled("<!-- table: paper/nothing -->\n<!-- end -->", findings, "paper")
 
 
-def test_the_page_is_made_of_the_committed_record(recipe):
-    """The record is of the protocol that stands beside it, and the page's tables are those of its whole seeds."""
-    record = Record.open(
-        ROOT / "docs/results/paper.json", protocol_version(ROOT / "docs/paper-protocol.md", ROOT / "configs/paper.yaml")
-    )
-    core = [arm.name for arm in core_arms(recipe)]
+@pytest.mark.parametrize("target", ["paper", "paper-x4", "paper-many"])
+def test_the_page_is_made_of_the_committed_records(target):
+    """Each record is of the protocol that stands beside it, and the page's tables are those of its whole seeds."""
+    command = re.search(rf"^{target}: .*\n\t(.*(?:\\\n.*)*)", (ROOT / "Makefile").read_text(), re.M)[1]
+    overrides = tuple(re.findall(r"[\w.]+=\S+", command.replace("\\\n", " ")))
+    protocol = protocol_version(ROOT / "docs/paper-protocol.md", ROOT / "configs/paper.yaml", overrides)
+    record = Record.open(ROOT / f"docs/results/{target}.json", protocol)
+    recipe = load_config("configs/paper.yaml", list(overrides))
+    core = [arm.name for arm in core_arms(recipe)] if target == "paper" else [FLEXIBLE]
     seeds = list(
         itertools.takewhile(lambda seed: all(f"{name}-seed{seed}" in record.runs for name in core), itertools.count(1))
     )
     findings = Findings.of(record, [*core_arms(recipe), *further_arms(recipe, 4)], seeds)
     page = (ROOT / "docs/paper.md").read_text()
-    assert filled(page, findings) == page
-    assert (len(seeds) >= 5) or "Nothing is judged" in page
+    assert f"<!-- table: {target}/accuracy -->" in page
+    assert filled(page, findings, target) == page
+    assert target != "paper" or len(seeds) >= 5 or "Nothing is judged" in page
 
 
 def test_arms_differ_from_the_recipe_as_they_say(recipe):
     arms = [*core_arms(recipe), *further_arms(recipe, 4)]
-    assert len({arm.name for arm in arms}) == len(arms) == 1 + 6 + 6 + 3 + 1
+    assert len({arm.name for arm in arms}) == len(arms) == 1 + 6 + 7 + 3 + 1
     for arm in arms:
         config = load_config("configs/paper.yaml", arm.settings(7, 3, f"{arm.name}-seed3"))
         assert (config.train.num_steps, config.train.seed, config.name) == (7, 3, f"{arm.name}-seed3")
@@ -205,3 +232,19 @@ def test_shards_without_images_keep_everything_else(corpus, processor, tmp_path)
                 for members in (ours, theirs)
             ]
             assert texts[0] == texts[1] and '"type": "image"' not in ours["json"].decode()
+
+
+def test_time_is_predicted_image_by_image_from_the_specialists_of_the_same_round():
+    def run(seconds, **images):
+        return {"seconds": seconds, "images": {count.removeprefix("n"): number for count, number in images.items()}}
+
+    times = {
+        "arms": {
+            "fixed-9": [run(10, n9=100), run(20, n9=100)],
+            "fixed-64": [run(30, n64=100), run(60, n64=100)],
+            "flexible": [run(20, n9=50, n64=50), run(44, n9=50, n64=50)],
+        }
+    }
+    assert predicted(times, "flexible").tolist() == [20, 40]
+    assert "| flexible | 3.6 | 0.700 | 0.667 | 1.050 (1.000 to 1.100) |" in times_table(times)
+    assert times_table({}) == "not measured yet"

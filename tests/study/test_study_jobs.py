@@ -1,5 +1,6 @@
 """The runs of a study: steps for equal tokens, kills that lose nothing, failures that are named and stop nobody."""
 
+import dataclasses
 import functools
 import json
 import signal
@@ -13,6 +14,7 @@ from tokenflex.corpus import resolve_embedded
 from tokenflex.layout import RunLayout
 from tokenflex.study.arms import Arm
 from tokenflex.study.jobs import Job, Runs, Workers, jobs_of
+from tokenflex.study.times import measure
 
 ARMS = [
     Arm(name="flexible", title="", counts=(4, 12)),
@@ -69,6 +71,21 @@ def test_what_is_stopped_goes_on_to_the_same_answers_and_a_failure_stops_nobody(
     whole = Runs(runs.recipe_path, (*runs.overrides, f"output_dir={tmp_path / 'whole'}"), runs.base, ())
     assert Workers(whole, 1, "code", done.append, told.append).run([jobs[0]]) == []
     assert json.loads(whole.layout(jobs[0]).answers.read_text()) == answers
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_runs_are_timed_by_turns_and_the_first_lines_are_left_out(runs, tmp_path):
+    arms = [*(dataclasses.replace(arm, equal="samples") for arm in ARMS), Arm(name="other", title="", counts=(4,))]
+    for _ in range(2):  # a second time begins anew
+        times = measure(runs, arms, num_steps=6, rounds=2, say=lambda text: None)
+        assert set(times["arms"]) == {"flexible", "fixed-4", "fixed-12"} and times["num_steps"] == 6
+        for name, its in times["arms"].items():
+            assert len(its) == 2 and all(run["seconds"] > 0 for run in its)
+            assert name == "flexible" or [list(run["images"]) for run in its] == [[name.removeprefix("fixed-")]] * 2
+    lines = [json.loads(line) for line in (tmp_path / "times/flexible-seed2/metrics.jsonl").read_text().splitlines()]
+    assert times["arms"]["flexible"][1]["seconds"] == sum(line["seconds"] for line in lines[1:])
+    assert not (tmp_path / "times/flexible-seed2/answers.json").exists()
 
 
 def _stop_at(layout: RunLayout, step: int) -> None:

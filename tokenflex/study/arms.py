@@ -72,6 +72,7 @@ def further_arms(recipe: RunConfig, patch: int) -> list[Arm]:
     arms: list[tuple[str, str, dict[str, Any]]] = [
         ("uniform", "uniform per batch", {"budget.probabilities": [1] * len(counts)}),
         ("per-sample", "drawn per sample", {"data.mixing": "free"}),
+        ("detail", "with the windows' largest values", {"model.pooling_detail": "max"}),
         ("all", "all counts of each sample (M3)", {"budget.per_sample": "all", **views}),
         (
             "largest-and-one",

@@ -21,6 +21,7 @@ from ..model import build_processor
 from ..plan import Planner, Position
 from .arms import FLEXIBLE, Arm
 
+Say = Callable[[str], None]
 TRAIN = Path(__file__).parent.parent.parent / "launch" / "train.py"
 
 
@@ -123,13 +124,13 @@ class Workers:
     """Runs jobs as processes of one thread each, `number` at once; a stop signal is handed on to them and waited for.
 
     Args:
-        code: the version of the code that runs; a run that another has begun is begun anew.
+        made_by: what the runs are made by, in one word; a run that another has begun is begun anew.
         take_in: called with each job that has reached its end.
         say: told what begins, ends and fails.
     """
 
-    def __init__(self, runs: Runs, number: int, code: str, take_in: Callable[[Job], None], say: Callable[[str], None]):
-        self.runs, self.number, self.code, self.take_in, self.say = runs, number, code, take_in, say
+    def __init__(self, runs: Runs, number: int, made_by: str, take_in: Callable[[Job], None], say: Say):
+        self.runs, self.number, self.made_by, self.take_in, self.say = runs, number, made_by, take_in, say
         self.is_stopped = False
         self.processes: list[subprocess.Popen] = []
 
@@ -171,9 +172,9 @@ class Workers:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),
         }
-        began_by = folder / "code.txt"
-        is_ours = began_by.exists() and began_by.read_text() == self.code
-        began_by.write_text(self.code)
+        began_by = folder / "made_by.txt"
+        is_ours = began_by.exists() and began_by.read_text() == self.made_by
+        began_by.write_text(self.made_by)
         command = [sys.executable, str(TRAIN), "--config", str(self.runs.recipe_path), *self.runs.settings(job)]
         command += [] if is_ours else ["--fresh"]
         with open(log, "ab") as file:

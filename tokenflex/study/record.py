@@ -4,12 +4,14 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..config import RunConfig
+from ..data.index import file_sha256
 from ..errors import UserError
 from ..files import write_whole
 from ..layout import RunLayout
@@ -25,6 +27,24 @@ def code_version() -> str:
         if PACKAGE / "study" not in path.parents:  # what judges does not train
             digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+class MadeBy(NamedTuple):
+    """What a run's answers hang on, beside its recipe and samples; runs that differ in it are not averaged.
+
+    code: `code_version`. parts: 16 hex digits over the weights that every run starts from. Two machines pretrain the embedded
+    parts to other bits.
+    """
+
+    code: str
+    parts: str
+
+    @staticmethod
+    def here(config: RunConfig) -> "MadeBy":
+        """Of runs of this recipe, whose embedded parts are built."""
+        folders = [Path(part) for part in (config.model.vision, config.model.text) if isinstance(part, str)]
+        weights = [file_sha256(path) for folder in folders for path in sorted(folder.glob("*.safetensors"))]
+        return MadeBy(code_version(), hashlib.sha256("".join(weights).encode()).hexdigest()[:16])
 
 
 def protocol_version(protocol: Path, recipe: Path, overrides: Sequence[str] = ()) -> str:
@@ -43,11 +63,12 @@ def protocol_version(protocol: Path, recipe: Path, overrides: Sequence[str] = ()
 
 @dataclass
 class Record:
-    """The JSON of a study: `protocol`, `questions` and `runs` by name; see `run_record`."""
+    """The JSON of a study: `protocol`, `questions` and `runs` by name (see `run_record`), and `times` (see `times.measure`)."""
 
     protocol: str
     questions: dict[str, Any]
     runs: dict[str, dict[str, Any]]
+    times: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def open(path: Path, protocol: str) -> "Record":
@@ -64,15 +85,15 @@ class Record:
                 f"{path}: holds {len(stored['runs'])} runs under the protocol {stored['protocol']}, the protocol or its recipe is "
                 f"{protocol} now; restore it, or move the results away and begin anew: a protocol is not changed after its results"
             )
-        return Record(protocol, stored["questions"], stored["runs"])
+        return Record(protocol, stored["questions"], stored["runs"], stored["times"])
 
     def save(self, path: Path) -> None:
         """Write it, whole."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"protocol": self.protocol, "questions": self.questions, "runs": dict(sorted(self.runs.items()))}
+        content = {**vars(self), "runs": dict(sorted(self.runs.items()))}
         write_whole(path, json.dumps(content, indent=1) + "\n")
 
-    def add(self, job: Job, layout: RunLayout, code: str) -> None:
+    def add(self, job: Job, layout: RunLayout, made_by: MadeBy) -> None:
         """Take in a run that is complete.
 
         Raises:
@@ -88,7 +109,7 @@ class Record:
                 f"run {layout.root}: was asked other questions ({digest}) than the runs before it ({self.questions['digest']})"
             )
         self.questions = {"digest": digest, **questions}
-        self.runs[job.name] = run_record(job, layout, answers, code)
+        self.runs[job.name] = run_record(job, layout, answers, made_by)
 
     def right(self, name: str, count: int) -> np.ndarray:
         """[Q] bool: which questions a run answered at a count."""
@@ -98,10 +119,12 @@ class Record:
     def usable(self, seeds: list[int], arms: list[str]) -> tuple[dict[str, list[str]], list[str]]:
         """(arm -> its runs of all seeds, a line for what is left out, and why).
 
-        The runs of the first arm, the flexible one, say which code and corpus counts.
+        The runs of the first arm, the flexible one, say which code, corpus and parts count.
         """
         names = {arm: [f"{arm}-seed{seed}" for seed in seeds] for arm in arms}
-        first = next((self.runs[name] for name in names[arms[0]] if name in self.runs), {})
+        first = next((self.runs[name] for name in names[arms[0]] if name in self.runs), None)
+        if first is None:
+            return {}, [f"{', '.join(names[arms[0]])}: missing"]
         problems: list[str] = []
         not_run: list[str] = []
         found: dict[str, list[str]] = {}
@@ -111,7 +134,7 @@ class Record:
                 not_run.append(arm)
                 continue
             problems += [f"{', '.join(absent)}: missing"] if absent else []
-            for what in ("code", "corpus"):
+            for what in ("code", "corpus", "parts"):
                 others = [
                     name for name in its if name in self.runs and self.runs[name][what] not in (None, first[what])
                 ]
@@ -122,12 +145,12 @@ class Record:
         return found, problems + ([f"{', '.join(not_run)}: not run"] if not_run else [])
 
 
-def run_record(job: Job, layout: RunLayout, answers: dict[str, Any], code: str) -> dict[str, Any]:
+def run_record(job: Job, layout: RunLayout, answers: dict[str, Any], made_by: MadeBy) -> dict[str, Any]:
     """What is kept of a run.
 
     right: {count: hex of [Q] bits}. tokens, visual_tokens, samples: seen in training. seconds: of training, as measured, on a
     machine that may have run others beside it. half_time_loss, final_loss: means of a tenth of the steps at the half and at the
-    end. corpus: which samples it saw; None for those made without images. code: `code_version`.
+    end. corpus: which samples it saw; None for those made without images. code, parts: see `MadeBy`.
     """
     lines = [json.loads(line) for line in layout.metrics.read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["loss"] is not None]
@@ -148,7 +171,7 @@ def run_record(job: Job, layout: RunLayout, answers: dict[str, Any], code: str) 
         "half_time_loss": round(float(np.mean(losses[half : half + tenth])), 4),
         "final_loss": round(float(np.mean(losses[-tenth:])), 4),
         "corpus": None if job.arm.without_images else _corpus(layout),
-        "code": code,
+        **made_by._asdict(),
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
         "right": bits,
     }

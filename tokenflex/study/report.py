@@ -12,6 +12,7 @@ from ..plots import new_figure
 from .arms import FLEXIBLE, Arm
 from .record import Record
 from .statistics import Difference, Verdict, paired_difference, verdicts
+from .times import times_table
 
 NOT_JUDGED = ("text", "word")
 """Tasks that are no part of a mean: one shows no image, the other is not learned at this size (see the protocol)."""
@@ -88,18 +89,40 @@ class Findings:
 def verdict_table(findings: Findings) -> str:
     """The flexible arm against each specialist at that count, under both protocols; Holm over the counts of each."""
     rows = ["| equal | count | flexible | specialist | difference [95 %] | verdict |", "|---|---:|---:|---:|---:|---|"]
-    for equal in ("samples", "tokens"):
+    return "\n".join([*rows, *_against_specialists(findings, FLEXIBLE)])
+
+
+def others_verdict_table(findings: Findings) -> str:
+    """The other arms that serve every count against each specialist at that count, with the tokens that they took of its."""
+    rows = [
+        "| arm | tokens / flexible | specialist at equal | count | arm | specialist | difference [95 %] | verdict |",
+        "|---|---:|---|---:|---:|---:|---:|---|",
+    ]
+    for arm in _others(findings):
+        share = findings.mean(arm.name, "tokens") / findings.mean(FLEXIBLE, "tokens")
+        rows += [f"| {arm.title} | {share:.2f} {row}" for row in _against_specialists(findings, arm.name)]
+    return "\n".join(rows)
+
+
+def _against_specialists(findings: Findings, name: str) -> list[str]:
+    """Rows of an arm against each specialist; none without seeds to compare."""
+    rows = []
+    for equal in ("samples", "tokens") if len(findings.seeds) > 1 else ():
         specialists = findings.specialists(equal)
-        if not specialists or len(findings.seeds) < 2:
-            continue
         counts = [arm.specialist or 0 for arm in specialists]
-        found = [findings.difference(FLEXIBLE, n, arm.name, n) for n, arm in zip(counts, specialists)]
+        found = [findings.difference(name, n, arm.name, n) for n, arm in zip(counts, specialists)]
         for count, arm, difference, verdict in zip(counts, specialists, found, verdicts(found)):
-            ours, theirs = findings.accuracy(FLEXIBLE, count).mean(), findings.accuracy(arm.name, count).mean()
+            ours, theirs = findings.accuracy(name, count).mean(), findings.accuracy(arm.name, count).mean()
             rows.append(
                 f"| {equal} | {count} | {100 * ours:.1f} | {100 * theirs:.1f} | {_interval(difference)} | {WORDS[verdict]} |"
             )
-    return "\n".join(rows)
+    return rows
+
+
+def _others(findings: Findings) -> list[Arm]:
+    """The arms that serve every count of the specialists, but for the flexible one."""
+    trained = {arm.specialist for arm in findings.specialists("samples")}
+    return [arm for arm in findings.arms if not arm.specialist and arm.name != FLEXIBLE and trained <= set(arm.counts)]
 
 
 def accuracy_table(findings: Findings) -> str:
@@ -208,16 +231,20 @@ TABLES: dict[str, Callable[[Findings], str]] = {
     "verdicts": verdict_table,
     "accuracy": accuracy_table,
     "others": others_table,
+    "others-verdicts": others_verdict_table,
     "reading": reading_table,
     "hard": hard_table,
     "cost": cost_table,
+    "times": lambda findings: times_table(findings.record.times),
     "plateau": plateau_table,
 }
 """The tables of the page by the name that stands in its comment."""
 
 
-def filled(page: str, findings: Findings) -> str:
-    """A page with what stands between `<!-- table: NAME -->` and `<!-- end -->` replaced by that table of the findings.
+def filled(page: str, findings: Findings, stem: str) -> str:
+    """A page with what stands between `<!-- table: STEM/NAME -->` and `<!-- end -->` replaced by that table of the findings.
+
+    Tables of other records than `stem`'s stay.
 
     Raises:
         UserError: the page names a table that there is none of.
@@ -226,9 +253,9 @@ def filled(page: str, findings: Findings) -> str:
     def table(match: re.Match) -> str:
         if match[1] not in TABLES:
             raise UserError(f"page: wants the table {match[1]!r}; known are {', '.join(TABLES)}")
-        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]](findings)}\n<!-- end -->"
+        return f"<!-- table: {stem}/{match[1]} -->\n{TABLES[match[1]](findings)}\n<!-- end -->"
 
-    return re.sub(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)
+    return re.sub(rf"<!-- table: {re.escape(stem)}/([\w-]+) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)
 
 
 def plot_accuracy(findings: Findings, path: Path) -> None:
@@ -290,7 +317,8 @@ def plot_cost(findings: Findings, path: Path) -> None:
     figure.savefig(path)
 
 
-PLOTS = {"paper-accuracy.png": plot_accuracy, "paper-differences.png": plot_differences, "paper-cost.png": plot_cost}
+PLOTS = {"accuracy": plot_accuracy, "differences": plot_differences, "cost": plot_cost}
+"""The plots of a record by what their files are called behind its name."""
 
 
 def _figure():

@@ -1,7 +1,7 @@
 """A study from its recipe to its page: what `launch/paper.py` does."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +12,14 @@ from ..files import write_whole
 from ..model.build import vision_config
 from ..model.vision import patch_grid
 from .arms import Arm, chosen, core_arms, further_arms
-from .jobs import Job, Runs, Workers, jobs_of
-from .record import Record, code_version, protocol_version
+from .jobs import Job, Runs, Say, Workers, jobs_of
+from .record import MadeBy, Record, protocol_version
 from .report import PLOTS, TABLES, Findings, filled, plot_differences
 from .shards import without_images
+from .times import measure
 
-Say = Callable[[str], None]
+TIMED_STEPS = 60
+"""Of a run that is timed; the first ten are not."""
 
 
 @dataclass(frozen=True)
@@ -78,22 +80,32 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], workers: int,
     Raises:
         UserError: a run that was asked other questions.
     """
-    code = code_version()
+    made_by = MadeBy.here(study.runs.base)
     resolved = functools.partial(resolve_embedded, say=lambda text: None)
-    jobs = [job for job in jobs_of(study.runs, resolved, arms, seeds) if _is_wanted(study.record, job, code)]
+    jobs = [job for job in jobs_of(study.runs, resolved, arms, seeds) if _is_wanted(study.record, job, made_by)]
 
     def take_in(job: Job) -> None:
-        study.record.add(job, study.runs.layout(job), code)
+        study.record.add(job, study.runs.layout(job), made_by)
         study.record.save(study.results)
 
     say(f"study     {len(jobs)} runs to do of {len(arms) * len(seeds)}, {workers} at once")
-    pool = Workers(study.runs, workers, code, take_in, say)
+    pool = Workers(study.runs, workers, "-".join(made_by), take_in, say)
     return pool.run(jobs), pool.is_stopped
 
 
-def _is_wanted(record: Record, job: Job, code: str) -> bool:
+def _is_wanted(record: Record, job: Job, made_by: MadeBy) -> bool:
     known = record.runs.get(job.name)
-    return known is None or (known["code"], known["num_steps"]) != (code, job.num_steps)
+    return known is None or (known["code"], known["parts"], known["num_steps"]) != (*made_by, job.num_steps)
+
+
+def take_times(study: Study, rounds: int, say: Say) -> None:
+    """Time what the flexible arm is compared with, by turns, and keep it in the record; see `times.measure`.
+
+    Raises:
+        UserError: a run that did not reach its end.
+    """
+    study.record.times = measure(study.runs, study.all_arms, TIMED_STEPS, rounds, say)
+    study.record.save(study.results)
 
 
 def judge(study: Study, seeds: Sequence[int], page: Path, say: Say) -> Findings:
@@ -108,7 +120,7 @@ def judge(study: Study, seeds: Sequence[int], page: Path, say: Say) -> Findings:
     say("\n" + (TABLES["verdicts"](findings) if len(seeds) > 1 else TABLES["accuracy"](findings)))
     for name, plot in PLOTS.items():
         if len(seeds) > 1 or plot is not plot_differences:  # an interval needs two seeds
-            plot(findings, study.results.with_name(name))
+            plot(findings, study.results.with_name(f"{study.results.stem}-{name}.png"))
     if page.exists():
-        write_whole(page, filled(page.read_text(), findings))
+        write_whole(page, filled(page.read_text(), findings, study.results.stem))
     return findings
