@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: test-estimate bench-scaling train test check paper paper-x4 paper-many paper-gpu docs test-slurm test-templates test-quickstart test-reliability bench-decode bench-packing gpu bench lint clean \
+.PHONY: test-estimate bench-scaling train test check bench-train paper paper-x4 paper-many paper-gpu docs test-slurm test-templates test-quickstart test-reliability bench-decode bench-packing gpu bench lint clean \
         test-transformers test-ecosystem test-versions models-table
 
 train: $(VENV)/installed
@@ -68,6 +68,10 @@ test-estimate: $(VENV)/installed
 # `tokenflex simulate` beside real steps on 1, 2 and 4 ranks; writes docs/results/scaling.json
 bench-scaling: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/scaling/bench.py $(ARGS)
+
+# Useful tokens per second beside other trainers, under 12 minutes; writes docs/results/train-speed.json and docs/speed.md's table
+bench-train: $(VENV)/ecosystem-installed
+	$(BIN)/python tests/benchmarks/train/bench.py $(ARGS)
 
 test-reliability: $(VENV)/installed
 	TOKENFLEX_REPORT=1 $(BIN)/python -m pytest tests/reliability $(ARGS)

@@ -79,7 +79,7 @@ def main(arguments: argparse.Namespace, say: Say) -> int:
     with stage("join", "the other ranks", say):
         ranks = parallel.join_ranks(launch)
     say(f"world     {parallel.check_world(ranks)}")
-    check_room(config, ds_config, ranks)
+    check_room(config, ds_config, ranks, say)
     if arguments.dry_run:
         from tokenflex.estimate.dry_run import dry_run
 

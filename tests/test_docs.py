@@ -66,6 +66,22 @@ def test_the_reliability_table_is_the_generators():
     )
 
 
+def test_the_speed_table_is_the_records():
+    folder = ROOT / "tests" / "benchmarks" / "train"
+    spec = importlib.util.spec_from_file_location("train_speed_table", folder / "table.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    page, path = (ROOT / "docs" / "speed.md").read_text(), ROOT / "docs" / "results" / "train-speed.json"
+    assert bench.written(page, json.loads(path.read_text()) if path.exists() else {}) == page
+    row = {
+        "model": "m",
+        "workload": "w",
+        "arms": {"p": {"tokens_per_s": [3, 1, 2]}, "ours": {"tokens_per_s": [4, 6, 5]}},
+    }
+    record = {"machine": {"device": "d", "threads": 2}, "date": "t", "turns": 3, "left_out": [], "rows": [row]}
+    assert "| m | w | p | 2 | 1 to 3 | 2.50 |" in bench.table(record)
+
+
 def test_decisions_are_numbered_once_and_listed():
     folder = ROOT / "docs" / "decisions"
     records = sorted(path.name for path in folder.glob("0*.md"))

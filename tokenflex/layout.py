@@ -107,6 +107,11 @@ class RunLayout:
         return self.root / "doctor.json"
 
     @property
+    def weights(self) -> Path:
+        """The files of pretrained parts that the run was last started with, and their checksums."""
+        return self.root / "weights.json"
+
+    @property
     def data(self) -> Path:
         """What the samples were that the run was last started with."""
         return self.root / "data.json"

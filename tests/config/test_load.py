@@ -44,7 +44,7 @@ WRONG = {
             "train.sequence_parallel_size",
             "data.context_parallel",
             "train.sp_size",
-            "ulysses.degree",
+            "ulysses",
         )
     },
     "train.sequence=2": ["unknown key train.sequence;"],
@@ -87,6 +87,27 @@ def test_a_run_that_trains_nothing_is_refused_and_one_that_trains_rows_is_not():
     ):
         load_config(None, frozen)
     assert load_config(None, [*frozen, "optimizer.train_image_tokens=true"]).optimizer.train_image_tokens
+
+
+def test_a_recipe_that_extends_another_holds_what_differs(tmp_path):
+    (tmp_path / "base.yaml").write_text("model: {image_size: [28, 28], max_tiles: 2}\ntrain: {num_steps: 7}\n")
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    (inner / "next.yaml").write_text("extends: ../base.yaml\nname: next\nmodel: {max_tiles: 3}\n")
+    (inner / "last.yaml").write_text("extends: next.yaml\nname: last\n")
+    config = load_config(inner / "last.yaml", ["train.log_every=3"])
+    assert (config.name, config.model.max_tiles, config.model.image_size) == ("last", 3, (28, 28))
+    assert (config.train.num_steps, config.train.log_every) == (7, 3)
+    (inner / "next.yaml").write_text("extends: last.yaml\n")
+    for text, part in (
+        ("extends: none.yaml", "none.yaml: No such file"),
+        ("extends: [a, b]", "wanted the name of one YAML file"),
+    ):
+        (inner / "wrong.yaml").write_text(text)
+        with pytest.raises(UserError, match=part):
+            load_config(inner / "wrong.yaml")
+    with pytest.raises(UserError, match="extends itself, by way of"):
+        load_config(inner / "last.yaml")
 
 
 def test_overrides_reach_every_depth_and_keep_their_neighbours(tmp_path):

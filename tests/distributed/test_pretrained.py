@@ -2,12 +2,14 @@
 
 import json
 
+import blake3
 import pytest
 import torch
 from conftest import ROOT, train_ranks
 
 from tokenflex.export import export_model
 from tokenflex.model import build_model
+from tokenflex.model.weights import weight_files
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +112,24 @@ def test_sharded_loading_trains_as_whole_loading(start, folders, tmp_path, cache
     train_ranks(2, tmp_path / "b", cache_dir, *steps, ds_config=tmp_path / "sharded.json")
     for whole, sharded in zip(losses(tmp_path / "a"), losses(tmp_path / "b"), strict=True):
         assert abs(whole - sharded) < 1e-5, (whole, sharded)
+
+
+def test_an_encoder_is_taken_out_of_a_whole_model(tmp_path, tiny_config, processor):
+    """InternVL's own format: the encoder's weights lie under another name among those of the whole."""
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    vision = {**small, "image_size": [48, 48], "patch_size": [8, 8]}
+    text = {"model_type": "qwen2", **small, "num_key_value_heads": 2, "vocab_size": 100}
+    torch.manual_seed(1)
+    whole = InternVLForConditionalGeneration(InternVLConfig(vision_config=vision, text_config=text))
+    whole.save_pretrained(tmp_path)
+    parts = tiny_config.model.model_copy(update={"vision": str(tmp_path)})
+    model = build_model(parts, tiny_config.budget, processor, torch.float32)
+    theirs, ours = whole.model.vision_tower.state_dict(), model.vision_tower.state_dict()
+    assert theirs.keys() == ours.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    record = weight_files(parts)["model.vision"]
+    (file,) = record["files"].values()
+    assert file["bytes"] == (tmp_path / "model.safetensors").stat().st_size
+    assert file["blake3"] == blake3.blake3((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    assert "model.text" not in weight_files(parts), "it is from scratch"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, run_ranks
 from measured_memory import BUCKET, ds_config_of
+from recipes import QWEN2_5_7B, SO400M
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,14 +35,6 @@ from tokenflex.train.optimizer import parameter_groups
 
 ZERO3 = load_ds_config(ROOT / "configs" / "zero3.json")
 HUNDRED_MILLION = ROOT / "tests" / "estimate" / "hundred-million.yaml"
-SO400M = {
-    "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
-    "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
-}  # fmt: skip
-QWEN_7B = {
-    "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-    "num_key_value_heads": 4, "vocab_size": 152064,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +154,7 @@ def run_estimate(config, gpus=4, **options):
 
 def test_published_sizes(tiny_config):
     """Parameters that the makers' pages give, and the costs that `data.cost` has of the same models."""
-    model = tiny_config.model.model_copy(update={"vision": SO400M, "text": QWEN_7B, "image_size": (378, 378)})
+    model = tiny_config.model.model_copy(update={"vision": SO400M, "text": QWEN2_5_7B, "image_size": (378, 378)})
     shaped = shaped_model(model, tiny_config.budget, torch.bfloat16)
     assert shaped.language_model.num_parameters() == 7_615_616_512
     assert shaped.vision_tower.num_parameters() == pytest.approx(412.4e6, rel=0.003)
@@ -390,7 +383,7 @@ def test_a_model_that_reads_values_is_refused_in_one_line(tiny_config, monkeypat
 
 
 def test_parts_that_are_folders_need_no_more_than_their_configuration(tiny_config, tmp_path):
-    for name, values in (("vision", SO400M), ("text", {**QWEN_7B, "num_hidden_layers": 1})):
+    for name, values in (("vision", SO400M), ("text", {**QWEN2_5_7B, "num_hidden_layers": 1})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(values))
     parts = {

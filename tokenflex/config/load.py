@@ -41,27 +41,44 @@ def load_config(
 ) -> RunConfig:
     """The checked configuration of a YAML file (or the defaults) with `section.key=value` overrides on top.
 
+    A file may say `extends: other.yaml` and leave out what it has in common with that one.
+
     Raises:
         UserError: no such file, broken YAML, an unknown key (the nearest is named), or a value of the wrong type.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader) or {}
-        except OSError as error:
-            raise UserError(
-                f"config {path}: {error.strerror}; give the path of a YAML file, for example configs/quickstart.yaml"
-            ) from None
-        except yaml.YAMLError as error:
-            raise UserError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(values, dict):
-            raise UserError(f"config {path}: holds a {type(values).__name__} at the top; wanted `section: ...` entries")
+    values = _read(Path(path)) if path is not None else {}
     values = apply_overrides(values, overrides)
     where = f"config {path}" if path is not None else "config"
     try:
         return schema.model_validate(_merged(schema().model_dump(), values))
     except ValidationError as error:
         raise UserError(f"{where}: " + "; ".join(_explain(problem, schema) for problem in error.errors())) from None
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a YAML file, over those of the file that it `extends`, whose name is relative to its own folder.
+
+    Raises:
+        UserError: a file that is not there or not YAML, one whose top is no mapping, or one that extends itself.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
+    except OSError as error:
+        raise UserError(
+            f"config {path}: {error.strerror}; give the path of a YAML file, for example configs/quickstart.yaml"
+        ) from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"config {path}: holds a {type(values).__name__} at the top; wanted `section: ...` entries")
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise UserError(f"config {path}: extends is {base!r}; wanted the name of one YAML file")
+    if path.resolve() in seen:
+        raise UserError(f"config {path}: extends itself, by way of {base}; name another file")
+    return _merged(_read(path.parent / base, (*seen, path.resolve())), values)
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

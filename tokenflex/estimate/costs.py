@@ -19,7 +19,7 @@ from ..parallel import zero_stage
 from ..train.loss import fused_loss_head
 from ..train.optimizer import ADAPTER, parameter_groups
 from .gpus import Gpu
-from .memory import AVERAGE, MASTER, MOMENTS, Memory, ModelSizes, PartSize, part_sizes, stage_memory
+from .memory import Memory, ModelSizes, PartSize, checkpoint_bytes, part_sizes, stage_memory
 from .trace import PackShape, Passes, activation_bytes, logits_bytes, unit_costs
 from .workload import Workload
 
@@ -129,9 +129,8 @@ def estimate(
     sizes = ModelSizes.of(model, ds_config)
     held = {"logits": float(activations.logits), "reserved": assumptions.reserved_gb * 1e9}
     held["activations"] = float(activations.recomputed if config.model.gradient_checkpointing else activations.kept)
+    average = {"with_average": config.train.ema_decay > 0}
     work = {name: value for name, value in asdict(workload.step).items() if name != "samples"}
-    has_average = config.train.ema_decay > 0
-    adapters = sum(p.numel() for name, p in model.named_parameters() if ADAPTER in name)  # an export has them merged
     return Estimate(
         name=config.name,
         num_gpus=num_gpus,
@@ -145,13 +144,10 @@ def estimate(
         num_steps=config.train.num_steps,
         micro_batch=pack,
         activations=activations,
-        memory=tuple(
-            stage_memory(sizes, ds_config, stage, num_gpus, held, with_average=has_average) for stage in STAGES
-        ),
+        memory=tuple(stage_memory(sizes, ds_config, stage, num_gpus, held, **average) for stage in STAGES),
         flops=costs.of(**work),
-        checkpoint_bytes=(MASTER + MOMENTS + AVERAGE * has_average) * sizes.trained
-        + sizes.itemsize * (sizes.total - sizes.trained),
-        export_bytes=sizes.itemsize * (sizes.total - adapters),
+        checkpoint_bytes=checkpoint_bytes(sizes, **average),
+        export_bytes=sizes.itemsize * (sizes.total - _adapter_size(model)),
         assumptions=assumptions,
         notes=tuple(_notes(config)),
     )
@@ -184,6 +180,11 @@ def _traced(config: RunConfig, run: Callable[[], Any]) -> Any:
             f"estimate of {config.name}: a part cannot be run on shapes alone, as one whose experts are chosen by values ({reason}); "
             "measure it instead: launch/train.py --dry-run"
         ) from error
+
+
+def _adapter_size(model):
+    """Parameters of adapters, which an export has merged into what they stand on."""
+    return sum(p.numel() for name, p in model.named_parameters() if ADAPTER in name)
 
 
 def _notes(config):

@@ -136,6 +136,12 @@ def stage_memory(
     return Memory(stage=stage, **numbers, **(held or {}))
 
 
+def checkpoint_bytes(sizes: ModelSizes, *, with_average: bool = False) -> float:
+    """Of a checkpoint: masters, moments and average of what is trained, the weights of what is not."""
+    trained = MASTER + MOMENTS + with_average * AVERAGE
+    return trained * sizes.trained + sizes.itemsize * (sizes.total - sizes.trained)
+
+
 def _zero(ds_config: Mapping[str, Any]) -> Mapping[str, Any]:
     return ds_config.get("zero_optimization", {})
 

@@ -2,7 +2,7 @@
 all the time. Found on shapes, with the ranks and the memory that are there."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from ..config import RunConfig
 from ..errors import UserError
+from ..model import TokenFlexForConditionalGeneration
 from ..model.adapters import check_adapters
 from ..model.build import shaped_model
 from ..model.compiled import check_blocks
@@ -19,10 +20,12 @@ from ..train.run import precision_of
 from .memory import Memory, ModelSizes, stage_memory
 
 
-def check_room(config: RunConfig, ds_config: Mapping[str, Any], ranks: Ranks) -> None:
+def check_room(
+    config: RunConfig, ds_config: Mapping[str, Any], ranks: Ranks, say: Callable[[str], None] = print
+) -> None:
     """See that a recipe's parts take its adapters and its compiled blocks, and that its states fit; every rank calls it.
 
-    States are weights, gradients, masters, moments and the average: what is there at every moment of a run, to the byte. What comes
+    States are weights, gradients, masters, moments and the average: what no step can do without, to the byte. What comes
     on top (activations, buffers) `tokenflex estimate` has, and a dry run tries.
 
     Args: config: with `embedded` replaced. ds_config: as `parallel.load_ds_config` gives it.
@@ -32,7 +35,10 @@ def check_room(config: RunConfig, ds_config: Mapping[str, Any], ranks: Ranks) ->
     """
     check_adapters(config.model)
     dtype = torch.bfloat16 if precision_of(config.train.precision, ranks.device) == "bf16" else torch.float32
-    model = shaped_model(config.model, config.budget, dtype)
+    model = _shaped(config, dtype)
+    if model is None:
+        say("memory    not held against what is free: a part cannot be built on shapes alone")
+        return
     if config.train.compile == "blocks":
         check_blocks(model)
     parameter_groups(model, config.optimizer)
@@ -52,6 +58,22 @@ def check_room(config: RunConfig, ds_config: Mapping[str, Any], ranks: Ranks) ->
     for rank, found in enumerate(ranks.all_gather(refusals)):  # all end alike, since the main rank speaks for all
         if found:
             raise UserError(f"memory, rank {rank}: {found[0]}")
+
+
+def _shaped(config: RunConfig, dtype: torch.dtype) -> TokenFlexForConditionalGeneration | None:
+    """The model on shapes, or None where a part's own code fails there: whether it can be built at all, building tells.
+
+    Raises:
+        UserError: an adapter that a part cannot have.
+    """
+    try:
+        return shaped_model(config.model, config.budget, dtype)
+    except (RuntimeError, NotImplementedError):
+        return None
+    except UserError as error:
+        if error.__cause__ is None:  # ours, and not what a part's code raised
+            raise
+        return None
 
 
 NOT_OFFLOADED = {"offload_optimizer": None, "offload_param": None}

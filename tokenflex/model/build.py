@@ -48,6 +48,8 @@ HOUSEKEEPING = ("architectures", "auto_map", "dtype", "torch_dtype", "transforme
 """What a configuration file holds beside the model's own settings."""
 MIN_TOKENS = 16
 """No tokenizer has fewer."""
+TOWER_KEYS = {"internvl_vision": {r"^(model\.)?vision_tower\.": ""}}
+"""Of an encoder that lies in whole vision-language models: type -> what its weights' names there become."""
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 
 
@@ -403,6 +405,8 @@ def _pretrained(key, auto_class, config, dtype, model, loading):
         "trust_remote_code": model.trust_remote_code,
         **hub_options(key, source),
     }
+    if config.model_type in TOWER_KEYS:
+        options["key_mapping"] = TOWER_KEYS[config.model_type]
     load = functools.partial(auto_class.from_pretrained, source, output_loading_info=True, **options)
     try:
         with loading():

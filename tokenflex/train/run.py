@@ -28,6 +28,7 @@ from ..model import TokenFlexProcessor, build_model, build_processor, check_coun
 from ..model.adapters import check_adapters, merged, save_adapters
 from ..model.compiled import compile_blocks
 from ..model.probe import probe
+from ..model.weights import weight_files
 from ..parallel import Heartbeat, Ranks
 from ..plan.ahead import ahead
 from ..plan.planner import PLANNER_VERSION
@@ -202,6 +203,9 @@ class Run:
         loading = functools.partial(parallel.sharded_loading, self.ds_config)
         with self._stage("build", f"the model, of {_part(config.model.vision)} and {_part(config.model.text)}"):
             model = build_model(config.model, config.budget, self.data.processor, dtype, loading, parallel.gathered)
+        if self.layout.root.exists():  # a dry run has no folder
+            record = self.layout.weights
+            self.ranks.on_main(lambda: write_whole(record, json.dumps(weight_files(config.model), indent=1)))
         trains_rows = config.optimizer.train_image_tokens or (
             config.optimizer.text.train and not config.model.text_adapter.rank
         )

@@ -19,51 +19,47 @@ from shards import read_shards
 from tokenflex import parallel
 from tokenflex.config import load_config
 from tokenflex.corpus import resolve_embedded
-from tokenflex.estimate.dry_run import Unwatched
+from tokenflex.layout import RunLayout
+from tokenflex.train.guarding import SoleWriter, watched
+from tokenflex.train.observers import Observer
 from tokenflex.train.run import Run
+from tokenflex.train.trainer import StopRequest, Trainer
+
+
+class Counting(Observer):
+    """Adds up the tokens of batches."""
+
+    tokens = 0
+
+    def on_batch(self, step, batch):
+        self.tokens += batch.input_ids.shape[1]
 
 
 class Ours:
     """The trainer itself: its loop, step by step, with its checks, observers and logging."""
 
-    def __init__(self, spec):
-        recipe = load_config(spec["recipe"], spec["overrides"])
-        parallel.quiet_libraries()
-        ranks = parallel.join_ranks(parallel.join())
-        config = resolve_embedded(recipe, lambda text: None)
-        self.run = run = Run(
-            recipe, config, parallel.load_ds_config(spec["ds_config"]), ranks, Unwatched(), lambda text: None
-        )
+    def __init__(self, recipe, config, ds_config, ranks, heartbeat):
+        self.run = run = Run(recipe, config, ds_config, ranks, heartbeat, lambda text: None)
         run.prepare(fresh=True)
         run.build()
         run.resume()
-        from tokenflex.train.trainer import StopRequest, Trainer
-
+        self.counting = Counting()
         self.trainer = Trainer(
             settings=config.train, engine=run.engine, objective=run.objective, open_batches=run.open_batches, rates=run.rates,
-            state=run.state, metrics=run.metrics, observers=[*run.observers, self], stop=StopRequest(),
+            state=run.state, metrics=run.metrics, observers=[*run.observers, self.counting], stop=StopRequest(),
         )  # fmt: skip
         run.engine.train()
         self.batches = run.open_batches(run.state.progress)
-        self.tokens = 0
-
-    def on_batch(self, step, batch):
-        self.tokens += batch.input_ids.shape[1]
-
-    def __getattr__(self, name):  # told of all else that an observer is
-        if name.startswith("on_"):
-            return lambda *about: None
-        raise AttributeError(name)
 
     def steps(self, number):
         """Useful tokens of so many steps."""
-        self.tokens = 0
+        self.counting.tokens = 0
         for _ in range(number):
             outcome = self.trainer.run_step(self.batches)
             self.run.state.record(outcome)
             self.trainer._tell("on_step", outcome)
             self.trainer._agree(outcome)
-        return self.tokens
+        return self.counting.tokens
 
 
 class Paced:
@@ -176,10 +172,18 @@ def packed_text(spec, ask):
 
 def ours(spec, ask):
     """The trainer, in this process."""
-    arm = Ours(spec)
-    tokens = arm.steps(1)
-    while number := ask(tokens):
-        tokens = arm.steps(number)
+    recipe = load_config(spec["recipe"], spec["overrides"])
+    parallel.quiet_libraries()
+    ranks = parallel.join_ranks(parallel.join())
+    config = resolve_embedded(recipe, lambda text: None)
+    layout = RunLayout.of(config)
+    with SoleWriter(layout, ranks), watched(layout, config.train, ranks) as heartbeat:
+        arm = Ours(recipe, config, parallel.load_ds_config(spec["ds_config"]), ranks, heartbeat)
+        tokens = arm.steps(1)
+        while number := ask(tokens):
+            tokens = arm.steps(number)
+        arm.batches.close()
+        arm.run.close()
 
 
 def main(path):

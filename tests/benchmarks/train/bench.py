@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path.append(str(Path(__file__).parent))
 
 from shards import LENGTHS, read_shards, write_shards  # noqa: E402
+from table import table, written  # noqa: E402
 
 from tokenflex.config import load_config  # noqa: E402
 from tokenflex.corpus import encoder, resolve_embedded  # noqa: E402
@@ -32,7 +32,6 @@ from tokenflex.export import export_model  # noqa: E402
 from tokenflex.model import build_model, build_processor  # noqa: E402
 
 PAGE, RESULTS = ROOT / "docs" / "speed.md", ROOT / "docs" / "results" / "train-speed.json"
-BEGIN, END = "<!-- begin: make bench-train -->", "<!-- end: make bench-train -->"
 ENCODER = json.dumps({"model_type": "bit", **encoder.ARCHITECTURE})
 MODELS = {
     "0.9M": (ROOT / "configs" / "quickstart.yaml", [f"model.vision={ENCODER}"]),
@@ -60,7 +59,7 @@ PADDED, PACKED_TEXT = "Hugging Face Trainer, padded", "TRL SFT, packed"
 def settings_of(model, workload, folder):
     """(recipe, overrides) of a model on a workload; made-up shards are written once."""
     recipe, overrides = MODELS[model]
-    common = [*overrides, "data.num_workers=1", "train.num_steps=1000000", "train.save_every=0", "train.wandb=off", "model.probe=false",
+    common = [*overrides, "data.num_workers=1", "train.num_steps=1000000", "train.save_every=0", "train.wandb=off", "model.probe=false", "train.hang_timeout_s=100000",
               "evaluate.at_end=false", "data.packs_per_micro_batch=8"]  # fmt: skip
     if workload == "quick start":
         return recipe, [*common, "data.evaluation=[]"]
@@ -208,33 +207,6 @@ def workloads(models):
         yield from ((model, name) for name in LENGTHS)
         if model == "0.9M":
             yield model, f"{LENGTHS[1]}, text alone"
-
-
-def table(record):
-    """Medians and ratios as Markdown; a line that says so where nothing was measured."""
-    if not record:
-        return "Not measured."
-    machine = record["machine"]
-    lines = [
-        f"{machine['device']}, {machine['threads']} threads, {record['date']}; medians of {record['turns']} turns, in useful tokens per second.",
-        "", "| model | lengths | arm | tokens/s | lowest to highest | ours is faster by |", "|---|---|---|---:|---:|---:|",
-    ]  # fmt: skip
-    for row in record["rows"]:
-        base = statistics.median(row["arms"]["ours"]["tokens_per_s"])
-        for name, found in row["arms"].items():
-            speeds = found["tokens_per_s"]
-            ratio = "" if name == "ours" else f"{base / statistics.median(speeds):.2f}"
-            lines.append(
-                f"| {row['model']} | {row['workload']} | {name} | {statistics.median(speeds):,.0f} | {min(speeds):,.0f} to {max(speeds):,.0f} | {ratio} |"
-            )
-    return "\n".join([*lines, *(f"\nLeft out: {name}." for name in record["left_out"])])
-
-
-def written(page, record):
-    """The page with the record's table between its marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table(record)}\n{END}{after}"
 
 
 def main():
