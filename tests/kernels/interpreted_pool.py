@@ -164,7 +164,7 @@ def test_pooling_and_layer_norm_in_one_pass(width, has_plan):
             assert width == 1 or choose.difference(got, unfused) is None
 
 
-@pytest.mark.parametrize("num_rows, width", [(1, 24), (37, 47), (19, 130)])
+@pytest.mark.parametrize("num_rows, width", [(1, 24), (37, 47), (19, 130), (2, 4100)])
 def test_the_layer_norms_gradient_is_torchs(num_rows, width):
     generator = torch.Generator().manual_seed(width)
     source, grad = torch.randn(2, num_rows, width, generator=generator)
