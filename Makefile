@@ -11,8 +11,8 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: test-estimate bench-scaling train test check bench-train paper paper-x4 paper-many paper-gpu docs test-slurm test-templates test-quickstart test-reliability bench-decode bench-packing gpu bench lint clean \
-        test-transformers test-ecosystem test-versions models-table
+.PHONY: test-estimate bench-scaling train test check bench-train paper paper-x4 paper-many paper-gpu docs test-slurm test-templates test-quickstart \
+        test-reliability bench-decode bench-packing gpu bench lint clean test-transformers test-ecosystem test-versions models-table bench-router test-browser
 
 train: $(VENV)/installed
 	deepspeed launch/train.py --ds_config configs/zero3.json $(ARGS)
@@ -56,6 +56,19 @@ paper-many: $(VENV)/installed
 # The same at the paper's geometry, for a GPU: as many runs as end within ARGS="--minutes 10" of a call, then the next call goes on
 paper-gpu: $(VENV)/installed
 	$(BIN)/python launch/paper.py --config configs/paper27.yaml --results docs/results/paper27.json --page docs/paper27.md --workers 4 $(ARGS)
+
+# Time of the router end to end, on the model that `make train` left; writes docs/results/router-time.json and the table of docs/auto.md
+MODEL ?= runs/quickstart/model
+bench-router: $(VENV)/installed
+	$(BIN)/python tests/benchmarks/router/bench.py $(MODEL) $(ARGS)
+
+# the demo's page in a headless Chromium, which must be on the PATH (apt-get install chromium)
+test-browser: $(VENV)/browser-installed
+	$(BIN)/python -m pytest -q -rs tests/serve/test_browser.py $(ARGS)
+
+$(VENV)/browser-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
+	@touch $@
 
 # CPU cost of decoding and tiling over the bare JPEG decoder; writes docs/results/decode.json
 bench-decode: $(VENV)/installed

@@ -20,23 +20,19 @@ def policy_table(record: dict[str, Any]) -> str:
 
     The record is that of `router.json`; under teacher forcing there is no cascade.
     """
-    known = {row["policy"] for row in record["rows"]}
     rows, default = record["rows"], record["default_effort"]
-    lines = [
-        "| policy | exact match, % | of the largest's, % (95 % interval) | visual tokens | of the largest's, % | random, % | cascade, % |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    drawn = [policy for policy in ("random", "cascade") if any(row["policy"] == policy for row in rows)]
+    heads = ["policy", "exact match, %", "of the largest's, % (95 % interval)", "visual tokens", "of the largest's, %"]
+    heads += [f"{policy}, %" for policy in drawn]
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
     for row in rows:
         if row["policy"] not in ("always", "router", "oracle"):
             continue
         name = NAMES[row["policy"]].format(setting=row["setting"])
         name = f"**{name}**" if row["policy"] == "router" and row["setting"] == default else name
         kept = f"{100 * row['kept']:.1f} ({100 * row['kept_low']:.1f} to {100 * row['kept_high']:.1f})"
-        others = [
-            f"{100 * accuracy_at(rows, policy, row['token_share']):.1f}" if policy in known else ""
-            for policy in ("random", "cascade")
-        ]
-        others = others if row["policy"] == "router" else ["", ""]
+        others = [f"{100 * accuracy_at(rows, policy, row['token_share']):.1f}" for policy in drawn]
+        others = others if row["policy"] == "router" else [""] * len(drawn)
         cells = [f"{100 * row['accuracy']:.1f}", kept, f"{row['tokens']:.1f}", f"{100 * row['token_share']:.0f}"]
         lines.append(f"| {' | '.join([name, *cells, *others])} |")
     return "\n".join(lines)
