@@ -40,7 +40,7 @@ def test_the_quick_start_learns(tmp_path):
         auto["images"].values()
     )
     right = sum(auto["right"].values()) / sum(record["num_questions"].values())
-    assert 100 * right >= 0.97 * sum(at(task, largest) for task in tasks) / len(tasks)
+    assert 100 * right >= 0.95 * sum(at(task, largest) for task in tasks) / len(tasks)
     for below, above in zip(trained, trained[1:]):
         for count in (count for count in counts if below < count < above):
             for task in record["accuracy"]:
