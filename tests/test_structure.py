@@ -243,6 +243,7 @@ def test_the_exported_model_code_stands_alone():
         "functools",
         "inspect",
         "re",
+        "warnings",
         "datetime",
         "dataclasses",
         "pathlib",
