@@ -107,7 +107,7 @@ def convert_record(record: object, caption_prompt: str, tool_turns: str = "skip"
     references, image_keys = image_fields(record)
     reading = _Reading(record, caption_prompt, tool_turns)
     turns = reading.turns(references)
-    unread = _unread_of_items(turns)
+    of_items = _unread_of_items(turns)
     turns, repairs = _tidied(turns)
     messages, ordered, more = _with_images(turns, references)
     messages = [parse_message(message) for message in messages]
@@ -118,7 +118,7 @@ def convert_record(record: object, caption_prompt: str, tool_turns: str = "skip"
     ):
         raise BadSample("no-answer", "has an answer without text, which would be learned as saying nothing")
     said = "\n".join(item["text"] for message in messages for item in message["content"] if item["type"] == "text")
-    unread = (*check_unused(record, reading.used | image_keys, said, shown=ordered), *reading.unread, *unread)
+    unread = (*check_unused(record, reading.used | image_keys, said, shown=ordered), *reading.unread, *of_items)
     return Converted(messages, ordered, (*reading.repairs, *repairs, *more, *text_repairs(messages)), unread)
 
 
