@@ -246,6 +246,7 @@ def test_the_exported_model_code_stands_alone():
         "heapq",
         "inspect",
         "re",
+        "warnings",
         "datetime",
         "dataclasses",
         "pathlib",

@@ -10,8 +10,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from tokenflex.errors import UserError
 from tokenflex.model.build import _check_values, _part_config
 
-TYPES = sorted(CONFIG_MAPPING)[::25]
-"""A spread over all of transformers' model types; all of them passed when this was written."""
+TYPES = sorted({*sorted(CONFIG_MAPPING)[::25], "aria"})
+"""A spread over all of transformers' model types, and one with numbers as names; all of them passed when this was written."""
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """The processor: one rendering for training and inference, special tokens by id only, any count per image."""
 
 import base64
+import dataclasses
 import io
 
 import numpy as np
@@ -143,6 +144,39 @@ def test_images_come_in_every_form(processor, tmp_path):
     ):
         messages = [{"role": "user", "content": [{"type": "image", **item}, {"type": "text", "text": "x"}]}]
         assert torch.equal(processor.apply_chat_template(messages, tokenize=True)["pixel_values"], pixels[0])
+
+
+def test_messages_and_items_may_be_objects(processor):
+    """A dataclass, or what has `model_dump` as OpenAI's client has: what is not set is not there."""
+
+    @dataclasses.dataclass
+    class Item:
+        type: str
+        text: str | None = None
+        image_url: dict | None = None
+
+    @dataclasses.dataclass
+    class Message:
+        role: str
+        content: list
+        tool_calls: list | None = None
+
+    class Dumped:
+        def __init__(self, **fields):
+            self.model_dump = lambda: {**fields, "tool_calls": None}
+
+    picture = {"url": "data:image/png;base64,"}
+    items = [{"type": "image_url", "image_url": picture}, {"type": "text", "text": "What?"}]
+    objects = [Item("image_url", image_url=picture), Item("text", "What?")]
+    plain = processor.apply_chat_template([{"role": "user", "content": items}], add_generation_prompt=True)
+    for content in (items, objects):
+        for message in (
+            Message("user", content),
+            Dumped(role="user", content=content),
+            {"role": "user", "content": content},
+        ):
+            assert processor.apply_chat_template([message], add_generation_prompt=True) == plain
+            assert processor.apply_chat_template([[message], [message]], add_generation_prompt=True) == [plain] * 2
 
 
 def test_the_assistant_mask_is_what_training_learns(processor):

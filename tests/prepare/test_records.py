@@ -14,7 +14,7 @@ from test_convert import PLAIN, converted, images, llava, picture, run_cli, samp
 from tokenflex.data.problems import BadSample, Limits
 from tokenflex.errors import UserError
 from tokenflex.prepare.convert import Options, convert
-from tokenflex.prepare.convert.fields import BOOKKEEPING, CHANGES_THE_TEXT, IMAGE_KEYS
+from tokenflex.prepare.convert.fields import BOOKKEEPING, CHANGES_THE_TEXT, DROPPED, IMAGE_KEYS, KEPT
 from tokenflex.prepare.convert.images import checked_image
 from tokenflex.prepare.convert.records import convert_record
 
@@ -43,6 +43,8 @@ READ = {
     ),
     "a choice as an object": ({"question": "Which?", "options": {"A": "red", "B": "blue"}, "answer": "A"}, ["Which?\nA. red\nB. blue", "A"]),
     "an answer that is there twice": ({"question": "What?", "answer": "a box", "response": "a box"}, ["What?", "a box"]),
+    "a system text of another name": ({"system_message": "Be brief.", "question": "What?", "answer": "a box"}, ["Be brief.", "What?", "a box"]),
+    "Markdown as a word": ({"question": "What does ![a](b.png) do?", "answer": "x"}, ["What does ![a](b.png) do?", "x"]),
     "the same system text twice": (
         {"system": "Be brief.", "conversations": [{"from": "system", "value": "Be brief."}, ASK, TOLD]}, ["Be brief.", "What?", "a box"],
     ),
@@ -94,6 +96,18 @@ COUNTED = {
         },
         ["[image]What?", "a box"],
     ),
+    "the conversation once more": (
+        {"question": "What?", "answer": "a box", "prompt_text": "Q: What?\nA: a box"},
+        ["What?", "a box"],
+    ),
+    "remarks about what is said": (
+        {"prompt_tokens": "9", "system_version": "b", "question": "What?", "answer": "a box"},
+        ["What?", "a box"],
+    ),
+    "a caption beside the image": (
+        {"image": "a.jpg", "caption": "x", "question": "What?", "answer": "a box"},
+        ["[image]What?", "a box"],
+    ),
     "an answer that is right": ({"question": "What?", "answer": "a box", "is_correct": True}, ["What?", "a box"]),
 }
 
@@ -114,7 +128,7 @@ SKIPPED = {
     "a crop": ({"image": "a.jpg", "crop": [0, 0, 9, 9], "conversations": [ASK, TOLD]}, "field", "'crop'"),
     "turns under an unknown name": ({"image": "a.jpg", "caption": "x", "qas": [{"question": "a", "answer": "b"}]}, "field", "'qas' holds turns"),
     "an answer that is marked as wrong": ({"question": "x", "answer": "y", "is_correct": False}, "no-answer", "'is_correct'"),
-    "two answers": ({"question": "x", "answer": "y", "response": "z"}, "field", "different answers"),
+    "two answers": ({"question": "x", "answer": "y", "response": "z"}, "field", "different texts"),
     "several questions": ({"question": ["a", "b"], "answer": ["c", "d"]}, "message", "2 questions"),
     "a turn of several texts": ({"conversations": [ASK, {"from": "gpt", "value": ["a", "b"]}]}, "message", "2 texts"),
     "a transcript as a caption": ({"image": "a.jpg", "text": "### Human: x\n### Assistant: y"}, "message", "whole conversation"),
@@ -146,6 +160,34 @@ SKIPPED = {
     "only a turn of no weight": ({"conversations": [ASK, {**TOLD, "loss": False}]}, "no-answer", "nothing|no assistant"),
     "half a weight": ({"conversations": [ASK, {**TOLD, "weight": 0.5}]}, "field", "weight=0.5"),
     "a question to be learned": ({"conversations": [{**ASK, "loss": True}, TOLD]}, "field", "user turn"),
+    "a turn with a sound": ({"conversations": [{**ASK, "audio": "a.wav"}, TOLD]}, "media", "turn.the field 'audio'"),
+    "a document beside a turn": ({"conversations": [{**ASK, "files": ["a.pdf"]}, TOLD]}, "media", "turn.the field 'files'"),
+    "a film by its name": ({"path": "a.mp4", "conversations": [ASK, TOLD]}, "media", "'path'"),
+    "an image by its address": ({"coco_url": "https://far.away/a.jpg?x=1", "conversations": [ASK, TOLD]}, "field", "'coco_url' holds an image"),
+    "an image in base64": ({"data": "iVBORw0KGgo" + "A" * 60, "conversations": [ASK, TOLD]}, "field", "'data' holds an image"),
+    "an image within an item of text": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "image": "a.jpg"}]}, {"role": "assistant", "content": "y"}]},
+        "field", "item.the field 'image'",
+    ),
+    "a crop of an item": (
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg", "bbox": [0, 0, 9, 9]}]}, {"role": "assistant", "content": "y"}]},
+        "field", "item.the field 'bbox'",
+    ),
+    "an item of two images": (
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg", "url": "b.jpg"}]}, {"role": "assistant", "content": "y"}]},
+        "field", "names 2 images",
+    ),
+    "a turn that says two things": ({"messages": [{"role": "user", "content": "x", "value": "z"}, {"role": "assistant", "content": "y"}]}, "field", "'value'"),
+    "a question and its text": ({"question": "Who?", "text": "Anna came.", "answer": "Anna"}, "field", "'text'"),
+    "two questions": ({"question": "What?", "prompt": "Think.", "answer": "a box"}, "field", "different texts"),
+    "a conversation as one text": ({"image": "a.jpg", "caption": "x", "conversation": "Human: a AI: b"}, "field", "'conversation'"),
+    "a right answer that is another": ({"question": "x", "answer": "y", "correct_answer": "z"}, "field", "'correct_answer'"),
+    "an answer nobody wanted": ({"prompt": "x", "completion": "y", "label": False}, "no-answer", "'label'"),
+    "a system turn behind an answer": ({"conversations": [ASK, TOLD, {"from": "system", "value": "Be rude."}, ASK, TOLD]}, "message", "behind an answer"),
+    "an answer of no text": ({"conversations": [ASK, {"from": "gpt", "value": " "}, ASK, TOLD]}, "no-answer", "saying nothing"),
+    "a lost image in another spelling": ({"question": "<image_1>\nWhat?", "answer": "x"}, "image-missing", "<image_1> where"),
+    "a lost image in Markdown": ({"question": "![a box](a.png) What?", "answer": "x"}, "image-missing", "none came"),
+    "a lost image in HTML": ({"question": "What?\n<img src='a.png'>", "answer": "x"}, "image-missing", "none came"),
     "numbered tags out of order": ({"images": ["a", "b"], "question": "<image_2> <image_1>", "answer": "x"}, "image-tags", "in order"),
 }  # fmt: skip
 
@@ -156,6 +198,17 @@ def test_what_cannot_be_said_or_shown_is_skipped_by_name(name):
     with pytest.raises(BadSample) as skipped:
         convert_record(record, "Describe.")
     assert skipped.value.reason == reason and re.search(part, skipped.value.detail), skipped.value.detail
+
+
+@pytest.mark.parametrize("name", [*KEPT, *DROPPED])
+def test_a_mark_that_takes_a_record_out_is_heeded_however_it_is_written(name):
+    off = (False, 0, "false", "No") if name in KEPT else (True, 1, "true", "Yes")
+    for value in off:
+        with pytest.raises(BadSample, match=f"'{name}' says that the answer is not to be learned"):
+            convert_record({"question": "x", "answer": "y", name: value}, "")
+    on = (True, 1, "yes") if name in KEPT else (False, 0, "no")
+    for value in on:
+        assert convert_record({"question": "x", "answer": "y", name: value}, "").unread == (name,)
 
 
 def test_turns_that_are_not_to_be_learned_stay_as_context():
@@ -182,6 +235,8 @@ def test_function_calls_as_text():
 
 
 WORDS = iter(f"word{i}" for i in range(10**9))
+COMPOUND = ("pre_prompt", "taskInstruction", "qa-pairs", "Chat History", "long_context", "personaText", "imageHints")
+"""Names that no list has, of words that say something."""
 UNKNOWN = ("notes", "Kommentar", "x1", "extra_field")
 OTHERS = ("audios", "pdf", "audio", "audio_path", "point_cloud", "speech")
 
@@ -204,7 +259,7 @@ def records(draw):
     }[form]()  # fmt: skip
     for key in draw(
         st.lists(
-            st.sampled_from([*sorted(CHANGES_THE_TEXT), *sorted(BOOKKEEPING), *UNKNOWN, *OTHERS]),
+            st.sampled_from([*sorted(CHANGES_THE_TEXT), *sorted(BOOKKEEPING), *COMPOUND, *UNKNOWN, *OTHERS]),
             max_size=3,
             unique=True,
         )

@@ -5,7 +5,7 @@ import pytest
 from tokenflex.config import RunConfig, load_config
 from tokenflex.config.load import _fields
 from tokenflex.errors import UserError
-from tokenflex.train.changes import HOW, NEXT, check_changes
+from tokenflex.train.changes import BEGINNINGS, HOW, NEXT, check_branch, check_changes
 
 
 def changes(*overrides, step=3, before=("train.num_steps=5",)):
@@ -61,6 +61,34 @@ def test_a_complete_run_takes_no_change_that_its_steps_would_have_used():
         changes("optimizer.schedule=linear", step=5)
     lines = changes("optimizer.schedule=linear", "train.num_steps=9", step=5)
     assert [line.split()[1] for line in lines] == ["optimizer.schedule", "train.num_steps"]
+
+
+def other_than(value):
+    """A value of the same kind that is another one; None where none is known."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    if isinstance(value, str):
+        return value + "x"
+    return [*value, *value] if isinstance(value, (list, tuple)) and value else {"model_type": "other", "x": 1}
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if key.startswith("model.")])
+def test_a_branch_has_the_model_of_the_run_that_it_branches_off(key):
+    """Every key of the model's section, whether a weight's shape tells of it or not."""
+    recipe = load_config(None, ["train.num_steps=5", "name=branch", "optimizer.schedule=linear"])
+    before = load_config(None, ["train.num_steps=5"]).model_dump(mode="json")
+    check_branch(before, recipe, "run runs/x")
+    name = key.removeprefix("model.").partition(".")[0]
+    before["model"][name] = other_than(before["model"][name])
+    if key.startswith((*HOW, *BEGINNINGS)):
+        check_branch(before, recipe, "run runs/x")
+    else:
+        with pytest.raises(
+            UserError, match=f"run runs/x: its checkpoints were made with model.{name}=.*; set it as there"
+        ):
+            check_branch(before, recipe, "run runs/x")
 
 
 def test_fewer_steps_than_are_done_are_refused():

@@ -57,7 +57,10 @@ def test_what_cannot_be_branched_off_is_refused_in_one_line(tmp_path, cache_dir,
     for overrides, part in (
         ([f"train.resume_from={tmp_path}/nothing"], "train.resume_from"),
         ([f"train.resume_from={tmp_path}/tiny", "train.seed=7"], "made with another train.seed"),
-        ([f"train.resume_from={tmp_path}/tiny", "model.projector_multiplier=2"], "has shape"),
+        (
+            [f"train.resume_from={tmp_path}/tiny", "model.projector_multiplier=2"],
+            "made with model.projector_multiplier=3, the recipe says 2",
+        ),
     ):
         (end,) = run_ranks(1, [*common, *overrides])
         assert end.status == 2, end.output[-2000:]

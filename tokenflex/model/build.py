@@ -481,12 +481,12 @@ def _check_values(key, values, defaults):
             has_number = isinstance(default, (int, float))
             if not math.isfinite(value):
                 wanted = "a finite number"
-            elif _SHARE.search(name) and not (has_number and default > 1):
+            elif _SHARE.search(str(name)) and not (has_number and default > 1):
                 wanted = "" if 0 <= value < 1 else "a share from 0 up to, but not, 1"
-            elif (_SIZE.search(name) or name in _SCALES) and not (has_number and default <= 0):
+            elif (_SIZE.search(str(name)) or name in _SCALES) and not (has_number and default <= 0):
                 wanted = "" if value > 0 else "a number above 0"
             else:
-                is_count = isinstance(default, int) and default > 0 and not name.endswith("_token_id")
+                is_count = isinstance(default, int) and default > 0 and not str(name).endswith("_token_id")
                 wanted = "" if value >= 0 or not is_count else "no number below 0"
             if wanted:
                 raise UserError(f"{key}.{name} is {value}; wanted {wanted}")

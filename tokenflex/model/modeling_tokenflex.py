@@ -4,6 +4,7 @@ Travels with every exported model, so it imports nothing but torch, transformers
 rows, T tokens, V visual tokens, P patches, C vision width, D text width.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,13 @@ IMAGE_INPUTS = ("pixel_values", "num_tiles", "tile_sizes", "num_visual_tokens")
 """What says how images are seen; of use until they are in the cache."""
 
 
+def _cache(past_key_values, cache):
+    """The key-value cache under the name that this release knows, by whichever name it came."""
+    if CACHE == "cache" and past_key_values is not None:
+        warnings.warn("`past_key_values` is deprecated in transformers; use `cache`", FutureWarning, stacklevel=3)
+    return {CACHE: past_key_values if cache is None else cache}
+
+
 @dataclass
 class TokenFlexOutput(CausalLMOutputWithPast):
     """`CausalLMOutputWithPast`, with the router loss of a mixture of experts where `output_router_logits` asks for it."""
@@ -61,7 +69,6 @@ class _TokenFlexBase(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = {"router"}  # a choice must not hang on the number format
     _is_loading = False
     frozen_parts: Sequence[str] = ()
 
@@ -73,6 +80,8 @@ class _TokenFlexBase(PreTrainedModel):
     ):
         """`vision_tower` and `language_model` may be given ready made (pretrained); else they are built from `config`."""
         super().__init__(config)
+        # a choice must not hang on the number format
+        self._keep_in_fp32_modules_strict = {"router"} if config.router else set()
         self.vision_tower = vision_tower or _built(AutoModel, config.vision_config)
         self.language_model = language_model or _built(AutoModelForCausalLM, config.text_config)
         self.projector = TokenAdaptiveProjector(
@@ -419,7 +428,7 @@ class TokenFlexModel(_TokenFlexBase):
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=use_cache,
-            **{CACHE: past_key_values if cache is None else cache},
+            **_cache(past_key_values, cache),
             **kwargs,
         )
         return BaseModelOutputWithPast(
@@ -509,7 +518,7 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
             position_ids=position_ids,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
-            **{CACHE: past_key_values if cache is None else cache},
+            **_cache(past_key_values, cache),
             **kwargs,
         )
         loss, aux_loss = None, outputs.get("aux_loss")

@@ -7,8 +7,9 @@ just text, and it works with the chat template of any language model.
 Travels with every exported model, so it imports nothing but torch, transformers and its siblings.
 """
 
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -431,7 +432,7 @@ class TokenFlexProcessor(ProcessorMixin):
         Raises:
             TypeError: a keyword that neither the template nor the processor knows.
         """
-        conversations, is_batch = _as_batch(conversation)
+        conversations, is_batch = _as_batch(_plain(conversation))
         template = self._template(chat_template)
         options, calls = self._template_options(template, kwargs)
         rendered = [self._pieces(messages, add_generation_prompt, template, options) for messages in conversations]
@@ -821,6 +822,21 @@ def _image_of(item):
         (item[key] for key in ("image", "path", "url", "image_url", "base64") if item.get(key) is not None), None
     )
     return named.get("url") if isinstance(named, dict) and "url" in named else named
+
+
+def _plain(value):
+    """Messages, and items of their content, that are objects (a dataclass, OpenAI's client's) as dictionaries of what is set in them."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) if key == "content" else entry for key, entry in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif hasattr(value, "model_dump"):
+        value = value.model_dump()
+    else:
+        return value
+    return _plain({key: entry for key, entry in value.items() if entry is not None})
 
 
 def _items(message):

@@ -65,6 +65,8 @@ NEXT = (
     "train.spike_sigma",
 )
 """Keys that change with a line."""
+BEGINNINGS = ("model.init_from", "model.tokenizer")
+"""Where a model began, which a run that branches off another's checkpoint need not repeat; the tokenizer is held by the data's index."""
 
 
 def check_changes(before: dict, recipe: RunConfig, where: str, step: int) -> list[str]:
@@ -87,15 +89,40 @@ def check_changes(before: dict, recipe: RunConfig, where: str, step: int) -> lis
     why = "its checkpoints were made with"
     if step >= num_steps:
         refused, why = set(changed) - {"train.num_steps"}, f"its {step} steps are done, with"
-    if refused:
-        key = min(refused)
-        old, new = changed[key]
-        others = f" (and {len(refused) - 1} more: {', '.join(sorted(refused - {key}))})" if len(refused) > 1 else ""
-        raise UserError(
-            f"{where}: {why} {key}={old}, the recipe says {new}{others}; set it back, choose another name=..., or begin anew "
-            "with --fresh"
-        )
+    mend = "set it back, choose another name=..., or begin anew with --fresh"
+    _refuse({key: changed[key] for key in refused}, f"{where}: {why}", mend)
     return [f"changed   {key} was {old}, is {new} from here on" for key, (old, new) in sorted(changed.items())]
+
+
+def check_branch(before: dict, recipe: RunConfig, where: str) -> None:
+    """That a run which goes on from another run's checkpoint has that run's model, in what no weight's shape tells too.
+
+    Args:
+        before: the other run's recipe, as plain values.
+
+    Raises:
+        UserError: a key under `model` that says what the model is has changed.
+    """
+    free = (*HOW, *BEGINNINGS)
+    differences = _differences(before, recipe.model_dump(mode="json"))
+    changed = {
+        key: (old, new) for key, old, new in differences if key.startswith("model.") and not key.startswith(free)
+    }
+    _refuse(changed, f"{where}: its checkpoints were made with", "set it as there")
+
+
+def _refuse(changed, why, mend):
+    """Name what has changed, if anything has.
+
+    Raises:
+        UserError: it has; the first key comes with both values, the others without.
+    """
+    if not changed:
+        return
+    key = min(changed)
+    old, new = changed[key]
+    others = f" (and {len(changed) - 1} more: {', '.join(sorted(changed.keys() - {key}))})" if len(changed) > 1 else ""
+    raise UserError(f"{why} {key}={old}, the recipe says {new}{others}; {mend}")
 
 
 def _differences(before, now, prefix=""):

@@ -38,7 +38,7 @@ from ..telemetry.sinks import Sink, check_sinks, open_sinks
 from ..telemetry.stages import stage
 from .answers import HeldOutAnswers
 from .bad_samples import BadSampleLog
-from .changes import check_changes
+from .changes import check_branch, check_changes
 from .consistency import Consistency
 from .guarding import SoleWriter, watched
 from .kernel_choices import settle, shapes_of
@@ -418,10 +418,10 @@ def prepare_folder(layout: RunLayout, recipe: RunConfig, fresh: bool) -> list[st
     plan, lines = plan_settings(recipe), []
     if saved := tags(layout.checkpoints):
         _check_plan(layout, plan, "set it back, choose another name=..., or begin anew with --fresh")
-        before = yaml.safe_load(layout.config.read_text()) if layout.config.exists() else {}
-        lines = check_changes(before, recipe, f"run {layout.root}", step_of(saved[-1]) or 0)
+        lines = check_changes(_recipe_of(layout), recipe, f"run {layout.root}", step_of(saved[-1]) or 0)
     elif other := _layout_branched_from(recipe):
         _check_plan(other, plan, "a position in its data means nothing here: set it as there")
+        check_branch(_recipe_of(other), recipe, f"run {other.root}")
     write_whole(layout.plan, json.dumps(plan, indent=1))
     save_config(recipe, layout.config)
     found = doctor.examine([layout.root, recipe.data.cache_dir], is_thorough=False)
@@ -432,6 +432,20 @@ def prepare_folder(layout: RunLayout, recipe: RunConfig, fresh: bool) -> list[st
 def _layout_branched_from(recipe):
     """The run that `train.resume_from` names, or None."""
     return RunLayout(other_run(recipe.train.resume_from)[0].parent) if recipe.train.resume_from else None
+
+
+def _recipe_of(layout):
+    """The recipe that a run was last started with, as plain values.
+
+    Raises:
+        UserError: it is gone, so that nobody can tell whether the run still is the one that its checkpoints are of.
+    """
+    if not layout.config.exists():
+        raise UserError(
+            f"run {layout.root}: has checkpoints and no {layout.config.name}, which says what they were made with; put it back, "
+            "choose another name=..., or begin anew with --fresh"
+        )
+    return yaml.safe_load(layout.config.read_text())
 
 
 def _check_plan(layout, plan, mend):

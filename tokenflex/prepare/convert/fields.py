@@ -23,6 +23,9 @@ IMAGE_KEYS = (
 FILE_KEYS = ("file_name", "filename", "file", "path", "filepath", "file_path")
 """Fields that name an image file where no other field does, if the name looks like one."""
 NUMBERED_IMAGE = re.compile(r"(?:image|img)_?(\d+)")
+BASE64_IMAGE = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/=\s]{40}")
+"""How JPEG, PNG, GIF and WebP begin in base64."""
+MEDIA_NAME = re.compile(r"\.(mp4|webm|mov|avi|mkv|wav|mp3|flac|ogg|m4a|pdf|docx?|pptx?)$", re.IGNORECASE)
 IMAGE_NAME = re.compile(r"\.(jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|heic|heif|mpo)$", re.IGNORECASE)
 VIDEO_KEY = re.compile(r"(videos?|mp4)(_(path|file|url|name)s?)?|frames", re.I)
 """Fields that hold videos, or the frames of one."""
@@ -36,15 +39,55 @@ CHANGES_THE_TEXT = (
     "choices", "candidates", "system", "system_prompt", "input", "instruction", "instructions", "question", "query",
     "tool_calls", "function_call", "cot", "chain_of_thought", "thought", "thoughts", "analysis", "solution", "steps",
     "crop", "crop_box", "roi", "region", "regions", "rotation", "rotate", "flip", "frames", "visual_prompt",
+    "correct_answer", "ground_truth", "gold", "gold_answer", "reference_answer", "code",
 )  # fmt: skip
 """Fields that say or show something where they hold something; what is not used of them leads to a skip."""
-CORRECT = ("correct", "is_correct", "is_valid", "valid", "is_right", "passed")
-"""Fields that, where they are false, say that the answer is not one to learn."""
 WEIGHTS = ("weight", "loss", "loss_weight", "train", "trainable", "learn", "loss_mask")
 UNLEARNED = ("mask", "masked", "is_masked", "ignore_loss", "no_loss", "skip_loss")
 """Fields of a turn that say whether it is learned, or that it is not."""
+KEPT = (
+    "correct", "is_correct", "is_valid", "valid", "is_right", "passed", "keep", "kept", "accepted", "approved", "sample_weight", *WEIGHTS,
+)  # fmt: skip
+"""Fields that, where they are false or 0, say that the answer is not one to learn."""
+DROPPED = (
+    "skip", "skipped", "delete", "deleted", "is_deleted", "removed", "exclude", "excluded", "ignore", "ignored", "discard", "discarded",
+    "invalid", "is_invalid", *UNLEARNED,
+)  # fmt: skip
+"""Fields that say so where they are true."""
+SAYING = frozenset(
+    """system sys preamble persona instruction instructions prompt prompts context contexts passage passages paragraph paragraphs article
+    articles story premise hint hints lecture rationale rationales reasoning thinking thought thoughts cot prefix suffix refusal history
+    conversation conversations dialog dialogs dialogue dialogues messages turns qa qas options choices bbox bboxes
+    bounding crop roi attachment attachments knowledge""".split()
+)
+"""Words in the name of a field that says or shows something, whatever stands beside them: `pre_prompt`, `systemMessage`, `qa-pairs`."""
+SHOWING = frozenset("image images img imgs picture pictures photo photos screenshot screenshots".split())
+"""Words in the name of a field that holds an image or tells where it is."""
+ABOUT = frozenset(
+    """id ids uid type types kind num number count n index idx len length token tokens size sizes width height resolution score scores rating
+    ratings similarity source sources origin original model version hash md5 sha256 lang language category categories format template name
+    names license info meta metadata date time timestamp quality difficulty level split""".split()
+)
+"""Words that make of such a name one that says something about it: `prompt_tokens`, `image_id`."""
+TEXTS = ("text", "txt", "content", "body", "caption", "captions", "description", "table", "document_text", "doc")
+"""Fields that, beside a question of no image, hold what it is about; beside an image they may describe it."""
 SPOKEN = frozenset(
-    ("question", "answer", "role", "content", "from", "value", "user", "assistant", "caption", "human", "gpt")
+    (
+        "question",
+        "answer",
+        "role",
+        "content",
+        "from",
+        "value",
+        "user",
+        "assistant",
+        "caption",
+        "human",
+        "gpt",
+        "q",
+        "a",
+        "text",
+    )
 )
 COLUMN_OPTION = re.compile(r"(?:(?:option|choice|opt)[_ ]?)?([a-hA-H])|(?:option|choice|opt)[_ ]?([0-9])")
 """Fields that hold one option of a multiple choice each."""
@@ -231,34 +274,79 @@ def check_unused(record: Fields, used: set[str], said: str, where: str = "", sho
     """The names of fields that are neither used nor known as bookkeeping, to be counted; what is `said` anyway is not.
 
     Args:
+        where: "" for a record, else what part of one this is, before the names of its fields.
         shown: the record's images; a field that names one of these shows nothing more.
 
     Raises:
-        BadSample: one of them is known to change what is said or shown, or holds an image or turns.
+        BadSample: one of them would change what is said, shown or learned.
     """
     unread = []
     for key, value in record.items():
         name = str(key)
         if key in used or not holds(value) or name.casefold() in BOOKKEEPING:
             continue
-        if isinstance(value, str) and value.strip() in said:
+        field = f"{where}the field {name!r}"
+        if _takes_out(name.casefold(), value):
+            raise BadSample("no-answer", f"{field} says that the answer is not to be learned")
+        if isinstance(value, str) and re.search(rf"(?<!\w){re.escape(value.strip())}(?!\w)", said):
             continue
-        if name.casefold() in CHANGES_THE_TEXT:
-            raise BadSample(
-                "field", f"{where}the field {name!r} holds {value!r:.80}, which would not be said; put it into the text"
-            )
-        if _is_image(value) and not (
-            _are_names(_as_list(value)) and set(_base_names(_as_list(value))) <= set(_base_names(shown))
-        ):
-            raise BadSample(
-                "field", f"{where}the field {name!r} holds an image ({value!r:.60}) that would not be shown"
-            )
         if _are_turns(value):
-            raise BadSample("field", f"{where}the field {name!r} holds turns ({value!r:.80}) that would not be said")
-        if name.casefold() in CORRECT and value in (False, 0, "false", "False", "no"):
-            raise BadSample("no-answer", f"{where}the field {name!r} says that the answer is not to be learned")
+            raise BadSample("field", f"{field} holds turns ({value!r:.80}) that would not be said")
+        if _says_more(name, value, said, where, shown):
+            raise BadSample("field", f"{field} holds {value!r:.80}, which would not be said; put it into the text")
+        if _shows_more(name, value, where, shown):
+            raise BadSample("field", f"{field} holds an image ({value!r:.60}) that would not be shown")
+        if _is_media(name, value, where, shown):
+            raise BadSample("media", f"{field} holds {value!r:.80}, which would not be shown or heard")
         unread.append(where + name)
     return unread
+
+
+def _takes_out(name, value):
+    """Whether a field says that its record or turn is not to be learned; a `label` does where it is a plain false."""
+    if not isinstance(value, (bool, int, float, str)):
+        return False
+    said = str(value).strip().casefold()
+    no, yes = said in ("false", "no", "0", "0.0"), said in ("true", "yes", "1", "1.0")
+    return (name in KEPT and no) or (name in DROPPED and yes) or (name == "label" and value is False)
+
+
+def _says_more(name, value, said, where, shown):
+    """Whether a field says something by its name that the conversation, whose texts are `said`, does not."""
+    if name.casefold() in CHANGES_THE_TEXT:
+        return True
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    if isinstance(value, (bool, int, float)) or (
+        isinstance(value, str) and lines and all(line in value for line in lines)
+    ):
+        return False  # no text, or the whole conversation once more, as one text
+    if where:
+        return _has(name, SAYING) or name.casefold() in SPOKEN
+    return _has(name, SAYING) or (name.casefold() in TEXTS and not shown)
+
+
+def _shows_more(name, value, where, shown):
+    """Whether a field holds an image that is not `shown`, or tells where one is while none is shown."""
+    values = _as_list(value)
+    if _is_image(value):
+        return not (_are_names(values) and set(_base_names(values)) <= set(_base_names(shown)))
+    texts = [entry for entry in values if isinstance(entry, str)]
+    is_address = any("://" in text and IMAGE_NAME.search(text.partition("?")[0]) for text in texts)
+    is_named = _has(name, SHOWING) and not isinstance(value, (bool, int, float))
+    return not shown and (is_named or is_address)
+
+
+def _is_media(name, value, where, shown):
+    """Whether a field holds a film, a sound or a document; beside an image one of that name may be where it came from."""
+    if where and OTHER_MEDIA.fullmatch(name):
+        return True
+    return not shown and any(isinstance(entry, str) and MEDIA_NAME.search(entry) for entry in _as_list(value))
+
+
+def _has(name, words):
+    """Whether a field's name has one of `words`, and none that makes it a remark about it."""
+    found = {word.casefold() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
+    return bool(found & words) and not found & ABOUT
 
 
 def _is_image(value: Any) -> bool:
@@ -268,7 +356,9 @@ def _is_image(value: Any) -> bool:
         return isinstance(value.get("bytes"), (bytes, bytearray)) or _names_image(value.get("path"))
     if any(isinstance(entry, dict) for entry in values):
         return any(_is_image(entry) for entry in values if isinstance(entry, dict))
-    is_data = any(isinstance(entry, str) and entry.startswith("data:image/") for entry in values)
+    is_data = any(
+        isinstance(entry, str) and (entry.startswith("data:image/") or BASE64_IMAGE.match(entry)) for entry in values
+    )
     is_local = _names_image(value) and not any("://" in entry for entry in values)  # an address is where it came from
     return is_data or is_local or any(isinstance(entry, (bytes, bytearray)) for entry in values)
 

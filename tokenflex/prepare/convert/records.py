@@ -36,7 +36,8 @@ OTHER_TAGS = re.compile(
     r"<ImageHere>|<image[ _-](\d+)>|<\|image_(\d+)\|>|<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>|<\|image\|>|<IMAGE>|<Image>|"
     r"\[IMG\]|\[IMAGE\]|<image_placeholder>|\{image\}"
 )
-TAG_OF_ITS_OWN = re.compile(r"\A\s*(<image>)|\n\s*(<image>)\s*\Z")
+_PLACE = rf"(?:<image>|{OTHER_TAGS.pattern}|!\[[^\]\n]*\]\([^)\n]+\)|<img\b[^>\n]*>)"
+TAG_OF_ITS_OWN = re.compile(rf"\A\s*{_PLACE}|\n\s*{_PLACE}\s*\Z")
 """A tag at the beginning or on a line at the end, where an image is put, and not a word of a sentence."""
 TRANSCRIPT = re.compile(r"^\s*(#+ ?(Human|User)|USER:|Human:|<\|im_start\|>|\[INST\])", re.MULTILINE)
 """How a text begins that is a whole conversation."""
@@ -67,10 +68,12 @@ _TOOL_ROLE = {
 _TEXT_KINDS = ("text", "input_text", "output_text")
 _IMAGE_KINDS = ("image", "image_url", "input_image")
 _VIDEO_KINDS = ("video", "video_url", "input_video")
+_REFERENCES = ("image_url", "image", "path", "url")
+_CLIP_REFERENCES = ("video_url", "video", "frames", "path", "url")
 QUESTIONS, ANSWERS = ("question", "query", "prompt"), ("answer", "answers", "response", "completion")
 OUTPUTS = ("output", *ANSWERS)
 CAPTIONS = ("caption", "captions", "text", "txt")
-SYSTEM = ("system", "system_prompt")
+SYSTEM = ("system", "system_prompt", "system_message", "sys_prompt", "system_instruction")
 OPTIONS = ("options", "choices", "candidates")
 
 
@@ -118,13 +121,19 @@ def convert_record(record: object, caption_prompt: str, tool_turns: str = "skip"
     references = references or list(clips)
     reading = _Reading(record, caption_prompt, tool_turns)
     turns = reading.turns(references)
+    of_items = _unread_of_items(turns)
     turns, repairs = _tidied(turns)
     messages, ordered, more = _with_images(turns, references)
     messages = [parse_message(message) for message in messages]
     if not has_answer(messages):
         raise BadSample("no-answer", "has no assistant text to learn from")
+    if any(
+        not has_answer([message]) for message in messages if message["role"] == "assistant" and "weight" not in message
+    ):
+        raise BadSample("no-answer", "has an answer without text, which would be learned as saying nothing")
     said = "\n".join(item["text"] for message in messages for item in message["content"] if item["type"] == "text")
-    unread = (*check_unused(record, reading.used | image_keys | clip_keys, said, shown=ordered), *reading.unread)
+    used = reading.used | image_keys | clip_keys
+    unread = (*check_unused(record, used, said, shown=ordered), *reading.unread, *of_items)
     return Converted(messages, ordered, (*reading.repairs, *repairs, *more, *text_repairs(messages)), unread)
 
 
@@ -149,8 +158,6 @@ class _Reading:
         Raises:
             BadSample: see `convert_record`.
         """
-        if self.record.get("loss") is False or self.record.get("weight") == 0:
-            raise BadSample("no-answer", "is taken out of training by its own loss or weight")
         turns = self._said() or self._asked() or self._captioned(references)
         if turns is None:
             keys = sorted(map(str, self.record))[:8]
@@ -201,6 +208,7 @@ class _Reading:
         if isinstance(question, (list, tuple)) and len(question) > 1 and all(isinstance(one, str) for one in question):
             raise BadSample("message", f"holds {len(question)} questions in one field; wanted one, or a list of turns")
         self._one_of(OUTPUTS)
+        self._one_of(QUESTIONS)
         if answer is None:
             raise BadSample("no-answer", "has a question and no answer")
         answer = self._answer(answer)
@@ -221,11 +229,11 @@ class _Reading:
         """That those of the fields `keys` that hold a text hold the same.
 
         Raises:
-            BadSample: they do not, so that it is not clear which is to be learned.
+            BadSample: they do not, so that it is not clear which one counts.
         """
         held = [key for key in keys if isinstance(self.record.get(key), str) and holds(self.record[key])]
         if len({self.record[key].strip() for key in held}) > 1:
-            raise BadSample("field", f"the fields {held} hold different answers; wanted one")
+            raise BadSample("field", f"the fields {held} hold different texts; wanted one")
 
     def _history(self) -> list[Turn]:
         history = self._take(("history",))
@@ -298,6 +306,31 @@ class _Reading:
         return Turn(role, content, weight_of(message, role))
 
 
+def _unread_of_items(turns: list[Turn]) -> list[str]:
+    """The names of fields of content items that are not read, to be counted.
+
+    Raises:
+        BadSample: one of them says or shows something, such as a crop, or an image within an item of text.
+    """
+    unread = []
+    for turn in turns:
+        for item in turn.content if isinstance(turn.content, list) else ():
+            if isinstance(item, dict):
+                references = _references_of(item)
+                read = (*references, "index", "detail") if references else ("text",)
+                unread += check_unused(item, {"type", *read}, "", "item.")
+                held = [_address(item[key]) for key in references if item.get(key) is not None]
+                if any(entry != held[0] for entry in held):
+                    raise BadSample("field", f"an item names {len(held)} images or clips ({item!r:.80}); wanted one")
+    return unread
+
+
+def _references_of(item: dict) -> tuple[str, ...]:
+    """The fields in which an item of its type names what it shows; none for one of text."""
+    kind = item.get("type")
+    return _REFERENCES if kind in _IMAGE_KINDS else _CLIP_REFERENCES if kind in _VIDEO_KINDS else ()
+
+
 def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
@@ -323,6 +356,9 @@ def _with_own_images(content: Any, images: Any) -> list:
 def _tidied(turns: list[Turn]) -> tuple[list[Turn], tuple[str, ...]]:
     """Turns that any chat template takes: no answer before the first question, roles in alternation."""
     repairs = []
+    answered = next((i for i, turn in enumerate(turns) if turn.role == "assistant"), len(turns))
+    if any(turn.role == "system" for turn in turns[answered:]):
+        raise BadSample("message", "a system turn stands behind an answer; wanted it before the conversation")
     system = [turn for turn in turns if turn.role == "system"]
     turns = [turn for turn in turns if turn.role != "system"]
     first = next((i for i, turn in enumerate(turns) if turn.role == "user"), len(turns))
@@ -371,12 +407,12 @@ def _with_images(turns: list[Turn], references: list) -> tuple[list, list, tuple
     repairs = ("tag-as-text",) if heard else ()
     if explicit:
         return _messages(contents), _explicit(explicit, references), repairs
-    tags = sum(item["text"].count(TAG) for turn, items in contents if turn.role == "user" for item in items)
+    asked = [item["text"] for turn, items in contents if turn.role == "user" for item in items]
+    place = next(filter(None, map(TAG_OF_ITS_OWN.search, asked)), None)
+    if place and not references:
+        raise BadSample("image-missing", f"a question has {place[0].strip():.80} where an image is put, and none came")
+    tags = sum(text.count(TAG) for text in asked)
     if tags and not references:
-        if any(
-            TAG_OF_ITS_OWN.search(item["text"]) for turn, items in contents if turn.role == "user" for item in items
-        ):
-            raise BadSample("image-missing", f"a question has {TAG} where an image is put, and none came")
         return _messages(contents), [], ("tag-as-text",)
     if tags and tags != len(references):
         raise BadSample("image-tags", f"{tags} {TAG} tags but {len(references)} images; each image needs one tag")
@@ -457,26 +493,23 @@ def _item(item: Any) -> dict:
     if kind in _TEXT_KINDS and isinstance(item.get("text"), str):
         return {"type": "text", "text": item["text"]}
     if kind in _VIDEO_KINDS:
-        reference = next(
-            (item[key] for key in ("video_url", "video", "frames", "path", "url") if item.get(key) is not None), None
-        )
+        reference = next((item[key] for key in _CLIP_REFERENCES if item.get(key) is not None), None)
         reference = reference.get("url") if isinstance(reference, dict) and "url" in reference else reference
         clips = clips_of([] if reference is None else reference)
         if reference is not None and len(clips) != 1:
             raise BadSample("clip", f"a video item holds {len(clips)} clips; wanted one file, or the frames of one")
         return {"type": "image", "reference": clips[0] if clips else None}
     if kind in _IMAGE_KINDS:
-        reference = next(
-            (item[key] for key in ("image_url", "image", "path", "url") if item.get(key) is not None), None
-        )
-        return {
-            "type": "image",
-            "reference": reference.get("url") if isinstance(reference, dict) and "url" in reference else reference,
-            "index": item.get("index"),
-        }
+        reference = next((item[key] for key in _REFERENCES if item.get(key) is not None), None)
+        return {"type": "image", "reference": _address(reference), "index": item.get("index")}
     if isinstance(item, dict) and kind is None and isinstance(item.get("text"), str):
         return {"type": "text", "text": item["text"]}
     raise BadSample("message", f"a message holds the item {item!r:.80}; wanted text or an image")
+
+
+def _address(reference: Any) -> Any:
+    """What an image item refers to: `{"url": ...}` is how some write an address."""
+    return reference.get("url") if isinstance(reference, dict) and "url" in reference else reference
 
 
 def _split_tags(items: list) -> list:
