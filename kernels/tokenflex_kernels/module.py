@@ -17,26 +17,18 @@ class PooledSwiGLU(nn.Module):
     """
 
     def __init__(
-        self,
-        width: int,
-        inner: int,
-        out: int,
-        *,
-        bias: bool = True,
-        eps: float = 1e-5,
-        recompute: bool = False,
-        in_place: bool = False,
+        self, width: int, inner: int, out: int, *, bias: bool = True, eps: float = 1e-5, recompute: bool = False
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=eps)
         self.gate_up = nn.Linear(width, 2 * inner, bias=bias)
         self.down = nn.Linear(inner, out, bias=bias)
-        self.recompute, self.in_place = recompute, in_place
+        self.recompute = recompute
 
     def forward(self, features: Tensor, plan: PoolPlan) -> Tensor:
         norm = Norm(self.norm.weight, self.norm.bias, self.norm.eps)
         gate_up, down = (Linear(x.weight, x.bias) for x in (self.gate_up, self.down))
-        return pooled_swiglu(features, plan, norm, gate_up, down, recompute=self.recompute, in_place=self.in_place)
+        return pooled_swiglu(features, plan, norm, gate_up, down, recompute=self.recompute)
 
     def extra_repr(self) -> str:
-        return f"recompute={self.recompute}, in_place={self.in_place}"
+        return f"recompute={self.recompute}"

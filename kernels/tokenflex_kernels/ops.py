@@ -9,7 +9,6 @@ the forward pass and gathers before the backward pass is found again through its
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,14 +42,7 @@ def adaptive_pool(features: Tensor, plan: PoolPlan) -> Tensor:
 
 
 def pooled_swiglu(
-    features: Tensor,
-    plan: PoolPlan,
-    norm: Norm | None,
-    gate_up: Linear,
-    down: Linear,
-    *,
-    recompute: bool = False,
-    in_place: bool = False,
+    features: Tensor, plan: PoolPlan, norm: Norm | None, gate_up: Linear, down: Linear, *, recompute: bool = False
 ) -> Tensor:
     """The projector of TokenFLEX: pool, LayerNorm, SwiGLU, down: [sum(H*W), C] -> [sum(n_h*n_w), D].
 
@@ -61,8 +53,6 @@ def pooled_swiglu(
         gate_up: ``Linear(weight [2H, C], bias [2H] or None)``, the gate's rows first.
         down: ``Linear(weight [D, H], bias [D] or None)``.
         recompute: make gate and up again in the backward pass instead of keeping [T, 2H]: about a seventh more time.
-        in_place: the backward pass may write the gradients of gate and up over what was kept of them: 4H bytes a token
-            less at the peak in half precision. It then runs once: a second time, autograd refuses. torch.compile ignores it.
 
     Returns:
         [sum(n_h*n_w), D] in the features' dtype, or in autocast's.
@@ -71,25 +61,17 @@ def pooled_swiglu(
         ValueError: as ``adaptive_pool``; weights of shapes that do not fit; tensors of several devices or dtypes.
     """
     _check_features(features, plan)
-    return _project(features, plan, norm, gate_up, down, recompute, in_place)
+    return _project(features, plan, norm, gate_up, down, recompute)
 
 
-def swiglu(
-    tokens: Tensor,
-    norm: Norm | None,
-    gate_up: Linear,
-    down: Linear,
-    *,
-    recompute: bool = False,
-    in_place: bool = False,
-) -> Tensor:
+def swiglu(tokens: Tensor, norm: Norm | None, gate_up: Linear, down: Linear, *, recompute: bool = False) -> Tensor:
     """LayerNorm (optional), gate and up, SiLU(gate) * up, down: [T, C] -> [T, D]. See ``pooled_swiglu``."""
     _check_matrix("features", tokens)
-    return _project(tokens, None, norm, gate_up, down, recompute, in_place)
+    return _project(tokens, None, norm, gate_up, down, recompute)
 
 
 def _project(
-    features: Tensor, plan: PoolPlan | None, norm: Norm | None, gate_up: Linear, down: Linear, *options: bool
+    features: Tensor, plan: PoolPlan | None, norm: Norm | None, gate_up: Linear, down: Linear, recompute: bool
 ) -> Tensor:
     scale, shift, eps = norm if norm is not None else (None, None, 0.0)
     tensors = (features, scale, shift, *gate_up, *down)
@@ -102,17 +84,17 @@ def _project(
             features, plan = adaptive_pool(features, plan), None
         tensors = [None if x is None else x.to(dtype) for x in (features, *tensors[1:])]
         with torch.autocast(features.device.type, enabled=False):
-            return _apply(tensors, plan, norm is not None, eps, options)
-    return _apply(tensors, plan, norm is not None, eps, options)
+            return _apply(tensors, plan, norm is not None, eps, recompute)
+    return _apply(tensors, plan, norm is not None, eps, recompute)
 
 
-def _apply(tensors: Any, plan: PoolPlan | None, has_norm: bool, eps: float, options: tuple[bool, ...]) -> Tensor:
+def _apply(tensors: Any, plan: PoolPlan | None, has_norm: bool, eps: float, recompute: bool) -> Tensor:
     table, *numbers = _NO_PLAN if plan is None else plan
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
-                return _Project.apply(*tensors, table, *numbers, has_norm, eps, *options)
-    return _OPS.project(*tensors, table, *numbers, has_norm, eps, False, False)[0]
+                return _Project.apply(*tensors, table, *numbers, has_norm, eps, recompute)
+    return _OPS.project(*tensors, table, *numbers, has_norm, eps)
 
 
 def splice_rows(text: Tensor, visual: Tensor, positions: Tensor) -> Tensor:
@@ -146,7 +128,9 @@ def splice_rows(text: Tensor, visual: Tensor, positions: Tensor) -> Tensor:
     return _OPS.splice(text, visual, positions)
 
 
-_PROJECTOR = mlp.Needs._fields
+_PROJECTOR = (
+    "features", "norm_weight", "norm_bias", "gate_up_weight", "gate_up_bias", "down_weight", "down_bias",
+)  # fmt: skip
 _NO_PLAN = (None, 0, 0, 0, 0, False)
 
 
@@ -193,7 +177,7 @@ _WEIGHTS = (
 
 
 def _operator(name: str, schema: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """Register a function as an operator for CPU and CUDA tensors alike.
+    """Register a function as an operator that changes none of its inputs, for CPU and CUDA tensors alike.
 
     ``fake`` makes empty outputs of the same arguments. Under autocast the function runs with autocast off: its own
     products must not be cast again.
@@ -228,7 +212,7 @@ def _pool(source, table, num_patches, num_tokens, cells, patch_cells, is_resize,
         return reference.pool(source, plan, transposed)
     from . import pool
 
-    return pool.pooled(source, plan, transposed)[0]
+    return pool.pool(source, plan, transposed)[0]
 
 
 def _parts(arguments: tuple) -> tuple[mlp.Weights, PoolPlan | None, tuple]:
@@ -238,30 +222,41 @@ def _parts(arguments: tuple) -> tuple[mlp.Weights, PoolPlan | None, tuple]:
 
 
 def _project_like(features, *arguments):
-    weights, plan, (has_norm, _, keep, recompute) = _parts(arguments)
-    num_rows = features.shape[0] if plan is None else plan.num_tokens
-    empty = features.new_empty
-    out = empty(num_rows, weights.down_weight.shape[0])
-    if not keep:
-        return out, empty(0), empty(0), empty(0)
-    rstd = torch.float64 if features.dtype == torch.float64 else torch.float32
-    return (
-        out,
-        empty(num_rows, features.shape[1]) if has_norm or plan is not None else empty(0),
-        empty(num_rows, dtype=rstd) if has_norm else empty(0),
-        empty(0) if recompute else empty(num_rows, weights.gate_up_weight.shape[0]),
-    )
+    weights, plan, _ = _parts(arguments)
+    return features.new_empty(features.shape[0] if plan is None else plan.num_tokens, weights.down_weight.shape[0])
 
 
 @_operator(
     "project",
-    f"(Tensor features, {_WEIGHTS}, Tensor? table, {_PLAN}, bool has_norm, float eps, bool keep, bool recompute) "
-    "-> (Tensor out, Tensor rows, Tensor rstd, Tensor gate_up)",
+    f"(Tensor features, {_WEIGHTS}, Tensor? table, {_PLAN}, bool has_norm, float eps) -> Tensor",
     _project_like,
 )
-def _project_forward(features, *arguments):
-    weights, plan, options = _parts(arguments)
-    out, kept = mlp.forward(features, plan, weights, *options)
+def _project_only(features, *arguments):
+    weights, plan, (has_norm, eps) = _parts(arguments)
+    return mlp.forward(features, plan, weights, has_norm, eps, False, False)[0]
+
+
+def _project_training_like(features, *arguments):
+    weights, plan, (has_norm, _, recompute) = _parts(arguments)
+    num_rows = features.shape[0] if plan is None else plan.num_tokens
+    rstd = torch.float64 if features.dtype == torch.float64 else torch.float32
+    return (
+        features.new_empty(num_rows, weights.down_weight.shape[0]),
+        features.new_empty(num_rows, features.shape[1]) if has_norm or plan is not None else features.new_empty(0),
+        features.new_empty(num_rows, dtype=rstd) if has_norm else features.new_empty(0),
+        features.new_empty(0) if recompute else features.new_empty(num_rows, weights.gate_up_weight.shape[0]),
+    )
+
+
+@_operator(
+    "project_training",
+    f"(Tensor features, {_WEIGHTS}, Tensor? table, {_PLAN}, bool has_norm, float eps, bool recompute) "
+    "-> (Tensor out, Tensor rows, Tensor rstd, Tensor gate_up)",
+    _project_training_like,
+)
+def _project_training(features, *arguments):
+    weights, plan, (has_norm, eps, recompute) = _parts(arguments)
+    out, kept = mlp.forward(features, plan, weights, has_norm, eps, True, recompute)
     return (out, *kept)
 
 
@@ -272,22 +267,18 @@ def _project_backward_like(grad, rows, rstd, gate_up, *arguments):
     return tuple(rows.new_empty(size if needs >> i & 1 else (0,)) for i, size in enumerate(sizes))
 
 
-def _project_backward(grad, rows, rstd, gate_up, *arguments, in_place=False):
+@_operator(
+    "project_backward",
+    f"(Tensor grad, Tensor rows, Tensor rstd, Tensor gate_up, {_WEIGHTS}, Tensor? table, {_PLAN}, bool has_norm, "
+    "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _project_backward_like,
+)
+def _project_backward(grad, rows, rstd, gate_up, *arguments):
     """``needs`` has bit i for the i-th of the seven inputs; the gradients of the others are empty."""
     weights, plan, (has_norm, needs) = _parts(arguments)
     wanted = mlp.Needs(*(bool(needs >> i & 1) for i in range(7)))
-    grads = mlp.backward(grad, mlp.Kept(rows, rstd, gate_up), plan, weights, has_norm, wanted, in_place)
+    grads = mlp.backward(grad, mlp.Kept(rows, rstd, gate_up), plan, weights, has_norm, wanted)
     return tuple(rows.new_empty(0) if x is None else x for x in grads)
-
-
-# The second writes over ``gate_up``, and says so.
-for _name, _kept in (("project_backward", "Tensor gate_up"), ("project_backward_", "Tensor(a!) gate_up")):
-    _operator(
-        _name,
-        f"(Tensor grad, Tensor rows, Tensor rstd, {_kept}, {_WEIGHTS}, Tensor? table, {_PLAN}, bool has_norm, "
-        "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-        _project_backward_like,
-    )(functools.partial(_project_backward, in_place=_name.endswith("_")))
 
 
 @_operator(
@@ -346,11 +337,6 @@ def _bits(flags: tuple[bool, ...]) -> int:
     return bits
 
 
-def _wanted(grads: tuple[Tensor, ...], needs: int) -> list[Tensor | None]:
-    """Those whose bit is set; an operator has no None to return for the others."""
-    return [x if needs >> i & 1 else None for i, x in enumerate(grads)]
-
-
 class _Pool(torch.autograd.Function):
     """Pooling is linear, so its gradient is the transposed pooling, whose gradient is the pooling again."""
 
@@ -369,8 +355,8 @@ class _Pool(torch.autograd.Function):
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, *arguments):
-        *arguments, eps, recompute, ctx.is_in_place = arguments
-        out, rows, rstd, gate_up = _OPS.project(features, *arguments, eps, True, recompute)
+        *arguments, eps, recompute = arguments
+        out, rows, rstd, gate_up = _OPS.project_training(features, *arguments, eps, recompute)
         weights, table, ctx.numbers = arguments[:6], arguments[6], arguments[7:]
         if table is None and not ctx.numbers[-1]:  # neither pooled nor normalised: the rows are the features
             rows = features
@@ -382,22 +368,33 @@ class _Project(torch.autograd.Function):
     def backward(ctx, grad):
         _refuse_second_derivative()
         needs = _bits(ctx.needs_input_grad[:7])
-        saved, operator = ctx.saved_tensors, _OPS.project_backward
-        if ctx.is_in_place and not torch.compiler.is_compiling():
-            operator = _OPS.project_backward_
-            torch.autograd.graph.increment_version(saved[2])  # so that autograd refuses a second backward pass
-        grads = operator(grad, *saved, *ctx.numbers, needs)
-        return (*_wanted(grads, needs), *(None,) * 10)
+        grads = _OPS.project_backward(grad, *ctx.saved_tensors, *ctx.numbers, needs)
+        return (*(x if needs >> i & 1 else None for i, x in enumerate(grads)), *(None,) * 9)
 
 
-class _Splice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, text, visual, positions):
-        ctx.save_for_backward(positions)
-        return _OPS.splice(text, visual, positions)
+def _with_gradient(name: str, num_inputs: int, kept: tuple[int, ...]) -> type[torch.autograd.Function]:
+    """The operator ``name``, whose first ``num_inputs`` arguments have gradients.
 
-    @staticmethod
-    def backward(ctx, grad):
-        _refuse_second_derivative()
-        needs = _bits(ctx.needs_input_grad[:2])
-        return (*_wanted(_OPS.splice_backward(grad, *ctx.saved_tensors, needs), needs), None)
+    They come from the operator ``{name}_backward(grad, *kept, needs)``: ``kept`` are the numbers of the arguments that it
+    reads, ``needs`` has bit i where the i-th gradient is asked for, the others are empty.
+    """
+    forward_of, backward_of = getattr(_OPS, name), getattr(_OPS, f"{name}_backward")
+
+    class WithGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            ctx.save_for_backward(*(args[i] for i in kept))
+            ctx.num_others = len(args) - num_inputs
+            return forward_of(*args)
+
+        @staticmethod
+        def backward(ctx, grad):
+            _refuse_second_derivative()
+            needs = _bits(ctx.needs_input_grad[:num_inputs])
+            grads = backward_of(grad, *ctx.saved_tensors, needs)
+            return (*(x if needs >> i & 1 else None for i, x in enumerate(grads)), *(None,) * ctx.num_others)
+
+    return WithGradient
+
+
+_Splice = _with_gradient("splice", 2, kept=(2,))

@@ -18,18 +18,18 @@ from torch import Tensor
 from . import choose, reference, target
 from .choose import UNFUSED
 from .geometry import PoolPlan
-from .reference import NormOf
 from .rounding import OPTIONS, round_to
 
 
 class PoolConfig(NamedTuple):
-    """One program makes ``rows`` output rows."""
+    """One program makes ``rows`` output rows, or ``span`` channels of each where that is not 0."""
 
     rows: int
     num_warps: int
+    span: int = 0
 
 
-CONFIGS = (PoolConfig(1, 2), PoolConfig(2, 2), PoolConfig(4, 4))
+CONFIGS = (PoolConfig(1, 2), PoolConfig(2, 2), PoolConfig(4, 4), PoolConfig(8, 4, 128))
 INTERPRETED = PoolConfig(256, 4)  # Triton's interpreter takes as long for one row as for many
 MAX_VALUES = 64  # float32 sums per thread: more would spill
 SHARED_ROW_WIDTH = 4096  # channels of a program at most; a wider row is spanned by several, or normalised by torch
@@ -109,39 +109,10 @@ def _share_of(index, inner, size, side, RESIZE: tl.constexpr, TRANSPOSED: tl.con
 
 
 @triton.jit
-def _piece(begin, WIDTH: tl.constexpr):
-    """The channels of a piece; a piece that is not there is one lane that nobody reads or writes."""
-    return begin + tl.arange(0, WIDTH if WIDTH > 0 else 1)
-
-
-@triton.jit
 def _add_piece(total, source, used, share, c, channels, WEIGHTED: tl.constexpr):
     """``total`` plus the channels ``c`` of the rows at ``source``, where ``used``."""
     values = tl.load(source[:, None] + c[None, :], mask=used[:, None] & (c < channels)[None, :], other=0.0)
     return total + values.to(tl.float32) * share[:, None] if WEIGHTED else total + values.to(tl.float32)
-
-
-@triton.jit
-def _add_rows(
-    a0, a1, a2, source, used, share, c0, c1, c2, channels, P1: tl.constexpr, P2: tl.constexpr, WEIGHTED: tl.constexpr
-):
-    a0 = _add_piece(a0, source, used, share, c0, channels, WEIGHTED)
-    if P1 > 0:
-        a1 = _add_piece(a1, source, used, share, c1, channels, WEIGHTED)
-    if P2 > 0:
-        a2 = _add_piece(a2, source, used, share, c2, channels, WEIGHTED)
-    return a0, a1, a2
-
-
-@triton.jit
-def _sums(a0, a1, a2, P1: tl.constexpr, P2: tl.constexpr):
-    """The sum of every row."""
-    total = tl.sum(a0, 1)
-    if P1 > 0:
-        total += tl.sum(a1, 1)
-    if P2 > 0:
-        total += tl.sum(a2, 1)
-    return total
 
 
 @triton.jit
@@ -150,45 +121,55 @@ def _centre(x, mean, c, channels):
 
 
 @triton.jit
-def _store_piece(x, factor, r, num_rows, c, channels, out, hat, scale, shift):
-    """Store x * factor in ``hat``, unless that is None or ``out``, and what scale and shift make of it in ``out``."""
+def _store_piece(
+    x, factor, r, num_rows, c, channels, out, hat, scale, shift,
+    NORM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, STORE_HAT: tl.constexpr,
+):  # fmt: skip
+    """Store x * factor; with NORM that is the normalised row, and ``out`` gets what scale and shift make of it."""
     at = r.to(tl.int64)[:, None] * channels + c[None, :]
     inside = (r < num_rows)[:, None] & (c < channels)[None, :]
     y = round_to(x * factor[:, None], out.dtype.element_ty)
-    if scale is not None or shift is not None:
-        if hat is not None:
+    if NORM and (HAS_SCALE or HAS_SHIFT):
+        if STORE_HAT:
             tl.store(hat + at, y, mask=inside)
-        y = _affine(y, scale, shift, c, channels)
+        y = affine(y, scale, shift, c, channels, HAS_SCALE, HAS_SHIFT)
     tl.store(out + at, y, mask=inside)
 
 
 @triton.jit
-def _affine(hat, scale, shift, c, channels):
+def affine(hat, scale, shift, c, channels, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr):
     """hat * scale + shift in its dtype: from the rounded row, so that the backward pass makes the very same tokens."""
     y = hat.to(tl.float32)
-    if scale is not None:
+    if HAS_SCALE:
         y = y * tl.load(scale + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
-    if shift is not None:
+    if HAS_SHIFT:
         y = y + tl.load(shift + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
     return round_to(y, hat.dtype)
 
 
-@triton.jit
-def pool_tile(
-    source, stride, table, num_images, halvings, scale, shift, eps, out, hat, rstd, num_rows, channels, begin_row, begin,
-    ROWS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, CELLS: tl.constexpr,
-    RESIZE: tl.constexpr, TRANSPOSED: tl.constexpr,
+@triton.jit(do_not_specialize=["num_rows", "num_images", "halvings"])
+def pool_rows(
+    source, stride, table, out, hat, rstd, scale, shift, num_rows, num_images, halvings, channels, eps,
+    ROWS: tl.constexpr, SPAN: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, CELLS: tl.constexpr,
+    POOL: tl.constexpr, RESIZE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    NORM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, STORE_HAT: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of ``pool_rows``, from channel ``begin`` on."""
-    r = begin_row + tl.arange(0, ROWS)
+    """out [num_rows, channels] from source rows ``stride`` apart: pooled by ``table`` (POOL) or as they are.
+
+    NORM: out = LayerNorm of that, ``hat`` the rows before scale and shift, ``rstd`` float32 [num_rows] for STORE_HAT.
+    """
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    begin = tl.program_id(1) * SPAN
     # of the 2^31 rows that there may be, the last block's numbers past the end must not wrap
     in_rows = (r >= 0) & (r < num_rows)
-    c0, c1, c2 = _piece(begin, P0), _piece(begin + P0, P1), _piece(begin + P0 + P1, P2)
+    c0 = begin + tl.arange(0, P0)
+    c1 = begin + P0 + tl.arange(0, P1 if P1 > 0 else 1)
+    c2 = begin + P0 + P1 + tl.arange(0, P2 if P2 > 0 else 1)
     a0 = tl.zeros((ROWS, P0), tl.float32)
     a1 = tl.zeros((ROWS, P1 if P1 > 0 else 1), tl.float32)
     a2 = tl.zeros((ROWS, P2 if P2 > 0 else 1), tl.float32)
     factor = tl.full((ROWS,), 1.0, tl.float32)
-    if table is not None:
+    if POOL:
         WEIGHTED: tl.constexpr = RESIZE or TRANSPOSED
         OUT: tl.constexpr = 0 if TRANSPOSED else 1  # the table's column of output rows
         row = tl.where(in_rows, r, 0)
@@ -221,56 +202,65 @@ def pool_tile(
             for start in range(0, most_cells, CELLS):
                 for k in tl.static_range(CELLS):
                     j = start + k
+                    used = (i < lines) & (j < cells)
                     share = factor
                     if WEIGHTED:
                         cell_share, cell_parts = _share_of(cell, first_cell + j, width, n_w, RESIZE, TRANSPOSED)
                         share = line_share * cell_share / (line_parts * cell_parts)
-                    at, used = source + (at_line + j) * stride, (i < lines) & (j < cells)
-                    a0, a1, a2 = _add_rows(a0, a1, a2, at, used, share, c0, c1, c2, channels, P1, P2, WEIGHTED)
+                    at = source + (at_line + j) * stride
+                    a0 = _add_piece(a0, at, used, share, c0, channels, WEIGHTED)
+                    if P1 > 0:
+                        a1 = _add_piece(a1, at, used, share, c1, channels, WEIGHTED)
+                    if P2 > 0:
+                        a2 = _add_piece(a2, at, used, share, c2, channels, WEIGHTED)
         if not WEIGHTED:
             factor = 1.0 / tl.maximum(lines * cells, 1).to(tl.float32)
     else:
         at = source + r.to(tl.int64) * stride
-        a0, a1, a2 = _add_rows(a0, a1, a2, at, in_rows, factor, c0, c1, c2, channels, P1, P2, False)
-    if eps is not None:
+        a0 = _add_piece(a0, at, in_rows, factor, c0, channels, False)
+        if P1 > 0:
+            a1 = _add_piece(a1, at, in_rows, factor, c1, channels, False)
+        if P2 > 0:
+            a2 = _add_piece(a2, at, in_rows, factor, c2, channels, False)
+    if NORM:
         # Mean and variance of the row before rounding, in registers, one after the other: no cancellation.
-        mean = _sums(a0, a1, a2, P1, P2) / channels
-        a0, a1, a2 = (
-            _centre(a0, mean, c0, channels), _centre(a1, mean, c1, channels), _centre(a2, mean, c2, channels),
-        )  # fmt: skip
-        variance = _sums(a0 * a0, a1 * a1, a2 * a2, P1, P2) * factor * factor / channels
+        mean = tl.sum(a0, 1)
+        if P1 > 0:
+            mean += tl.sum(a1, 1)
+        if P2 > 0:
+            mean += tl.sum(a2, 1)
+        mean = mean / channels
+        a0 = _centre(a0, mean, c0, channels)
+        squares = tl.sum(a0 * a0, 1)
+        if P1 > 0:
+            a1 = _centre(a1, mean, c1, channels)
+            squares += tl.sum(a1 * a1, 1)
+        if P2 > 0:
+            a2 = _centre(a2, mean, c2, channels)
+            squares += tl.sum(a2 * a2, 1)
+        variance = squares * factor * factor / channels
         inverse = 1.0 / tl.sqrt(variance + eps)
-        if rstd is not None:
+        if STORE_HAT:
             tl.store(rstd + r, inverse, mask=in_rows)
         factor = factor * inverse
     rows = tl.where(in_rows, r, num_rows)
-    _store_piece(a0, factor, rows, num_rows, c0, channels, out, hat, scale, shift)
+    _store_piece(
+        a0, factor, rows, num_rows, c0, channels, out, hat, scale, shift, NORM, HAS_SCALE, HAS_SHIFT, STORE_HAT
+    )
     if P1 > 0:
-        _store_piece(a1, factor, rows, num_rows, c1, channels, out, hat, scale, shift)
+        _store_piece(
+            a1, factor, rows, num_rows, c1, channels, out, hat, scale, shift, NORM, HAS_SCALE, HAS_SHIFT, STORE_HAT
+        )
     if P2 > 0:
-        _store_piece(a2, factor, rows, num_rows, c2, channels, out, hat, scale, shift)
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_images", "halvings"])
-def pool_rows(
-    source, stride, table, num_images, halvings, scale, shift, eps, out, hat, rstd, num_rows, channels,
-    ROWS: tl.constexpr, SPAN: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, CELLS: tl.constexpr,
-    RESIZE: tl.constexpr, TRANSPOSED: tl.constexpr,
-):  # fmt: skip
-    """out [num_rows, channels] from source rows ``stride`` apart: pooled by ``table``, or as they are where it is None.
-
-    Unless ``eps`` is None, out = LayerNorm of that, ``hat`` the rows before scale and shift, ``rstd`` float32 [num_rows].
-    """
-    pool_tile(
-        source, stride, table, num_images, halvings, scale, shift, eps, out, hat, rstd, num_rows, channels,
-        tl.program_id(0) * ROWS, tl.program_id(1) * SPAN, ROWS, P0, P1, P2, CELLS, RESIZE, TRANSPOSED,
-    )  # fmt: skip
+        _store_piece(
+            a2, factor, rows, num_rows, c2, channels, out, hat, scale, shift, NORM, HAS_SCALE, HAS_SHIFT, STORE_HAT
+        )
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows"])
 def norm_grad_rows(
     d_tokens, hat, rstd, scale, d_source, sums, num_rows, rows, channels,
-    WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, HAS_SCALE: tl.constexpr, STORE_GRAD: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """The LayerNorm's backward pass from its normalised rows: d_source [num_rows, channels], which may be ``d_tokens``.
 
@@ -285,16 +275,16 @@ def norm_grad_rows(
         at = r * channels + c
         d = tl.load(d_tokens + at, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(hat + at, mask=inside, other=0.0).to(tl.float32)
-        if sums is not None:
+        if SUMS:
             d_scale += d * x
             d_shift += d
-        if d_source is not None:
-            if scale is not None:
+        if STORE_GRAD:
+            if HAS_SCALE:
                 d = d * tl.load(scale + c, mask=inside, other=0.0).to(tl.float32)
             along = tl.sum(d * x, 0) / channels
             d = (d - tl.sum(d, 0) / channels - x * along) * tl.load(rstd + r)
             tl.store(d_source + at, round_to(d, d_source.dtype.element_ty), mask=inside)
-    if sums is not None:
+    if SUMS:
         at = sums + tl.program_id(0).to(tl.int64) * 2 * channels + c
         tl.store(at, d_scale, mask=inside)
         tl.store(at + channels, d_shift, mask=inside)
@@ -302,15 +292,25 @@ def norm_grad_rows(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def affine_rows(
-    hat, scale, shift, out, num_rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    hat, scale, shift, out, num_rows, channels,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
 ):  # fmt: skip
     """out = hat * scale + shift, all [num_rows, channels]: the LayerNorm's rows once more."""
     r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     at = r[:, None] * channels + c[None, :]
     inside = (r < num_rows)[:, None] & (c < channels)[None, :]
-    y = _affine(tl.load(hat + at, mask=inside, other=0.0), scale, shift, c, channels)
+    y = affine(tl.load(hat + at, mask=inside, other=0.0), scale, shift, c, channels, HAS_SCALE, HAS_SHIFT)
     tl.store(out + at, y, mask=inside)
+
+
+class NormOf(NamedTuple):
+    """A LayerNorm to follow the pooling, and whether the backward pass will want its normalised rows."""
+
+    scale: Tensor | None
+    shift: Tensor | None
+    eps: float
+    keep: bool
 
 
 @functools.cache
@@ -328,76 +328,69 @@ def pieces_of(width: int) -> tuple[int, int, int]:
     return tuple(pieces)
 
 
-def prepare(
-    source: Tensor, plan: PoolPlan | None, transposed: bool, norm: NormOf | None, span: int
-) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], tuple, dict]:
-    """The outputs of a launch whose programs hold ``span`` channels; what a kernel that pools takes first; constants."""
-    num_rows, channels = rows_of(source, plan, transposed), source.shape[1]
-    out = source.new_empty(num_rows, channels)
-    hat, rstd, scale, shift, eps, keep = None, None, *(norm or (None, None, None, False))
-    if keep:
-        rstd = torch.empty(num_rows, dtype=torch.float32, device=source.device)
-        hat = out if scale is None and shift is None else torch.empty_like(out)
-    table, num_images, cells, is_resize = None, 0, 1, False
-    if plan is not None:
-        table, num_images, is_resize = plan.table, plan.table.shape[0] - 1, plan.is_resize
-        cells = min(plan.patch_cells if transposed else plan.cells, CELLS_UNROLLED)
-    pieces = zip(("P0", "P1", "P2"), pieces_of(span))
-    constants = dict(pieces, CELLS=8 if cells == 7 else cells, RESIZE=is_resize, TRANSPOSED=transposed)
-    read = (source, source.stride(0), table, num_images, num_images.bit_length(), scale, shift, eps)
-    return (out, hat, rstd), read, constants
+def fits_norm(width: int) -> bool:
+    """Whether a program can hold a row of ``width`` channels, so that the LayerNorm can be fused."""
+    return width <= SHARED_ROW_WIDTH
 
 
 def launch(
     config: PoolConfig | str, source: Tensor, plan: PoolPlan | None, transposed: bool, norm: NormOf | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``pooled`` by one configuration, on rows that lie close or ``stride(0)`` apart."""
+    """``pool`` by one configuration, on rows that lie close or ``stride(0)`` apart."""
     if config == UNFUSED:
         return _unfused(source, plan, transposed, norm)
-    channels = source.shape[1]
-    span = min(channels, SHARED_ROW_WIDTH)
-    made, read, constants = prepare(source, plan, transposed, norm, span)
-    num_rows = made[0].shape[0]
+    channels, num_rows = source.shape[1], source.shape[0]
+    if plan is not None:
+        num_rows = plan.num_patches if transposed else plan.num_tokens
+    out = source.new_empty(num_rows, channels)
+    hat, rstd, scale, shift, eps = None, None, None, None, 0.0
+    if norm is not None:
+        scale, shift, eps, keep = norm
+        if keep:
+            rstd = torch.empty(num_rows, dtype=torch.float32, device=source.device)
+            hat = out if scale is None and shift is None else torch.empty_like(out)
+    span = channels if norm is not None else min(config.span or SHARED_ROW_WIDTH, channels)
+    p0, p1, p2 = pieces_of(span)
+    table, num_images, cells, is_resize = None, 0, 1, False
+    if plan is not None:
+        table, num_images, is_resize = plan.table, plan.table.shape[0] - 1, plan.is_resize
+        cells = min(plan.patch_cells if transposed else plan.cells, CELLS_UNROLLED)
     pool_rows[target.cdiv(num_rows, config.rows), target.cdiv(channels, span)](
-        *read, *made, num_rows, channels, ROWS=config.rows, SPAN=span, **constants,
+        source, source.stride(0), table, out, hat, rstd, scale, shift, num_rows, num_images, num_images.bit_length(),
+        channels, eps, ROWS=config.rows, SPAN=span, P0=p0, P1=p1, P2=p2, CELLS=8 if cells == 7 else cells,
+        POOL=plan is not None, RESIZE=is_resize, TRANSPOSED=transposed, NORM=norm is not None,
+        HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, STORE_HAT=rstd is not None,
         num_warps=config.num_warps, maxnreg=MAX_REGISTERS, **OPTIONS,
     )  # fmt: skip
-    return made
+    return out, hat, rstd
 
 
 def _unfused(
     source: Tensor, plan: PoolPlan | None, transposed: bool, norm: NormOf | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """In plain torch, the LayerNorm from rows that were not rounded in between, as the kernel does."""
+    """The same in plain torch, the LayerNorm from rows that were not rounded in between."""
     if norm is None:
-        return reference.pooled(source, plan, transposed)
-    hat, rstd = reference.normalise(reference.pooled(source.float(), plan)[0], norm.eps)
+        return reference.pool(source, plan, transposed), None, None
+    rows = source.float() if plan is None else reference.pool(source.float(), plan)
+    hat, rstd = reference.normalise(rows, norm.eps)
     hat = hat.to(source.dtype)
-    return reference.affine(hat, norm.scale, norm.shift), hat if norm.keep else None, rstd if norm.keep else None
+    tokens = reference.affine(hat, norm.scale, norm.shift)
+    return tokens, hat if norm.keep else None, rstd if norm.keep else None
 
 
-def strided(source: Tensor) -> Tensor:
-    """``source``, or a copy where its rows do not lie side by side or ``stride(0)`` apart."""
-    return source if source.stride(1) == 1 and source.stride(0) >= source.shape[1] else source.contiguous()
-
-
-def rows_of(source: Tensor, plan: PoolPlan | None, transposed: bool = False) -> int:
-    """How many rows come out."""
-    if plan is None:
-        return source.shape[0]
-    return plan.num_patches if transposed else plan.num_tokens
-
-
-def pooled(
+def pool(
     source: Tensor, plan: PoolPlan | None, transposed: bool = False, norm: NormOf | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``reference.pooled`` by the configuration chosen for its shape."""
-    if plan is None and norm is None:
-        return source, None, None
-    if norm is not None and source.shape[1] > SHARED_ROW_WIDTH:  # no program holds such a row
-        return _unfused(pooled(source, plan)[0], None, False, norm)
-    source = strided(source)
-    num_rows, width = rows_of(source, plan, transposed), source.shape[1]
+    """(rows, normalised rows, 1 / standard deviations) of ``source`` [any, C] pooled by ``plan``, or as it is.
+
+    Rows are [tokens, C], or with ``transposed`` the gradient [patches, C] of [tokens, C]. With ``norm`` they are the
+    LayerNorm of the pooled rows; the other two are None unless it says keep.
+    """
+    if source.stride(1) != 1 or source.stride(0) < source.shape[1]:
+        source = source.contiguous()
+    num_rows, width = source.shape
+    if plan is not None:
+        num_rows = plan.num_patches if transposed else plan.num_tokens
     if num_rows == 0 or width == 0:
         empty = source.new_empty(num_rows, width)
         keep = norm is not None and norm.keep
@@ -407,27 +400,33 @@ def pooled(
         shape = (width, plan.patch_cells if transposed else plan.cells, plan.is_resize, transposed)
     flags = (0,) if norm is None else (1, norm.scale is not None, norm.shift is not None, norm.keep)
     key = choose.key("pool", source, num_rows, *shape, *flags)
-    return choose.run(key, lambda: candidates(width), lambda c: launch(c, source, plan, transposed, norm))
+    with choose.on_device(source):
+        return choose.run(
+            key, lambda: candidates(width, norm is not None), lambda c: launch(c, source, plan, transposed, norm)
+        )
 
 
-def candidates(width: int) -> list[choose.Candidate]:
+def candidates(width: int, has_norm: bool) -> list[choose.Candidate]:
     """The configurations that hold ``width`` channels without spills, then plain torch."""
-    held = min(width, SHARED_ROW_WIDTH)
-    fitting = [config for config in CONFIGS if config.rows * held <= 32 * config.num_warps * MAX_VALUES]
-    if target.is_interpreted():
-        fitting.insert(0, INTERPRETED)
+    configs = [INTERPRETED, *CONFIGS] if target.is_interpreted() else CONFIGS
+    fitting = [
+        config
+        for config in configs
+        if (config == INTERPRETED or config.rows * min(config.span or width, SHARED_ROW_WIDTH) <= 32 * config.num_warps * MAX_VALUES)
+        and not (has_norm and config.span)
+    ]  # fmt: skip
     return [*(choose.Candidate(name_of(config), config) for config in fitting), choose.Candidate(UNFUSED, UNFUSED)]
 
 
 def name_of(config: PoolConfig) -> str:
     """How tables of choices call ``config``."""
-    return f"{config.rows}xrow-w{config.num_warps}"
+    return f"{config.rows}x{config.span or 'row'}-w{config.num_warps}"
 
 
 def norm_grad(
     d_tokens: Tensor, hat: Tensor, rstd: Tensor, scale: Tensor | None, need_grad: bool, need_sums: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``reference.norm_grad``; the gradient of the rows is written over ``d_tokens``."""
+    """(gradient of the rows, written over ``d_tokens``; float32 [2, C] gradients of scale and shift), as asked for."""
     num_rows, channels = hat.shape
     programs = min(num_rows, 4 * target.num_processors(hat.device))
     rows = target.cdiv(num_rows, programs)
@@ -435,22 +434,23 @@ def norm_grad(
     sums = None
     if need_sums:
         sums = torch.empty(programs, 2, channels, dtype=torch.float32, device=hat.device)
-    with choose.on_device(hat.device):
+    with choose.on_device(hat):
         norm_grad_rows[(programs,)](
-            d_tokens, hat, rstd, scale, d_tokens if need_grad else None, sums, num_rows, rows, channels,
-            WIDTH=triton.next_power_of_2(channels),
-            num_warps=4 if channels <= SHARED_ROW_WIDTH else 16, **OPTIONS,
+            d_tokens, hat, rstd, scale, d_tokens, sums, num_rows, rows, channels,
+            WIDTH=triton.next_power_of_2(channels), HAS_SCALE=scale is not None, STORE_GRAD=need_grad, SUMS=need_sums,
+            num_warps=4 if channels <= 4096 else 8, **OPTIONS,
         )  # fmt: skip
     return d_tokens if need_grad else None, None if sums is None else sums.sum(0)
 
 
-def affine(hat: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """``reference.affine``, to the same bits as the forward pass made them."""
+def affine_of(hat: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """hat * scale + shift, to the same bits as the forward pass made them."""
     if scale is None and shift is None:
         return hat
     out = torch.empty_like(hat)
-    with choose.on_device(hat.device):
+    with choose.on_device(hat):
         affine_rows[target.cdiv(hat.shape[0], 8), target.cdiv(hat.shape[1], 128)](
-            hat, scale, shift, out, *hat.shape, ROWS=8, COLUMNS=128, num_warps=4, **OPTIONS
-        )
+            hat, scale, shift, out, *hat.shape, ROWS=8, COLUMNS=128,
+            HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, num_warps=4, **OPTIONS,
+        )  # fmt: skip
     return out

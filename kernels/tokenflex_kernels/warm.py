@@ -8,7 +8,8 @@ import torch
 
 from .choose import export_choices
 from .geometry import PoolPlan
-from .module import PooledSwiGLU
+from .ops import pooled_swiglu
+from .reference import Linear, Norm
 
 
 def warm_up(
@@ -19,8 +20,10 @@ def warm_up(
     *,
     dtype: torch.dtype,
     device: torch.device | str,
+    has_norm: bool = True,
+    has_bias: bool = True,
     frozen: Sequence[str] = (),
-    **options: bool,
+    recompute: bool = False,
 ) -> dict[str, dict]:
     """Compile, compare and (in mode ``measure``) time the projector on batches like ``plans``; returns the choices.
 
@@ -30,8 +33,8 @@ def warm_up(
     Args:
         plans: on any device.
         width, inner, out: C, H and D.
+        has_norm, has_bias, recompute: as the projector will be called.
         frozen: of "features", "norm", "gate_up" and "down", what will not be trained.
-        options: those of ``PooledSwiGLU`` (bias, recompute, in_place), as the projector will be called.
 
     Raises:
         ValueError: another name in ``frozen``.
@@ -39,20 +42,24 @@ def warm_up(
     parts = ("features", "norm", "gate_up", "down")
     if set(frozen) - set(parts):
         raise ValueError(f"frozen is {list(frozen)}; it may name {parts}")
-    device = torch.device(device)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:  # the run's own numbers stay its own
-        projector = PooledSwiGLU(width, inner, out, **options).to(dtype)
-        for part in parts[1:]:
-            getattr(projector, part).requires_grad_(part not in frozen)
-        weights = [weight for weight in projector.parameters() if weight.requires_grad]
-        for plan in plans:
-            plan = plan.to(device)
-            features = torch.randn(plan.num_patches, width, dtype=dtype)
-            leaves = weights if "features" in frozen else [features.requires_grad_(), *weights]
-            with torch.no_grad():
-                projector(features, plan)
-            result = projector(features, plan)
-            if leaves:
-                torch.autograd.grad(result, leaves, torch.randn_like(result))
-            del features, leaves, result
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(part: str, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        values = torch.randn(*shape, generator=generator, device=device) * scale
+        return values.to(dtype).requires_grad_(part not in frozen)
+
+    norm = Norm(random("norm", width), random("norm", width)) if has_norm else None
+    biases = (random("gate_up", 2 * inner), random("down", out)) if has_bias else (None, None)
+    gate_up = Linear(random("gate_up", 2 * inner, width, scale=width**-0.5), biases[0])
+    down = Linear(random("down", out, inner, scale=inner**-0.5), biases[1])
+    for plan in plans:
+        plan = plan.to(device)
+        features = random("features", plan.num_patches, width)
+        with torch.no_grad():
+            pooled_swiglu(features, plan, norm, gate_up, down)
+        result = pooled_swiglu(features, plan, norm, gate_up, down, recompute=recompute)
+        leaves = [x for x in (features, *(norm or ()), *gate_up, *down) if torch.is_tensor(x) and x.requires_grad]
+        if leaves:
+            torch.autograd.grad(result, leaves, torch.randn_like(result))
+        del features, result
     return export_choices()

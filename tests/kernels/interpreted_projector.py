@@ -2,20 +2,8 @@
 
 import pytest
 import torch
-from kernel_checks import DTYPES, ROUNDING, num_rows, pinned, poison_allocations, relative_error, same_bits
-from tokenflex_kernels import (
-    Linear,
-    Norm,
-    choose,
-    fused,
-    gated,
-    mlp,
-    pool_plan,
-    pooled_swiglu,
-    reference,
-    set_one_launch,
-    target,
-)
+from kernel_checks import DTYPES, ROUNDING, num_rows, poison_allocations, relative_error, same_bits
+from tokenflex_kernels import Linear, Norm, choose, gated, mlp, pool_plan, pooled_swiglu, reference, target
 
 NAMES = ("features", "norm_weight", "norm_bias", "gate_up_weight", "gate_up_bias", "down_weight", "down_bias")
 GRIDS, SIDES = [(7, 13), (5, 5), (9, 4)], [(3, 5), (8, 8), (2, 2)]
@@ -90,7 +78,7 @@ def random_grad(dtype, out=40, sides=SIDES):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_no_worse_than_eager_with_exact_pooling(dtype, paths, monkeypatch):
     tensors, grad = inputs(dtype), random_grad(dtype)
-    with pinned("gated", paths[0]), pinned("dgated", paths[1]):
+    with choose.pinned("gated", paths[0]), choose.pinned("dgated", paths[1]):
         for frozen, shortcut_rows in ((False, 0), (True, 0), (True, 10**9)):
             monkeypatch.setattr(mlp, "SHORTCUT_ROWS", shortcut_rows)
             results = against_exact(tensors, grad, frozen=frozen)
@@ -134,45 +122,6 @@ def test_twice_the_same_bits_and_recompute_agrees():
         assert same_bits(first[name], again[name]), name
 
 
-@pytest.fixture
-def one_launch():
-    set_one_launch(True)
-    yield
-    set_one_launch(False)
-
-
-@pytest.mark.parametrize("config", TILES, ids=gated.name_of)
-def test_one_launch_gives_the_bits_of_two(config, one_launch):
-    """Two programs in turns; the second finds every ticket taken. Also where it is recomputed, and inference."""
-    tensors, grad = inputs(torch.bfloat16), random_grad(torch.bfloat16)
-    wanted = run(tensors, grad)
-    for options in ({}, {"recompute": True}, {"in_place": True}):
-        with pinned("pooled_gated", gated.name_of(config)), pinned("gated", gated.name_of(config)):
-            got = run(tensors, grad, **options)
-        assert all(same_bits(got[name], wanted[name]) for name in wanted)
-    features, scale, shift, *weights = tensors
-    with pinned("pooled_gated", gated.name_of(config)):
-        plan, linears = pool_plan(GRIDS, SIDES), (Linear(*weights[:2]), Linear(*weights[2:]))
-        assert same_bits(pooled_swiglu(features, plan, Norm(scale, shift, 1e-5), *linears), wanted["out"])
-
-
-def test_one_launch_is_off_until_it_is_asked_for_and_then_needs_a_timing(monkeypatch):
-    launched = []
-    launch = fused.launch
-    monkeypatch.setattr(fused, "launch", lambda config, *rest: (launched.append(config), launch(config, *rest))[1])
-    tensors, grad = inputs(torch.bfloat16), random_grad(torch.bfloat16)
-    run(tensors, grad)
-    assert not [key for key in choose.export_choices()["chosen"] if key.startswith("pooled_gated")]
-    set_one_launch(True)
-    try:
-        run(tensors, grad)  # on the CPU nothing is timed
-    finally:
-        set_one_launch(False)
-    assert set(launched) == {gated.UNFUSED}
-    (chosen,) = [name for key, name in choose.export_choices()["chosen"].items() if key.startswith("pooled_gated")]
-    assert chosen == gated.UNFUSED
-
-
 def test_rows_do_not_see_each_other():
     tensors = inputs(torch.float32)
     out = run(tensors, random_grad(torch.float32))["out"]
@@ -209,7 +158,7 @@ def test_widths_off_the_16_byte_grid_leave_the_descriptors():
     check(*against_exact(tensors, grad), dtype)
     chosen = [name for key, name in choose.export_choices()["chosen"].items() if "|47|93|" in key or "|39|93|" in key]
     assert chosen and set(chosen) == {gated.UNFUSED}
-    with pinned("gated", gated.name_of(gated.GATED_CONFIGS["pointer"][0])):
+    with choose.pinned("gated", gated.name_of(gated.GATED_CONFIGS["pointer"][0])):
         check(*against_exact(tensors, grad), dtype)
 
 

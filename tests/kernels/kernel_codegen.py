@@ -66,26 +66,11 @@ def measure(compiled):
         "descriptor_loads": count(r"\bUTMALDG"),
         "descriptor_stores": count(r"\bUTMASTG"),
         "hmma": count(r"\bHMMA"),
-        "exponentials": count(r"\bMUFU\.EX2"),
-        "reciprocals": count(r"\bMUFU\.RCP"),
-        "tickets": len(re.findall(r"atom\S*\.relaxed\.add", ptx)),
-        "releases": len(re.findall(r"\bred\S*\.release\.add|\batom\S*\.release\.add", ptx)),
-        "acquires": len(re.findall(r"\.acquire\.", ptx)),
-        "proxy_fences": ptx.count("fence.proxy.async.global"),
-        "barriers_before_release": _has_barriers(ptx),
-        "atomics": count(r"\b(?:ATOM|RED)"),
+        "atomics": count(r"\b(?:ATOM|ATOMG|RED)\b"),
         "wgmma": sorted(set(re.findall(r"wgmma\.mma_async\S*?\.(m64n\d+k\d+)", ptx))),
         "tcgen05": "tcgen05.mma" in ptx,
         "pipelined": "wgmma.wait_group.sync.aligned 1" in ptx,
     }
-
-
-def _has_barriers(ptx):
-    """Whether a barrier of the whole program stands between any store to global memory and the release after it."""
-    for before in re.split(r"\b(?:red|atom)\S*\.release\.add", ptx)[:-1]:
-        if "bar.sync" not in before[max(before.rfind("st.global"), 0) :]:
-            return False
-    return True
 
 
 def call(name, *arguments):
@@ -96,19 +81,8 @@ def call(name, *arguments):
     return done.stdout
 
 
-NORM = {"scale": "*bf16", "shift": "*bf16", "eps": "fp32"}
-KEPT = {"hat": "*bf16", "rstd": "*fp32"}
-
-
-def pool_types(dtype, **more):
-    types = {"source": f"*{dtype}", "out": f"*{dtype}", "stride": "i32:16", "num_rows": "i32", "channels": "i32:16"}
-    return types | {"num_images": "i32", "halvings": "i32", "table": "*i32"} | more
-
-
-def pieces(width):
-    from tokenflex_kernels import pool
-
-    return dict(zip(("P0", "P1", "P2"), pool.pieces_of(width)))
+def _descriptor(dtype, *block):
+    return f"tensordesc<{dtype}[{', '.join(map(str, block))}]>"
 
 
 def pool_cases():
@@ -116,47 +90,39 @@ def pool_cases():
     from tokenflex_kernels import pool
 
     ways = {  # training's forward pass, inference's, pooling alone, its backward pass, LayerNorm alone
-        "pool+norm": (5, NORM | KEPT),
-        "pool+norm-inference": (5, NORM),
-        "pool": (5, {}),
-        "backward": (2, {}),
-        "norm": (1, NORM | KEPT),
+        "pool+norm": {"POOL": True, "TRANSPOSED": False, "NORM": True, "STORE_HAT": True, "CELLS": 5},
+        "pool+norm-inference": {"POOL": True, "TRANSPOSED": False, "NORM": True, "STORE_HAT": False, "CELLS": 5},
+        "pool": {"POOL": True, "TRANSPOSED": False, "NORM": False, "STORE_HAT": False, "CELLS": 5},
+        "backward": {"POOL": True, "TRANSPOSED": True, "NORM": False, "STORE_HAT": False, "CELLS": 2},
+        "norm": {"POOL": False, "TRANSPOSED": False, "NORM": True, "STORE_HAT": True, "CELLS": 1},
     }
-    for way, (cells, more) in ways.items():
-        for name, config in pool.candidates(1152)[:-1]:
+    for way, constants in ways.items():
+        for name, config in pool.candidates(1152, constants["NORM"])[:-1]:
             for dtype, is_resize in (("bf16", False), ("fp32", False), ("bf16", True)):
-                if (dtype, is_resize) != ("bf16", False) and (config != pool.CONFIGS[0] or more):
+                if (dtype, is_resize) != ("bf16", False) and (config != pool.CONFIGS[0] or constants["NORM"]):
                     continue
-                constants = {"ROWS": config.rows, "SPAN": 1152, "CELLS": cells, "TRANSPOSED": way == "backward"}
-                types = pool_types(dtype, **more)
-                if way == "norm":
-                    del types["table"]
+                span = min(config.span or 1152, 1152)
+                values = {"ROWS": config.rows, "SPAN": span, "RESIZE": is_resize and constants["POOL"]}
+                values |= dict(zip(("P0", "P1", "P2"), pool.pieces_of(span)))
+                values |= {"HAS_SCALE": constants["NORM"], "HAS_SHIFT": constants["NORM"]}
+                signature = {
+                    "source": f"*{dtype}",
+                    "stride": "i32:16",
+                    "out": f"*{dtype}",
+                    "num_rows": "i32",
+                    "channels": "i32:16",
+                }
+                signature |= {"num_images": "i32", "halvings": "i32", "eps": "fp32"}
+                if constants["POOL"]:
+                    signature["table"] = "*i32"
+                if constants["NORM"]:
+                    signature |= {"scale": f"*{dtype}", "shift": f"*{dtype}"}
+                if constants["STORE_HAT"]:
+                    signature |= {"hat": f"*{dtype}", "rstd": "*fp32"}
                 yield (
                     f"pool {way} {name} {dtype} resize={is_resize}",
-                    pool.pool_rows, types, constants | pieces(1152) | {"RESIZE": is_resize},
-                    {"num_warps": config.num_warps, "maxnreg": pool.MAX_REGISTERS},
+                    pool.pool_rows, signature, constants | values, {"num_warps": config.num_warps, "maxnreg": pool.MAX_REGISTERS},
                 )  # fmt: skip
-
-
-def operand(config, dtype, *block):
-    """The type of a tensor that ``config``'s kernel takes as a descriptor of ``block``s, or by pointer."""
-    return f"tensordesc<{dtype}[{', '.join(map(str, block))}]>" if config.path == "tma" else f"*{dtype}"
-
-
-def tile_constants(config):
-    from tokenflex_kernels import gated
-
-    constants = gated.options_of(config)
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
-    return constants, options
-
-
-def gated_types(config, dtype, training):
-    types = {"bias": f"*{dtype}", "M": "i32", "N": "i32:16", "K": "i32:16"}
-    types |= {"tokens": operand(config, dtype, config.m, config.k)}
-    types |= {"weight": operand(config, dtype, 2, config.n, config.k)}
-    types |= {"inner": operand(config, dtype, config.m, 1, config.n)}
-    return types | ({"gate_up": types["inner"]} if training else {})
 
 
 def gated_cases(path, dtype, capability):
@@ -165,26 +131,24 @@ def gated_cases(path, dtype, capability):
 
     for config in gated.configs_for(gated.GATED_CONFIGS, path, capability)[: None if dtype == "bf16" else 1]:
         for training in (True, False):
-            types = gated_types(config, dtype, training)
-            name = f"gated {gated.name_of(config)} {dtype} training={training}"
-            yield name, gated.gated_rows, types, *tile_constants(config)
-
-
-def fused_cases(path, dtype, capability):
-    """Pooling, LayerNorm and ``gated`` in one launch, likewise; at a width of 1152, and once at 3200."""
-    from tokenflex_kernels import fused, gated
-
-    for config in gated.configs_for(gated.GATED_CONFIGS, path, capability)[: None if dtype == "bf16" else 1]:
-        for training, is_resize, width in ((True, False, 1152), (False, False, 1152), (True, True, 3200)):
-            norm = {name: kind.replace("bf16", dtype) for name, kind in (NORM | (KEPT if training else {})).items()}
-            types = pool_types(dtype, counters="*i32", **norm) | gated_types(config, dtype, training)
-            constants, options = tile_constants(config)
-            constants |= pieces(width) | {"ROWS": fused.rows_per_ticket(config, width), "CELLS": 5}
-            constants |= {"RESIZE": is_resize, "TRANSPOSED": False}
-            for absent in ("num_rows", "channels"):
-                del types[absent]
-            name = f"fused {gated.name_of(config)} {dtype} training={training} resize={is_resize} width={width}"
-            yield name, fused.pooled_gated_rows, types, constants, options
+            sizes = {"bias": f"*{dtype}", "M": "i32", "N": "i32:16", "K": "i32:16"}
+            constants = {"BM": config.m, "BN": config.n, "BK": config.k, "GROUP": gated.GROUP_M, "HAS_BIAS": True, "STORE_INNER": True,
+                             "STORE_GATE_UP": training}  # fmt: skip
+            if path == "tma":
+                kernel = gated.gated_tma
+                constants["NUM_PROGRAMS"] = 132 * config.per_sm
+                signature = dict(sizes, tokens=_descriptor(dtype, config.m, config.k),
+                                 weight=_descriptor(dtype, 2, config.n, config.k),
+                                 inner=_descriptor(dtype, config.m, 1, config.n))  # fmt: skip
+                if training:
+                    signature["gate_up"] = _descriptor(dtype, config.m, 1, config.n)
+            else:
+                kernel = gated.gated_pointer
+                signature = dict(sizes, tokens=f"*{dtype}", weight=f"*{dtype}", inner=f"*{dtype}")
+                if training:
+                    signature["gate_up"] = f"*{dtype}"
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "programs_per_sm": config.per_sm}
+            yield f"gated {gated.name_of(config)} {dtype} training={training}", kernel, signature, constants, options
 
 
 def dgated_cases(path, dtype, capability):
@@ -193,16 +157,32 @@ def dgated_cases(path, dtype, capability):
 
     for config in gated.configs_for(gated.DGATED_CONFIGS, path, capability)[: None if dtype == "bf16" else 1]:
         for inner in (True, False):
-            strip = config.n // config.pieces
-            types = {"bias_sums": "*fp32", "M": "i32", "N": "i32:16", "K": "i32:16"}
-            types |= {"d_out": operand(config, dtype, config.m, config.k)}
-            types |= {"weight": operand(config, dtype, config.k, config.n)}
-            types |= {name: operand(config, dtype, config.m, 2, strip) for name in ("gate_up", "d_gate_up")}
-            if inner:
-                types["inner"] = operand(config, dtype, config.m, 1, strip)
-            constants, options = tile_constants(config)
-            constants |= {"PIECES": config.pieces}
-            yield f"dgated {gated.name_of(config)} {dtype} inner={inner}", gated.dgated_rows, types, constants, options
+            halves = _descriptor(dtype, config.m, 2, config.n // config.pieces)
+            sizes = {"bias_sums": "*fp32", "M": "i32", "N": "i32:16", "K": "i32:16"}
+            constants = {
+                "BM": config.m,
+                "BN": config.n,
+                "BK": config.k,
+                "GROUP": gated.GROUP_M,
+                "HAS_BIAS": True,
+                "STORE_INNER": inner,
+            }
+            if path == "tma":
+                kernel = gated.dgated_tma
+                constants |= {"NUM_PROGRAMS": 132 * config.per_sm, "PIECES": config.pieces}
+                signature = dict(sizes, d_out=_descriptor(dtype, config.m, config.k), weight=_descriptor(dtype, config.k, config.n),
+                                 gate_up=halves, d_gate_up=halves)  # fmt: skip
+                if inner:
+                    signature["inner"] = _descriptor(dtype, config.m, config.n // config.pieces)
+            else:
+                kernel = gated.dgated_pointer
+                signature = dict(
+                    sizes, d_out=f"*{dtype}", weight=f"*{dtype}", gate_up=f"*{dtype}", d_gate_up=f"*{dtype}"
+                )
+                if inner:
+                    signature["inner"] = f"*{dtype}"
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "programs_per_sm": config.per_sm}
+            yield f"dgated {gated.name_of(config)} {dtype} inner={inner}", kernel, signature, constants, options
 
 
 def elementwise_cases():
@@ -211,7 +191,7 @@ def elementwise_cases():
 
     rows, columns, num_warps = gated.ELEMENTWISE
     sizes, options = {"M": "i32", "N": "i32:16"}, {"num_warps": num_warps}
-    constants = {"ROWS": rows, "COLUMNS": columns}
+    constants = {"ROWS": rows, "COLUMNS": columns, "HAS_BIAS": True, "STORE_INNER": True}
     yield "elementwise swiglu_rows", gated.swiglu_rows, dict(sizes, gate_up="*bf16", inner="*bf16"), constants, options
     signature = dict(sizes, d_inner="*bf16", gate_up="*bf16", d_gate_up="*bf16", inner="*bf16", bias_sums="*fp32")
     yield "elementwise swiglu_grad_rows", gated.swiglu_grad_rows, signature, constants, options
@@ -223,7 +203,7 @@ def elementwise_cases():
         "num_rows": "i32",
         "width": "i32:16",
     }
-    constants = {"ROWS": splice.ROWS, "COLUMNS": splice.COLUMN_BYTES // 2}
+    constants = {"ROWS": splice.ROWS, "COLUMNS": splice.COLUMN_BYTES // 2, "HAS_TEXT": True, "HAS_VISUAL": True}
     yield "elementwise route_rows", splice.route_rows, signature, constants, {"num_warps": splice.NUM_WARPS}
 
     sizes = {"num_rows": "i32", "channels": "i32:16"}
@@ -231,11 +211,18 @@ def elementwise_cases():
         sizes, weight="*bf16", product="*bf16", row_sums="*fp32", scale="*bf16", shift="*bf16", sums="*fp32"
     )
     constants = {"ROWS": frozen.ROWS, "COLUMNS": frozen.COLUMNS, "TURNS": frozen.ROWS_PER_PROGRAM // frozen.ROWS}
-    yield "elementwise weight_grads", frozen.weight_grad_rows, signature, constants, {"num_warps": frozen.NUM_WARPS}
+    affine = {"HAS_SCALE": True, "HAS_SHIFT": True}
+    yield (
+        "elementwise weight_grads",
+        frozen.weight_grads,
+        signature,
+        constants | affine,
+        {"num_warps": frozen.NUM_WARPS},
+    )
     signature = dict(sizes, hat="*bf16", scale="*bf16", shift="*bf16", out="*bf16")
-    yield "elementwise affine_rows", pool.affine_rows, signature, {"ROWS": 8, "COLUMNS": 128}, {"num_warps": 4}
+    yield "elementwise affine_rows", pool.affine_rows, signature, {"ROWS": 8, "COLUMNS": 128} | affine, {"num_warps": 4}
     signature = dict(sizes, d_tokens="*bf16", hat="*bf16", rstd="*fp32", scale="*bf16", d_source="*bf16", sums="*fp32")
-    constants = {"WIDTH": 2048}
+    constants = {"WIDTH": 2048, "HAS_SCALE": True, "STORE_GRAD": True, "SUMS": True}
     yield "elementwise norm_grad_rows", pool.norm_grad_rows, signature | {"rows": "i32"}, constants, {"num_warps": 4}
 
 
@@ -247,14 +234,14 @@ def cases(capability):
     for dtype in ("bf16", "fp16"):
         yield from gated_cases(path, dtype, capability)
         yield from dgated_cases(path, dtype, capability)
-        yield from fused_cases(path, dtype, capability)
 
 
 def main(capability, wanted=""):
     for name, kernel, signature, constants, options in cases(capability):
         if wanted in name:
-            compiled = compile_for(kernel, signature, constants, capability, **{"enable_fp_fusion": True} | options)
-            print(json.dumps({"name": name} | measure(compiled)), flush=True)
+            programs = options.pop("programs_per_sm", 1)
+            compiled = compile_for(kernel, signature, constants, capability, enable_fp_fusion=True, **options)
+            print(json.dumps({"name": name, "programs_per_sm": programs} | measure(compiled)), flush=True)
 
 
 if __name__ == "__main__":

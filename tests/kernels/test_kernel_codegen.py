@@ -15,6 +15,7 @@ SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # m64n256k16 does gate and up of a 128-column tile in one instruction.
 WGMMA = {
     "gated tma-128x128x64-w8s4": "m64n256k16",
+    "gated tma-128x64x64-w8s3": "m64n128k16",
     "gated tma-64x128x64-w4s4": "m64n256k16",
     "dgated tma-128x128x64-w8s4": "m64n128k16",
     "dgated tma-256x128x64-w8s3": "m64n128k16",
@@ -55,10 +56,10 @@ def test_every_configuration_is_compiled(generation):
     path = "pointer" if capability < 90 else "tma"
     names = {tuple(entry["name"].split()[1:3]) for entry in of(compiled, "pool")}
     for way in ("pool", "backward", "pool+norm", "pool+norm-inference", "norm"):
-        assert {(way, pool.name_of(config)) for config in pool.CONFIGS} <= names
+        wanted = [pool.name_of(config) for config in pool.CONFIGS if not (config.span and "norm" in way)]
+        assert {(way, name) for name in wanted} <= names
     assert len(of(compiled, "gated")) == 2 * (len(gated.configs_for(gated.GATED_CONFIGS, path, capability)) + 1)
     assert len(of(compiled, "dgated")) == 2 * (len(gated.configs_for(gated.DGATED_CONFIGS, path, capability)) + 1)
-    assert len(of(compiled, "fused")) == 3 * (len(gated.configs_for(gated.GATED_CONFIGS, path, capability)) + 1)
     assert len(of(compiled, "elementwise")) == 6
 
 
@@ -68,21 +69,24 @@ def test_nothing_spills_and_everything_fits(generation):
         assert entry["spills"] == entry["spilled_bytes"] == 0, entry
         assert entry["shared_bytes"] <= SHARED_BYTES[capability], entry
         assert entry["registers"] * entry["num_warps"] * 32 <= 65536, entry
-        assert (entry["atomics"] > 0) is entry["name"].startswith("fused"), entry
+        assert entry["atomics"] == 0, entry
+        if capability == 90 and entry["programs_per_sm"] == 2:  # 9.0 is where these were shaped: two must fit
+            assert 2 * entry["registers"] * entry["num_warps"] * 32 <= 65536, entry
+            assert 2 * (entry["shared_bytes"] + 1024) <= 228 * 1024, entry
 
 
 def test_memory_is_moved_16_bytes_at_a_time(generation):
     _, compiled = generation
     for entry in of(compiled, "pool"):
-        way = entry["name"].split()[1]
-        # a width of 1152 is two pieces; all five cells of a line are read side by side
-        pieces, cells = 2, {"backward": 2, "norm": 1}.get(way, 5)
+        way, width = entry["name"].split()[1:3]
+        # a width of 1152 is two pieces, a span of 128 one; all five cells of a line are read side by side
+        pieces, cells = 1 if "x128" in width else 2, {"backward": 2, "norm": 1}.get(way, 5)
         assert entry["loads_16_bytes"] >= pieces * cells, entry
         outputs = 2 if way in ("pool+norm", "norm") else 1
         assert entry["stores_16_bytes"] >= pieces * outputs, entry
     for entry in of(compiled, "elementwise"):
         assert entry["loads_16_bytes"] >= 1 and entry["stores_16_bytes"] >= 1, entry
-    for kind in ("gated", "dgated", "fused"):
+    for kind in ("gated", "dgated"):
         for entry in of(compiled, kind):
             if "tma" in entry["name"]:
                 assert entry["descriptor_loads"] >= 2 and entry["descriptor_stores"] >= 1, entry
@@ -99,35 +103,14 @@ def test_one_box_carries_gate_and_up(generation):
         assert entry["descriptor_stores"] == 4 and entry["instructions"] < 3600 and entry["barriers"] < 80, entry
 
 
-def test_one_launch_orders_what_it_writes_before_what_it_reads(generation):
-    """Rows, a barrier of their program, a release; on the other side an acquire, then the loads. No other way round."""
-    capability, compiled = generation
-    for entry in of(compiled, "fused"):
-        # tickets taken twice, two releases; the done of all rows read twice, that of a row tile once
-        assert entry["tickets"] == 2 and entry["releases"] == 2 and entry["acquires"] == 3, entry
-        assert entry["barriers_before_release"] is True, entry
-        assert entry["proxy_fences"] == (2 if "tma" in entry["name"] else 0), entry
-
-
-def test_the_gradients_sigmoid_is_computed_once(generation):
-    """One exponential and one reciprocal per element, but for those of the persistent loop's integer divisions."""
-    _, compiled = generation
-    for entry in of(compiled, "gated") + of(compiled, "dgated"):
-        rows, columns = map(int, entry["name"].split()[1].split("-")[1].split("x")[:2])
-        per_thread = rows * columns // (32 * entry["num_warps"])
-        assert entry["exponentials"] == per_thread, entry
-        assert per_thread <= entry["reciprocals"] <= per_thread + 8, entry
-
-
 def test_the_matrix_units_are_the_generations_own(generation):
     capability, compiled = generation
-    for kind in ("gated", "dgated", "fused"):
+    for kind in ("gated", "dgated"):
         for entry in of(compiled, kind):
             if capability == 80:
                 assert entry["hmma"] > 0, entry
             elif capability == 90:
-                kernel, config = entry["name"].split()[:2]
-                assert entry["wgmma"] == [WGMMA[f"{'gated' if kind == 'fused' else kernel} {config}"]], entry
+                assert entry["wgmma"] == [WGMMA[" ".join(entry["name"].split()[:2])]], entry
                 assert entry["pipelined"] and entry["hmma"] == 0, entry
             else:
                 assert entry["tcgen05"] and entry["hmma"] == 0, entry
@@ -137,4 +120,4 @@ def test_the_matrix_units_are_the_generations_own(generation):
 def test_the_launchers_own_calls_compile(capability, outputs):
     """Through Triton's launch path: bound, specialised and compiled as on a GPU, short of the launch itself."""
     output = outputs["launch", capability].result()
-    assert int(output.splitlines()[-1]) == 42
+    assert int(output.splitlines()[-1]) == 36

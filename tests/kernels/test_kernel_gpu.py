@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from kernel_checks import RAGGED, SINGLE, num_rows, pinned, poison_allocations, relative_error, same_bits
+from kernel_checks import RAGGED, SINGLE, num_rows, poison_allocations, relative_error, same_bits
 from tokenflex_kernels import (
     Linear,
     Norm,
@@ -74,7 +74,7 @@ def rule():
     set_tuning("measure")
 
 
-@pytest.mark.parametrize("kernel", ["pool", "gated", "dgated", "pooled_gated", "norm_grad", "weight_grads", "splice"])
+@pytest.mark.parametrize("kernel", ["pool", "gated", "dgated", "norm_grad", "weight_grads", "splice"])
 def test_every_case_is_right(kernel):
     """kernel_cases.py: persistent turns, partial tiles, one row, bias or none, what training and inference store."""
     import kernel_cases
@@ -112,7 +112,7 @@ def test_no_configuration_is_worse_than_exact_eager(dtype, frozen, monkeypatch):
     eager = run(tensors, grad, reference.pooled_swiglu, frozen)
     monkeypatch.setattr(mlp, "SHORTCUT_ROWS", 0)  # 104 rows: the way round the product is taken where it can be
     for names in configurations():
-        with pinned("gated", names[0]), pinned("dgated", names[1]):
+        with choose.pinned("gated", names[0]), choose.pinned("dgated", names[1]):
             ours = run(tensors, grad, frozen=frozen)
         for name, exact in wide.items():
             error, peer = relative_error(ours[name], exact), relative_error(eager[name], exact)
@@ -134,7 +134,7 @@ def test_twice_the_same_bits_and_recompute_agrees(names):
     tensors, grad = inputs(torch.bfloat16), random_grad(torch.bfloat16)
     with contextlib.ExitStack() as pins:
         for kernel, name in zip(("gated", "dgated"), names or ()):
-            pins.enter_context(pinned(kernel, name))
+            pins.enter_context(choose.pinned(kernel, name))
         first, second, again = run(tensors, grad), run(tensors, grad), run(tensors, grad, recompute=True)
     assert all(same_bits(first[name], second[name]) for name in first)
     assert all(same_bits(first[name], again[name]) for name in first)
@@ -199,36 +199,6 @@ def test_compiles_and_autocasts():
         compiled = torch.compile(call, fullgraph=True, dynamic=True)(features)
     assert eager.dtype == torch.bfloat16
     assert same_bits(eager, compiled)
-
-
-@pytest.mark.parametrize("is_captured", [False, True])
-def test_one_launch_gives_what_two_give_every_time(is_captured):
-    """Persistent programs that wait for each other's rows, many times over, and replayed from a CUDA graph."""
-    from tokenflex_kernels import fused, gated, target
-
-    capability = target.capability(torch.device("cuda", 0))
-    path = "tma" if capability // 10 in target.TMA_CAPABILITIES else "pointer"
-    source, scale, shift, weight, bias, *_ = inputs(torch.bfloat16)
-    plan, source = pool_plan(RAGGED[0] * 20, RAGGED[1] * 20, device="cuda"), source.repeat(20, 1)
-    norm = reference.NormOf(scale, shift, 1e-5, True)
-    for config in gated.configs_for(gated.GATED_CONFIGS, path, capability):
-        call = lambda config=config: fused.launch(config, source, plan, norm, weight, bias, True)  # noqa: E731
-        with pinned("gated", gated.name_of(config)):
-            wanted = fused.launch(gated.UNFUSED, source, plan, norm, weight, bias, True)
-        first = [x.clone() for x in call()]
-        assert choose.difference(first, wanted) is None
-        if is_captured:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                got = call()
-        for _ in range(50):
-            if is_captured:
-                for tensor in got:
-                    tensor.fill_(float("nan"))
-                graph.replay()
-            else:
-                got = call()
-            assert all(same_bits(a, b) for a, b in zip(got, first, strict=True))
 
 
 def test_mixed_devices_are_named():

@@ -65,9 +65,8 @@ class TokenAdaptiveProjector(nn.Module):
             gate_up, down = (kernels.Linear(x.weight, x.bias) for x in (self.gate_up, self.down))
             if self.detail_share is not None:
                 pooled_NC = self._with_detail(features_PC, kernels.adaptive_pool(features_PC, plan), grids, sides)
-                return kernels.swiglu(pooled_NC, norm, gate_up, down, in_place=self.training)
-            # a training step goes back once: gradients of gate and up take the place of what was kept of them
-            return kernels.pooled_swiglu(features_PC, plan, norm, gate_up, down, in_place=self.training)
+                return kernels.swiglu(pooled_NC, norm, gate_up, down)
+            return kernels.pooled_swiglu(features_PC, plan, norm, gate_up, down)
         pooled_NC = adaptive_pool(features_PC, grids, sides, self.mode)
         if self.detail_share is not None:
             pooled_NC = self._with_detail(features_PC, pooled_NC, grids, sides)

@@ -73,5 +73,4 @@ def _chosen(model, kernels, shapes, weight):
         dtype=weight.dtype,
         device=weight.device,
         frozen=[name for name, frozen in is_frozen.items() if frozen],
-        in_place=True,
     )
