@@ -355,7 +355,7 @@ def test_a_recipe_that_says_otherwise_of_the_model_it_goes_on_from_is_refused(
     ({"image_size": (50, 64)}, "model.image_size: an image of 50 x 64"),
     ({"text": {"model_type": "qwen3", "hidden_size": "wide"}}, "model.text: "),
     ({"text": {"model_type": "t5"}}, "model.text: t5 is no causal language model"),
-    ({"text": {"model_type": "qwen3", "num_attention_heads": 0}}, "model.text: cannot be built with these values .ZeroDivisionError"),
+    ({"text": {"model_type": "qwen3", "num_attention_heads": 0}}, "model.text.num_attention_heads is 0; wanted a number above 0"),
 ])  # fmt: skip
 def test_a_part_that_cannot_be_built_is_named(section, part, tiny_config, processor, corpus):
     from tokenflex.model import build_processor

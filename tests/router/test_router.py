@@ -381,7 +381,7 @@ def test_a_run_that_goes_on_from_it_drops_the_router(routed, tiny_config, proces
     ({"num_visual_tokens": "auto", "effort": 1.5}, "effort is 1.5; it must be a number from 0"),
     ({"num_visual_tokens": "auto", "effort": float("nan")}, "effort is nan"),
     ({"num_visual_tokens": "auto", "effort": True}, "effort is True"),
-    ({"num_visual_tokens": 4, "effort": 0.5}, "effort=0.5 is the router's; give num_visual_tokens='auto'"),
+    ({"num_visual_tokens": 4, "effort": 0.5}, "effort=0.5: that is for the router; give num_visual_tokens='auto' with it"),
     ({"num_visual_tokens": ["auto", 4]}, "has 2 entries for 1 images"),
 ])  # fmt: skip
 def test_a_wrong_effort_or_list_is_refused_in_one_line(options, message, choosy, processor, samples):

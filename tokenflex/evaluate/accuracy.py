@@ -129,21 +129,15 @@ def evaluate_run(
     processor = AutoProcessor.from_pretrained(folder)
     questions = read_questions(shards, settings.max_samples_per_task, limits, processor.frames, tasks=settings.tasks)
     questions.tell(say)
-    samples = questions.samples
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(ranks.device).eval()
     model.generation_config = greedy(model.generation_config)
     router = model.config.router
     chosen = f", and as its router chooses at effort {router['effort']:g}" if router else ""
-    say(f"evaluate  {len(samples)} questions at {list(settings.num_visual_tokens)} visual tokens{chosen}")
-    own = samples[ranks.rank :: ranks.num_ranks]
+    say(f"evaluate  {len(questions.samples)} questions at {list(settings.num_visual_tokens)} visual tokens{chosen}")
+    own = questions.samples[ranks.rank :: ranks.num_ranks]
     num_columns = len(settings.num_visual_tokens) + bool(router)
-    with Bar(
-        sum(num_columns if sample.images else 1 for sample in own),
-        "evaluate",
-        "answers of this rank",
-        say,
-        ranks.is_main,
-    ) as bar:
+    num_asked = sum(num_columns if sample.images else 1 for sample in own)
+    with Bar(num_asked, "evaluate", "answers of this rank", say, ranks.is_main) as bar:
         answers = evaluate_model(model, processor, own, settings, bar.update, with_auto=bool(router))
     answers = Answers.join(ranks.all_gather(answers))
     accuracy, totals = answers.accuracy()

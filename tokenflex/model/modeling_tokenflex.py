@@ -589,11 +589,12 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
                 kwargs["pixel_values"] = self.encode_images(pixels.to(self.vision_tower.dtype))
             seen = {name: kwargs.get(name) for name in ("pixel_values", "attention_mask", "num_tiles")}
             return self.resolve_auto(num_visual_tokens, prompt_ids, **seen, effort=effort, total_visual_tokens=total)
-        if effort is not None or total is not None:
-            raise ValueError(
-                f"effort={effort!r} and total_visual_tokens={total!r} are the router's here; give num_visual_tokens='auto' "
-                "with them, or the total to the processor"
-            )
+        asked = {"effort": effort, "total_visual_tokens": total}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        if asked:
+            named = " and ".join(f"{name}={value!r}" for name, value in asked.items())
+            where = "" if total is None else ", or the total to the processor"
+            raise ValueError(f"{named}: that is for the router; give num_visual_tokens='auto' with it{where}")
         return num_visual_tokens
 
     def resolve_auto(

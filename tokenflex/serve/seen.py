@@ -8,7 +8,6 @@ from ..data import Limits
 from ..data.images import read_header
 from ..infer import Generator
 from ..model.modeling_tokenflex import image_runs
-from ..model.pooling import sides_of
 from ..model.tiling import grids_for
 
 Window = tuple[float, float]
@@ -55,7 +54,8 @@ def seen_images(
     for image, (_, _, length), num_tiles in zip(images, runs, inputs["num_tiles"].tolist() if images else ()):
         header = read_header(image, Limits())
         tile_rows, tile_columns = grids_for(header.width, header.height, tiler.max_tiles, (tiler.height, tiler.width))
-        rows, columns = sides_of(length // num_tiles, model.patch_grid)
+        sizes = tiler.tile_sizes(header.width, header.height).tolist()
+        rows, columns = generator.processor.tile_sides(length // num_tiles, sizes)[0]
         (height, width), mode = model.patch_grid, model.config.pooling_mode
         found.append(
             SeenImage(
@@ -63,7 +63,7 @@ def seen_images(
                 rows=rows,
                 columns=columns,
                 tiles=(int(tile_rows), int(tile_columns)),
-                has_thumbnail=num_tiles > tile_rows * tile_columns,
+                has_thumbnail=bool(num_tiles > tile_rows * tile_columns),
                 row_windows=windows(height, rows, mode),
                 column_windows=windows(width, columns, mode),
             )

@@ -49,13 +49,7 @@ def serve(
     with listener:
         generator = Generator(folder)
         name = name or Path(folder).resolve().name
-        config = generator.model.config
-        about = {
-            "trained_num_visual_tokens": list(config.trained_num_visual_tokens),
-            "default_num_visual_tokens": config.default_num_visual_tokens,
-            "default_effort": config.router["effort"] if config.router else None,
-            "limits": asdict(limits),
-        }
+        about = _about(generator.model.config, limits)
         worker = Worker(generator, limits)
         key = os.environ.get(API_KEY, "")
         endpoint = Endpoint(worker, name, limits, about=about, hosts=hosts, key=key, has_page=has_page)
@@ -68,6 +62,16 @@ def serve(
                 uvicorn.Server(settings).run(sockets=[listener])
         finally:
             worker.close()
+
+
+def _about(config, limits):
+    """What the endpoint tells of a model."""
+    return {
+        "trained_num_visual_tokens": list(config.trained_num_visual_tokens),
+        "default_num_visual_tokens": config.default_num_visual_tokens,
+        "default_effort": config.router["effort"] if config.router else None,
+        "limits": asdict(limits),
+    }
 
 
 def _bound(host: str, port: int) -> socket.socket:
