@@ -216,7 +216,7 @@ def test_the_router_shares_a_total_among_the_images_of_a_row(choosy, processor, 
     with pytest.raises(ValueError, match="total_visual_tokens=7: 2 images .* 8 visual tokens at the least"):
         choosy.choose_num_visual_tokens(**seen, total_visual_tokens=7)
     options = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    with pytest.raises(ValueError, match="are the router's here"):
+    with pytest.raises(ValueError, match="that is for the router"):
         choosy.generate(**inputs, num_visual_tokens=4, total_visual_tokens=16, **options)
     with pytest.raises(ValueError, match="the router shares a total among all images"):
         choosy.generate(**inputs, num_visual_tokens=["auto", 4, 4], total_visual_tokens=16, **options)
