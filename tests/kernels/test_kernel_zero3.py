@@ -46,7 +46,8 @@ def ranks(tmp_path_factory):
 def test_partitioned_weights_train_as_whole_ones(variant, ranks):
     losses, weights = plain(variant)
     for rank, seen in enumerate(ranks):
-        torch.testing.assert_close(seen[variant]["losses"], [by_rank[rank] for by_rank in losses])
+        # of fp32 sums over two ranks, in another order: some CPUs differ in the last bit or two
+        torch.testing.assert_close(seen[variant]["losses"], [by_rank[rank] for by_rank in losses], rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(
             seen[variant]["weights"], {name: weight.detach() for name, weight in weights.items()}
         )

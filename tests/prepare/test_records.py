@@ -482,7 +482,7 @@ def test_media_beside_a_caption_in_plain_shards(tmp_path):
         )
     tally = convert("webdataset", str(shard), tmp_path / "out", options=PLAIN)
     assert [[text_of(m) for m in s.messages][1] for s in samples_of(tmp_path / "out")] == ["noise", "x"]
-    assert tally.skipped == {"image-missing": 1, "media": 1} and tally.unread == {"cls": 1}
+    assert tally.skipped == {"image-missing": 1, "clip": 1} and tally.unread == {"cls": 1}
 
 
 def test_splits_do_not_mix_by_themselves(tmp_path):

@@ -38,7 +38,7 @@ CHANGES_THE_TEXT = (
     "prefix", "suffix", "objects", "bbox", "bboxes", "boxes", "chosen", "rejected", "functions", "tools", "history", "options",
     "choices", "candidates", "system", "system_prompt", "input", "instruction", "instructions", "question", "query",
     "tool_calls", "function_call", "cot", "chain_of_thought", "thought", "thoughts", "analysis", "solution", "steps",
-    "crop", "crop_box", "roi", "region", "regions", "rotation", "rotate", "flip", "frames", "visual_prompt",
+    "crop", "crop_box", "roi", "region", "regions", "rotation", "rotate", "flip", "visual_prompt",
     "correct_answer", "ground_truth", "gold", "gold_answer", "reference_answer", "code",
 )  # fmt: skip
 """Fields that say or show something where they hold something; what is not used of them leads to a skip."""
