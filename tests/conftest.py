@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -211,3 +211,14 @@ def train_ranks(
     ):  # the first to fail, not the killed
         assert end.status == 0, f"rank {rank} ended with {end.status}:\n{end.output[-4000:]}"
     return finished
+
+
+def assert_kernels_pool_the_same(model, normalise, batch, shapes):
+    """That a batch has the same loss through the kernels' plan of its tiles' `shapes` (counts or sides) as by plain torch."""
+    from tokenflex.train.objective import Objective
+
+    plain = Objective(model, normalise)(batch).total
+    model.projector.backend = "kernels"
+    planned = replace(batch, pool_plan=model.projector.plan_maker(model.patch_grid, torch.empty(0))(shapes))
+    torch.testing.assert_close(Objective(model, normalise)(planned).total, plain, rtol=1e-5, atol=1e-6)
+    model.projector.backend = "auto"

@@ -46,8 +46,10 @@ def ranks(tmp_path_factory):
 def test_partitioned_weights_train_as_whole_ones(variant, ranks):
     losses, weights = plain(variant)
     for rank, seen in enumerate(ranks):
-        # of fp32 sums over two ranks, in another order: some CPUs differ in the last bit or two
-        torch.testing.assert_close(seen[variant]["losses"], [by_rank[rank] for by_rank in losses], rtol=1e-6, atol=1e-7)
+        # fp32 sums over two ranks in another order: on some CPUs two units in the last place (2.4e-7) apart
+        torch.testing.assert_close(
+            seen[variant]["losses"], [by_rank[rank] for by_rank in losses], rtol=2.5e-7, atol=1e-7
+        )
         torch.testing.assert_close(
             seen[variant]["weights"], {name: weight.detach() for name, weight in weights.items()}
         )

@@ -1,12 +1,12 @@
 """Laws of sides by aspect: an equal count, so equal lengths; one shape in training, in the processor and at inference."""
 
-import dataclasses
 import io
 import math
 
 import numpy as np
 import pytest
 import torch
+from conftest import assert_kernels_pool_the_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_shards import conversation, encoded, write_shard
@@ -21,7 +21,7 @@ from tokenflex.export import export_model
 from tokenflex.model import TokenFlexConfig, TokenFlexImageProcessor, TokenFlexProcessor, build_model, build_processor
 from tokenflex.model.pooling import aspect_sides, sides_of, tile_sides
 from tokenflex.plan import Planner
-from tokenflex.train.objective import Objective, model_inputs
+from tokenflex.train.objective import model_inputs
 
 SHAPES = [(256, 40), (40, 256), (90, 90), (300, 200), (7, 350)]
 """Width and height of the images of the samples below."""
@@ -166,14 +166,8 @@ def test_packed_logits_equal_unpacked_logits(aspect, aspect_model, photos, aspec
 def test_the_kernels_pool_the_same_rectangles(aspect, aspect_model, aspect_batches):
     model, (_, processor) = aspect_model, aspect
     model.language_model.set_attn_implementation("tokenflex_packed")
-    normalise = processor.image_processor.normalised
     batch = max((batch for _, batch in aspect_batches), key=lambda batch: len(batch.tile_sides))
-    plain = Objective(model, normalise)(batch).total
-    model.projector.backend = "kernels"
-    plan_of = model.projector.plan_maker(model.patch_grid, torch.empty(0))
-    planned = dataclasses.replace(batch, pool_plan=plan_of(batch.tile_sides))
-    torch.testing.assert_close(Objective(model, normalise)(planned).total, plain, rtol=1e-5, atol=1e-6)
-    model.projector.backend = "auto"
+    assert_kernels_pool_the_same(model, processor.image_processor.normalised, batch, batch.tile_sides)
 
 
 def test_generation_shapes_a_count_by_the_image(aspect, aspect_model, photos):

@@ -1,11 +1,10 @@
 """Laws of samples that are seen at several counts side by side: planned whole, one pass of the encoder, as if seen apart."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import assert_kernels_pool_the_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -147,13 +146,7 @@ def test_views_in_one_pack_answer_and_learn_as_views_apart(model, processor, in_
 
 def test_the_kernels_pool_the_same_views(model, processor, in_views):
     together, _ = in_views
-    normalise = processor.image_processor.normalised
-    plain = Objective(model, normalise)(together).total
-    model.projector.backend = "kernels"
-    plan_of = model.projector.plan_maker(model.patch_grid, torch.empty(0))
-    planned = dataclasses.replace(together, pool_plan=plan_of(together.tile_counts))
-    torch.testing.assert_close(Objective(model, normalise)(planned).total, plain, rtol=1e-5, atol=1e-6)
-    model.projector.backend = "auto"
+    assert_kernels_pool_the_same(model, processor.image_processor.normalised, together, together.tile_counts)
 
 
 def test_consistency_is_the_divergence_from_the_largest_count(model, processor, in_views):

@@ -28,7 +28,10 @@ def check_room(
     States are weights, gradients, masters, moments and the average: what no step can do without, to the byte. What comes
     on top (activations, buffers) `tokenflex estimate` has, and a dry run tries.
 
-    Args: config: with `embedded` replaced. ds_config: as `parallel.load_ds_config` gives it.
+    Args:
+        config: with `embedded` replaced.
+        ds_config: as `parallel.load_ds_config` gives it.
+        say: told where nothing could be held against what is free.
 
     Raises:
         UserError: they do not; what takes how much, what is free, and what to set.

@@ -19,6 +19,12 @@ EFFORTS = (0.0, 0.1, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """That a router is evaluated at, beside its default."""
 
 
+def _asked_at(model: TokenFlexForConditionalGeneration) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The counts and the efforts at which a model's router is compared."""
+    settings = model.config.router
+    return tuple(settings["num_visual_tokens"]), tuple(sorted({*EFFORTS, settings["effort"]}))
+
+
 def ask(
     model: TokenFlexForConditionalGeneration,
     processor: TokenFlexProcessor,
@@ -30,8 +36,7 @@ def ask(
 
     A choice that gives all images of a question one count has the answer of that count; others are generated as well.
     """
-    counts = tuple(model.config.router["num_visual_tokens"])
-    efforts = tuple(sorted({*EFFORTS, model.config.router["effort"]}))
+    counts, efforts = _asked_at(model)
     parts = []
     for begin in range(0, len(samples), settings.batch_size):
         batch = samples[begin : begin + settings.batch_size]
@@ -55,8 +60,7 @@ def ask_teacher_forced(
     One pass per count, so many questions cost little. Where a choice gives the images of a question different counts, it is right
     only if it is right with all of them at each of these counts, which is stricter than generating.
     """
-    counts = tuple(model.config.router["num_visual_tokens"])
-    efforts = tuple(sorted({*EFFORTS, model.config.router["effort"]}))
+    counts, efforts = _asked_at(model)
     measured = measure(model, processor, samples, counts, settings.batch_size, on_samples)
     features, router = measured.features.to(model.device), model.router
     assert router is not None, "evaluate_router looks for it"
