@@ -57,7 +57,7 @@ RECIPES = {
 def found(name):
     """The `Estimate` of a recipe on 80 GB GPUs, for full packs of equal samples."""
     vision, text, num_gpus, ds_config = RECIPES[name]
-    config = load_config(ROOT / "configs" / f"{name}.yaml", ['model.init_from=""'])
+    config = load_config(ROOT / "configs" / f"{name}.yaml", ['model.init_from=""', "train.export_adapter=false"])
     model = config.model.model_copy(update={"vision": vision, "text": text})
     config = config.model_copy(update={"model": model})
     ds = load_ds_config(ROOT / "configs" / f"{ds_config}.json")
