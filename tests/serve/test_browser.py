@@ -123,7 +123,9 @@ def test_a_wrong_file_is_one_line(name, data, words, server, tmp_path):
     (tmp_path / name).write_bytes(data)
     with opened(server.url) as (page, _, _):
         page.set_input_files("#image", tmp_path / name)
-        page.locator("#problem:not(:empty)").wait_for()  # a predicate as a string would be eval, which the page's policy forbids
+        page.locator(
+            "#problem:not(:empty)"
+        ).wait_for()  # a predicate as a string would be eval, which the page's policy forbids
         assert words in page.locator("#problem").text_content() and not page.locator("canvas").nth(0).is_visible()
         kept(page, name)
 
