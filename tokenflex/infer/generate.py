@@ -143,6 +143,9 @@ class Generator:
             ).to(self.model.device)
         except ValueError as error:
             raise UserError(f"--num-visual-tokens: {error}") from None
+        counts = num_visual_tokens if isinstance(num_visual_tokens, list) else [num_visual_tokens]
+        if "pixel_values" in inputs and any(isinstance(count, tuple) for count in counts):
+            inputs["num_visual_tokens"] = num_visual_tokens  # the prompt tells their number, not their rows and columns
         contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
         items = [item for content in contents for item in content if item["type"] != "text"]
         images = [item.get("image") for item in items]  # of a video none is named, and nothing is kept

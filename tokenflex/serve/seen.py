@@ -50,12 +50,16 @@ def seen_images(
     contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
     images = [item["image"] for content in contents for item in content if item["type"] == "image"]
     runs = image_runs(inputs["input_ids"], model.config.image_token_id)
+    asked = inputs.get("num_visual_tokens")
+    asked = asked if isinstance(asked, list) else [asked] * len(images)
     found = []
-    for image, (_, _, length), num_tiles in zip(images, runs, inputs["num_tiles"].tolist() if images else ()):
+    for image, (_, _, length), num_tiles, count in zip(
+        images, runs, inputs["num_tiles"].tolist() if images else (), asked
+    ):
         header = read_header(image, Limits())
         tile_rows, tile_columns = grids_for(header.width, header.height, tiler.max_tiles, (tiler.height, tiler.width))
         sizes = tiler.tile_sizes(header.width, header.height).tolist()
-        rows, columns = generator.processor.tile_sides(length // num_tiles, sizes)[0]
+        rows, columns = generator.processor.tile_sides(count or length // num_tiles, sizes)[0]
         (height, width), mode = model.patch_grid, model.config.pooling_mode
         found.append(
             SeenImage(
