@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 import zoo
-from transformers import Trainer, TrainingArguments
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 from tokenflex.model import TokenFlexConfig, TokenFlexForConditionalGeneration, TokenFlexModel
+from tokenflex.model.modeling_tokenflex import CACHE
 
 IMAGE, START, END = 4, 3, 5
 
@@ -119,6 +120,37 @@ def test_beams_over_embeddings_keep_each_rows_images():
     assert torch.equal(
         model.generate(inputs_embeds=embeds, **inputs, num_beams=2, max_new_tokens=4, do_sample=False), wanted
     )
+
+
+@pytest.mark.parametrize("as_embeds", [False, True])
+def test_a_prompt_whose_begin_is_in_the_cache_runs_the_rest(as_embeds):
+    """As transformers goes on with a chat: the whole prompt and the cache of what came before. Only new images are encoded."""
+    model, inputs = tiny(), prompts([[4, 6, 4]])
+    ids, pixels, length = inputs["input_ids"], inputs["pixel_values"], 3 + 8 + 10
+    assert ids[0, length - 3] == END and ids[0, length] == START, "the first two images, and the text between"
+    wanted = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    counts = {"num_visual_tokens": [4, 6, 4], "num_tiles": torch.tensor([1, 1, 1])}
+    encoded = []
+    model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: encoded.append(len((*args, *kwargs.values())[0])), with_kwargs=True
+    )
+    for more in ({}, counts):
+        cache = DynamicCache(config=model.config.get_text_config())
+        model(input_ids=ids[:, :length], pixel_values=pixels[:2], cache=cache)
+        encoded.clear()
+        asked = {**inputs, **more, CACHE: cache}
+        if as_embeds:
+            asked["inputs_embeds"] = model.get_input_embeddings()(asked.pop("input_ids"))
+            asked.pop("num_visual_tokens", None)
+        answer = model.generate(**asked, max_new_tokens=4, do_sample=False)
+        assert torch.equal(answer[:, -4:], wanted[:, -4:]) and encoded == [1]
+    cache.crop(length - 5 - cache.get_seq_length())
+    with pytest.raises(
+        ValueError, match="the cache ends after 16 tokens, within an image of tokens 12 to 17; crop it to 12"
+    ):
+        model.generate(**inputs, **{CACHE: cache}, max_new_tokens=4, do_sample=False)
+    cache.crop(-16)
+    assert torch.equal(model.generate(**inputs, **{CACHE: cache}, max_new_tokens=4, do_sample=False), wanted)
 
 
 def test_a_static_cache_gives_the_same_text():
