@@ -98,7 +98,27 @@ def test_a_stream_joins_to_the_answer(server, pictures):
     assert "".join(piece.choices[0].delta.content for piece in pieces) == whole.choices[0].message.content
     assert len(pieces) > 3 and pieces[0].choices[0].delta.role == "assistant"
     assert last.choices[0].finish_reason == whole.choices[0].finish_reason == "length"
+    cached = usage.usage.prompt_tokens_details.cached_tokens
+    assert cached == whole.usage.prompt_tokens - 1, "the prompt had just been run"
+    whole.usage.prompt_tokens_details.cached_tokens = cached
     assert usage.usage == whole.usage and not usage.choices
+
+
+def test_a_further_turn_is_answered_as_ever_and_runs_what_is_new(server, generator, pictures):
+    talk = asking(pictures[:2], "and which?")
+    first = ask(server, talk, [4, 12])
+    talk += [{"role": "assistant", "content": first.choices[0].message.content}, *asking(pictures[2:], "now?")]
+    answer = ask(server, talk, [4, 12, 4])
+    details = answer.usage.prompt_tokens_details
+    assert details.cached_tokens >= first.usage.prompt_tokens and details.image_tokens == 20
+    taken = [
+        {"role": turn["role"], "content": [{"type": "image", "image": next(files)} if item["type"] != "text" else item for item in turn["content"]] if isinstance(turn["content"], list) else turn["content"]}
+        for files in [iter([picture.read_bytes() for picture in pictures])] for turn in talk
+    ]  # fmt: skip
+    alone, _ = generator.generate(generator.inputs(taken, [4, 12, 4]), max_new_tokens=12, do_sample=False)
+    assert answer.choices[0].message.content == generator.processor.decode(alone, skip_special_tokens=True).strip()
+    other = ask(server, asking(pictures[1:], "and which?"), [4, 12]).usage
+    assert other.prompt_tokens_details.cached_tokens < 10, "another image stands at the begin"
 
 
 def test_an_answer_ends_before_a_stop_text(server, pictures):

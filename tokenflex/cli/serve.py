@@ -41,6 +41,7 @@ def add_serve_limits(command: argparse.ArgumentParser) -> None:
         ("--max-new-tokens", 1024, "tokens of an answer"),
         ("--max-seconds", 120, "seconds from a request to its last token"),
         ("--max-waiting", 32, "requests that wait"),
+        ("--max-cache-bytes", 2**30, "bytes of caches kept for conversations' next turns"),
     ):
         text = f"{what} at most (default {default})"
         command.add_argument(option, type=positive, default=default, metavar="N", help=text)
@@ -58,6 +59,7 @@ def serve_limits(arguments: argparse.Namespace) -> "ServeLimits":
         max_new_tokens=arguments.max_new_tokens,
         max_seconds=arguments.max_seconds,
         max_waiting=arguments.max_waiting,
+        max_cache_bytes=arguments.max_cache_bytes,
     )
 
 

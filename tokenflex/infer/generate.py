@@ -15,7 +15,9 @@ from ..data import Limits, decode_image
 from ..errors import UserError
 from ..export import is_exported
 from ..model.generation import greedy
+from ..model.modeling_tokenflex import CACHE
 from ..model.router import AUTO, asks_auto
+from .conversations import Conversations
 
 ROUTER = "router"
 """A total shared by the router."""
@@ -27,13 +29,14 @@ class Generator:
     """`generator(prompt, images, num_visual_tokens)` -> answer. Runs on the GPU where there is one.
 
     An image that was asked about before is not encoded again, whatever the count: the features of the `cached_images` used
-    last are kept, by the bytes of their files.
+    last are kept, by the bytes of their files. With `cache_bytes`, what a prompt shares with an earlier one is not run through the
+    language model again either: `Conversations` keeps as much of them.
 
     Raises:
         UserError: the folder holds no exported model.
     """
 
-    def __init__(self, folder: str | PathLike, cached_images: int = 16):
+    def __init__(self, folder: str | PathLike, cached_images: int = 16, *, cache_bytes: int = 0):
         if not is_exported(folder):
             raise UserError(
                 f"--model {folder}: no exported model there (no config.json); give the folder that training wrote, runs/NAME/model"
@@ -44,6 +47,7 @@ class Generator:
         self.processor = AutoProcessor.from_pretrained(folder)
         self.cached_images = cached_images
         self._features: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._conversations = Conversations(self.model, cache_bytes)
 
     def __call__(
         self,
@@ -71,8 +75,22 @@ class Generator:
             content += [{"type": "image", "image": frame} for frame in self._frames(path)]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
         inputs = self.inputs(messages, num_visual_tokens, effort, total_visual_tokens, share)
-        output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        answer, _ = self.generate(inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        return self.processor.decode(answer, skip_special_tokens=True).strip()
+
+    def generate(self, inputs: BatchFeature, **options: Any) -> tuple[torch.Tensor, int]:
+        """The tokens [T] that answer what `inputs` made, and how many of the prompt's were not run again; `options` are transformers'."""
+        cache = self._conversations.resume(inputs)
+        num_cached = 0 if cache is None else cache.get_seq_length()
+        resumed = {} if cache is None else {CACHE: cache}
+        try:
+            (sequence,) = self.model.generate(**inputs, **resumed, **options)
+        except torch.OutOfMemoryError:  # what is kept must not stand in the way of the next
+            self._conversations.clear()
+            raise
+        if cache is not None:
+            self._conversations.keep(inputs, sequence, cache)
+        return sequence[inputs["input_ids"].shape[1] :], num_cached
 
     def _frames(self, path: str | PathLike) -> list[Any]:
         try:

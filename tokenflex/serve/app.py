@@ -209,7 +209,10 @@ def _usage(started: Started, finished: Finished) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "completion_tokens": new,
         "total_tokens": prompt + new,
-        "prompt_tokens_details": {"image_tokens": started.num_image_tokens},
+        "prompt_tokens_details": {
+            "image_tokens": started.num_image_tokens,
+            "cached_tokens": finished.num_cached_tokens,
+        },
     }
 
 

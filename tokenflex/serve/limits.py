@@ -24,6 +24,8 @@ class ServeLimits:
     """From a request's arrival to its last token, waiting included."""
     max_waiting: int = 32
     """Requests that wait for their turn beside the one that is answered."""
+    max_cache_bytes: int = 2**30
+    """Of key-value caches that are kept for the next turn of their conversations."""
 
 
 class RequestRefused(UserError):

@@ -47,7 +47,7 @@ def serve(
         raise UserError(f"{folder}: no exported model there (no config.json); give the folder that training wrote")
     listener = _bound(host, port)
     with listener:
-        generator = Generator(folder)
+        generator = Generator(folder, cache_bytes=limits.max_cache_bytes)
         name = name or Path(folder).resolve().name
         about = _about(generator.model.config, limits)
         worker = Worker(generator, limits)

@@ -40,10 +40,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Finished:
-    """No more comes. reason: `stop`, or `length` where the answer was cut. seconds: from the prompt's tokens to the last new one."""
+    """No more comes. reason: `stop`, or `length` where the answer was cut. seconds: from the prompt's tokens to the last new one.
+    num_cached_tokens of the prompt were not run again, as an earlier one began with them."""
 
     reason: str
     num_new_tokens: int
+    num_cached_tokens: int
     seconds: float
 
 
@@ -135,8 +137,8 @@ class Worker:
             torch.manual_seed(request.seed)
         options = {"temperature": request.temperature, "top_p": request.top_p} if request.temperature else {}
         writer = _Writer(job, self._generator)
-        model.generate(
-            **inputs,
+        _, num_cached = self._generator.generate(
+            inputs,
             **options,
             do_sample=request.temperature > 0,
             max_new_tokens=num_new,
@@ -146,7 +148,7 @@ class Worker:
         if job.is_over:
             raise out_of_time(self._limits)
         reason = writer.reason(model.generation_config.eos_token_id)
-        job.tell(Finished(reason, len(writer.pieces.ids), time.monotonic() - asked))
+        job.tell(Finished(reason, len(writer.pieces.ids), num_cached, time.monotonic() - asked))
 
     def _room(self, num_prompt: int, num_new: int) -> int:
         """Tokens that may be written.
