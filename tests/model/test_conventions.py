@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import zoo
-from transformers import DynamicCache, Trainer, TrainingArguments
+from transformers import CompileConfig, DynamicCache, Trainer, TrainingArguments
 
 from tokenflex.model import TokenFlexConfig, TokenFlexForConditionalGeneration, TokenFlexModel
 from tokenflex.model.modeling_tokenflex import CACHE
@@ -162,6 +162,26 @@ def test_a_static_cache_gives_the_same_text():
         **inputs, max_new_tokens=6, do_sample=False, cache_implementation="static", disable_compile=True
     )
     assert torch.equal(static, wanted)
+
+
+def test_the_step_over_a_static_cache_is_one_graph_and_gives_the_same_text():
+    """What transformers compiles by itself on a GPU, here because it is told to; no further graph for a prompt of another length."""
+    graphs = []
+
+    def backend(graph, inputs, **options):
+        graphs.append(graph)
+        return graph.forward
+
+    settings = CompileConfig(fullgraph=True, backend=backend)
+    settings._compile_all_devices = True
+    model = tiny()
+    for counts in ([[4], [6, 4]], [[6], [4]]):
+        inputs = prompts(counts)
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+        wanted = model.generate(**inputs, **options)
+        static = {"cache_implementation": "static", "max_cache_len": 64, "compile_config": settings}
+        assert torch.equal(model.generate(**inputs, **options, **static), wanted)
+        assert len(graphs) == 1
 
 
 def test_what_a_checkpoint_lacks_gets_its_parts_own_start():
