@@ -218,27 +218,31 @@ def main():
         "--out", type=Path, default=RESULTS, help="the record; the page is written with the default alone"
     )
     options = parser.parse_args()
-    rows = []
+    record = described(options.turns)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build_tokenizer().save_pretrained(folder / "tokenizer")
         for model, workload in workloads(options.models.split(",")):
             specs = arms_of(model, workload, *prepare(model, workload, folder))
             found = measure(specs, folder / "arms" / f"{model} {workload}", options.turns, options.seconds)
-            rows.append({"model": model, "workload": workload, "arms": found})
-            print(json.dumps(rows[-1]), flush=True)
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or platform.machine()
-    record = {
-        "what": __doc__.splitlines()[0], "turns": options.turns, "seconds": options.seconds,
-        "date": subprocess.run(["date", "-I"], capture_output=True, text=True, check=True).stdout.strip(),
-        "machine": {"device": device, "threads": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]},
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "deepspeed")},
-        "left_out": [] if importlib.util.find_spec("trl") else [f"{PACKED_TEXT} (not installed)"], "rows": rows,
-    }  # fmt: skip
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
+            record["rows"].append({"model": model, "workload": workload, "arms": found})
+            print(json.dumps(record["rows"][-1]), flush=True)
+            options.out.write_text(json.dumps(record, indent=1) + "\n")  # what is killed later keeps these
     if options.out == RESULTS:
         PAGE.write_text(written(PAGE.read_text(), record))
     print(table(record))
+
+
+def described(turns):
+    """A record without rows."""
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "what": __doc__.splitlines()[0], "turns": turns,
+        "date": subprocess.run(["date", "-I"], capture_output=True, text=True, check=True).stdout.strip(),
+        "machine": {"device": device, "threads": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]},
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "deepspeed")},
+        "left_out": [] if importlib.util.find_spec("trl") else [f"{PACKED_TEXT} (not installed)"], "rows": [],
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
