@@ -100,7 +100,7 @@ def test_a_damaged_file_never_ends_otherwise(tmp_path):
 
 @needs_av
 def test_a_frame_larger_than_its_header_says_is_not_decoded():
-    """A stream of JPEGs, of which each says its own size: the third is 300 times as large as the header's."""
+    """A stream of JPEGs, of which each says its own size: the third is 1,500 times as large as the header's."""
     import av
 
     def frame(stream, size):
@@ -108,15 +108,15 @@ def test_a_frame_larger_than_its_header_says_is_not_decoded():
         return bytes(packet)
 
     file, large = io.BytesIO(), av.CodecContext.create("mjpeg", "w")
-    large.width, large.height, large.pix_fmt, large.time_base = 800, 480, "yuvj420p", Fraction(1, 4)
+    large.width, large.height, large.pix_fmt, large.time_base = 1600, 1200, "yuvj420p", Fraction(1, 4)
     with av.open(file, "w", format="avi") as out:
         stream = out.add_stream("mjpeg", rate=4)
         stream.width, stream.height, stream.pix_fmt = 40, 32, "yuvj420p"
         for place in range(4):
-            packet = av.Packet(frame(large, (800, 480)) if place == 2 else frame(stream, (40, 32)))
+            packet = av.Packet(frame(large, (1600, 1200)) if place == 2 else frame(stream, (40, 32)))
             packet.stream, packet.pts, packet.dts, packet.time_base = stream, place, place, Fraction(1, 4)
             out.mux(packet)
-    assert [len(image) for image in clip_frames(file.getvalue(), 4.0)] == [32, 32, 480, 32]
+    assert [len(image) for image in clip_frames(file.getvalue(), 4.0)] == [32, 32, 1200, 32]
     with pytest.raises(ClipRefused, match="not a readable video"):
         clip_frames(file.getvalue(), 4.0, max_pixels=10_000)
 

@@ -16,6 +16,8 @@ FRAMES_PER_SECOND, MAX_FRAMES = 1.0, 16
 MAX_DECODED = 36_000
 """Frames that a file may hold up to the last one that is taken: 20 minutes at 30 per second. All of them are decoded."""
 MAX_PIXELS = 100_000_000
+_MARGIN = 2**20
+"""Pixels beside twice the limit that a decoder may allocate: it rounds sides up to blocks and keeps margins around a frame."""
 _CONTAINERS = ((4, b"ftyp", "mp4"), (0, b"\x1aE\xdf\xa3", "matroska"), (8, b"AVI ", "avi"))
 """Where which bytes tell which container; no other is opened, since some (playlists) name further files to be read."""
 
@@ -115,8 +117,8 @@ def decoded(
                 f"{wanted[-1] + 1} frames have to be decoded, at most {MAX_DECODED} are; cut the video into shorter ones"
             )
         with av.open(io.BytesIO(data), format=container) as file:  # anew: not every container can be wound back
-            # a frame may be larger than the header says; twice, since codecs round sides up to blocks
-            file.streams.video[0].codec_context.options = {"max_pixels": str(2 * max_pixels)}
+            # a frame may be larger than the header says
+            file.streams.video[0].codec_context.options = {"max_pixels": str(2 * max_pixels + _MARGIN)}
             frames = _taken(file, set(wanted), is_over)
     except (av.FFmpegError, ValueError, OSError, MemoryError) as error:
         if isinstance(error, ClipRefused):
