@@ -427,18 +427,14 @@ class TokenFlexProcessor(ProcessorMixin):
             return_assistant_tokens_mask: whether `assistant_masks` come along: 1 for what training would learn.
             num_visual_tokens, total_visual_tokens, share: see `__call__`; a total is of each conversation.
             processor_kwargs: keywords of `__call__`, which may also stand among the others.
-            kwargs: variables of the chat template (`enable_thinking`, `tools`, ...). And `sanitize_control_tokens`: a message's text is never
-                a special token here; with it neither is any of the variables, which the template writes as its own.
+            kwargs: variables of the chat template (`tools`, ...); `sanitize_control_tokens`: they, too, may spell no special token.
 
         Raises:
-            TypeError: a keyword that neither the template nor the processor knows. ValueError: sanitized, and a variable spells a special
-                token, or text was asked for.
+            TypeError: a keyword that neither the template nor the processor knows. ValueError: a variable that spells a special token.
         """
         conversations, is_batch = _as_batch(_plain(conversation))
         template = self._template(chat_template)
-        options, calls = self._template_options(template, kwargs)
-        if calls.pop("sanitize_control_tokens", False):
-            self._check_sanitized(options, tokenize)
+        options, calls = self._template_options(template, kwargs, tokenize)
         rendered = [self._pieces(messages, add_generation_prompt, template, options) for messages in conversations]
         if not tokenize:
             texts = [self._as_text(pieces, marks) for pieces, _, marks in rendered]
@@ -460,7 +456,7 @@ class TokenFlexProcessor(ProcessorMixin):
         tag = "".join(self._image_tokens())
         return "".join(marks.sub(tag, piece.text) if piece.message >= 0 else piece.text for piece in pieces)
 
-    def _template_options(self, template, kwargs):
+    def _template_options(self, template, kwargs, tokenize):
         """Keywords parted into variables of the template and keywords of `__call__`."""
         options, calls = {}, {}
         for name, value in kwargs.items():
@@ -468,6 +464,8 @@ class TokenFlexProcessor(ProcessorMixin):
                 options[name] = value
             else:
                 calls[name] = value
+        if calls.pop("sanitize_control_tokens", False):
+            self._check_sanitized(options, tokenize)
         return {name: value for name, value in options.items() if value is not None}, calls
 
     def encode(
