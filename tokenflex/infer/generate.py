@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
@@ -29,7 +30,7 @@ class Generator:
     """`generator(prompt, images, num_visual_tokens)` -> answer. Runs on the GPU where there is one.
 
     An image that was asked about before is not encoded again, whatever the count: the features of the `cached_images` used
-    last are kept, by the bytes of their files. With `cache_bytes`, what a prompt shares with an earlier one is not run through the
+    last are kept, by the bytes of their files, or of a frame's pixels. With `cache_bytes`, what a prompt shares with an earlier one is not run through the
     language model again either: `Conversations` keeps as much of them.
 
     Raises:
@@ -110,8 +111,8 @@ class Generator:
     ) -> BatchFeature:
         """Inputs of the model, on its device, for a conversation that it shall go on with; images as the processor takes them.
 
-        Where all images are encoded bytes, `pixel_values` are their features, of which those used last are kept. "auto" has
-        become numbers in them. `total_visual_tokens` and `share` as in a call.
+        Where all images are encoded bytes or arrays, `pixel_values` are their features, of which those used last are kept. "auto"
+        has become numbers in them. `total_visual_tokens` and `share` as in a call.
 
         Raises:
             UserError: a count or total that does not fit, a conversation that the chat template does not take, or "auto" where the model
@@ -131,11 +132,11 @@ class Generator:
             raise UserError(
                 f"--share {share} with --num-visual-tokens auto: the router shares the total then; leave it out"
             )
-        inputs = self._rendered(messages, None)
+        inputs = self._rendered(messages, None, total_visual_tokens=0)  # any count does; the router shares the total
         seen = {name: inputs.get(name) for name in ("input_ids", "pixel_values", "attention_mask", "num_tiles")}
         try:
             chosen = self.model.resolve_auto(
-                num_visual_tokens, **seen, effort=effort, total_visual_tokens=total_visual_tokens
+                num_visual_tokens, **seen, effort=effort, total_visual_tokens=total_visual_tokens or None
             )
         except ValueError as error:
             raise UserError(f"--num-visual-tokens auto: {error}") from None
@@ -169,17 +170,17 @@ class Generator:
         images = [item.get("image") for item in items]  # of a video none is named, and nothing is kept
         if features is not None:
             inputs["pixel_values"] = features
-        elif images and all(isinstance(image, bytes) for image in images):
+        elif images and all(map(_is_keyed, images)):
             inputs["pixel_values"] = self._encoded(images, inputs["pixel_values"], inputs.get("num_tiles"))
         return inputs
 
     @torch.no_grad()
     def _encoded(
-        self, images: Sequence[bytes], pixel_values: torch.Tensor, num_tiles: Sequence[int] | None
+        self, images: Sequence[bytes | np.ndarray], pixel_values: torch.Tensor, num_tiles: Sequence[int] | None
     ) -> torch.Tensor:
         """The features of images, those of all their tiles together: [tiles, patches, C]."""
         tiles = [1] * len(images) if num_tiles is None else [int(number) for number in num_tiles]
-        keys = [hashlib.sha256(image).digest() for image in images]
+        keys = [_key(image) for image in images]
         found = {key: self._features[key] for key in keys if key in self._features}
         parts = dict(zip(keys, pixel_values.split(tiles)))
         missing = [key for key in parts if key not in found]
@@ -192,6 +193,19 @@ class Generator:
         while len(self._features) > self.cached_images:
             self._features.popitem(last=False)
         return torch.cat([found[key] for key in keys])
+
+
+def _is_keyed(image: object) -> bool:
+    """Whether an item's image is one whose features are kept; an array of more axes may be several images."""
+    return isinstance(image, bytes) or (isinstance(image, np.ndarray) and image.ndim == 3)
+
+
+def _key(image: bytes | np.ndarray) -> bytes:
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).digest()
+    told = hashlib.sha256(f"{image.dtype.str} {image.shape}".encode())
+    told.update(np.ascontiguousarray(image))
+    return told.digest()
 
 
 def _read_image(path: str | PathLike) -> bytes:
