@@ -78,7 +78,7 @@ GROUP_M = 8  # row tiles that share a column tile's weights while they are in L2
 
 
 @triton.jit
-def _tile_of(index, tiles_m, tiles_n, GROUP: tl.constexpr):
+def tile_of(index, tiles_m, tiles_n, GROUP: tl.constexpr):
     """The (row, column) tile of a linear index: columns outer within groups of GROUP row tiles."""
     per_group = GROUP * tiles_n
     first = (index // per_group) * GROUP
@@ -125,39 +125,49 @@ def _box(gate, up, ROWS: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.constexp
     return tl.permute(tl.join(round_to(gate, dtype), round_to(up, dtype)), (0, 2, 1))
 
 
+@triton.jit
+def gated_tile(
+    tokens, weight, bias, inner, gate_up, row, column, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr, STORE_GATE_UP: tl.constexpr,
+):  # fmt: skip
+    """The tile of ``gated_tma`` at (row, column).
+
+    One box [2, BN, BK] of the weight is one operand of 2 BN columns: a single wgmma m64n256k16 does both halves.
+    """
+    acc = tl.zeros((BM, 2 * BN), tl.float32)
+    for k in range(tl.cdiv(K, BK)):
+        a = tokens.load([row, k * BK])
+        b = tl.reshape(weight.load([0, column, k * BK]), (2 * BN, BK))
+        acc = matmul(a, b.T, acc)
+    # Gate column j and up column j sit in the same thread: the split moves registers only.
+    gate, up = _split_columns(acc)
+    if HAS_BIAS:
+        n = column + tl.arange(0, BN)
+        gate += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if STORE_GATE_UP:
+        # One after the other, all of one shape: they share the little memory that the pipeline leaves.
+        gate_up.store([row, 0, column], tl.reshape(round_to(gate, gate_up.dtype), (BM, 1, BN)))
+        gate_up.store([row, 1, column], tl.reshape(round_to(up, gate_up.dtype), (BM, 1, BN)))
+    if STORE_INNER:
+        inner.store([row, 0, column], tl.reshape(round_to(_swiglu(gate, up), inner.dtype), (BM, 1, BN)))
+
+
 @triton.jit(do_not_specialize=["M"])
 def gated_tma(
     tokens, weight, bias, inner, gate_up, M, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, NUM_PROGRAMS: tl.constexpr,
     HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr, STORE_GATE_UP: tl.constexpr,
 ):  # fmt: skip
-    """tokens [M, K], weight [2, N, K] -> inner [M, 1, N] and gate_up [M, 2, N]; all but ``bias`` [2N] are descriptors.
-
-    One box [2, BN, BK] of the weight is one operand of 2 BN columns: a single wgmma m64n256k16 does both halves.
-    """
+    """tokens [M, K], weight [2, N, K] -> inner [M, 1, N] and gate_up [M, 2, N]; all but ``bias`` [2N] are descriptors."""
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, NUM_PROGRAMS):
-        tile_m, tile_n = _tile_of(index, tiles_m, tiles_n, GROUP)
-        row = tile_m * BM
-        column = tile_n * BN
-        acc = tl.zeros((BM, 2 * BN), tl.float32)
-        for k in range(tl.cdiv(K, BK)):
-            a = tokens.load([row, k * BK])
-            b = tl.reshape(weight.load([0, column, k * BK]), (2 * BN, BK))
-            acc = matmul(a, b.T, acc)
-        # Gate column j and up column j sit in the same thread: the split moves registers only.
-        gate, up = _split_columns(acc)
-        if HAS_BIAS:
-            n = column + tl.arange(0, BN)
-            gate += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-            up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        if STORE_GATE_UP:
-            # One after the other, all of one shape: they share the little memory that the pipeline leaves.
-            gate_up.store([row, 0, column], tl.reshape(round_to(gate, gate_up.dtype), (BM, 1, BN)))
-            gate_up.store([row, 1, column], tl.reshape(round_to(up, gate_up.dtype), (BM, 1, BN)))
-        if STORE_INNER:
-            inner.store([row, 0, column], tl.reshape(round_to(_swiglu(gate, up), inner.dtype), (BM, 1, BN)))
+        tile_m, tile_n = tile_of(index, tiles_m, tiles_n, GROUP)
+        gated_tile(
+            tokens, weight, bias, inner, gate_up, tile_m * BM, tile_n * BN, N, K,
+            BM, BN, BK, HAS_BIAS, STORE_INNER, STORE_GATE_UP,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -167,7 +177,7 @@ def gated_pointer(
     HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr, STORE_GATE_UP: tl.constexpr,
 ):  # fmt: skip
     """``gated_tma`` through pointers: tokens [M, K], weight [2N, K] -> inner [M, N] and gate_up [M, 2N], contiguous."""
-    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     m = tile_m * BM + tl.arange(0, BM)
     n = tile_n * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
@@ -249,7 +259,7 @@ def dgated_tma(
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, NUM_PROGRAMS):
-        tile_m, tile_n = _tile_of(index, tiles_m, tiles_n, GROUP)
+        tile_m, tile_n = tile_of(index, tiles_m, tiles_n, GROUP)
         row = tile_m * BM
         column = tile_n * BN
         acc = tl.zeros((BM, BN), tl.float32)
@@ -288,7 +298,7 @@ def dgated_pointer(
     HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr,
 ):  # fmt: skip
     """``dgated_tma`` through pointers: d_out [M, K], weight [K, N], gate_up [M, 2N] -> d_gate_up [M, 2N], inner [M, N]."""
-    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     m = tile_m * BM + tl.arange(0, BM)
     n = tile_n * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
@@ -337,14 +347,14 @@ def gated(
     tokens: Tensor, weight: Tensor, bias: Tensor | None, store_inner: bool, store_gate_up: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """silu(gate) * up [M, H] and the packed [gate | up] [M, 2H] of tokens [M, C] and weight [2H, C], as asked for."""
-    tokens, weight = _dense(tokens), _dense(weight)
+    tokens, weight = dense(tokens), dense(weight)
     num_rows, width, depth = tokens.shape[0], weight.shape[0] // 2, tokens.shape[1]
-    is_aligned = _is_aligned(width, depth, tokens, weight)
-    key = choose.key("gated", tokens, num_rows, depth, width, bias is not None, store_inner, store_gate_up, is_aligned)
+    aligned = is_aligned(width, depth, tokens, weight)
+    key = choose.key("gated", tokens, num_rows, depth, width, bias is not None, store_inner, store_gate_up, aligned)
     with choose.on_device(tokens):
         return choose.run(
             key,
-            lambda: _candidates(GATED_CONFIGS, tokens, num_rows, width, is_aligned),
+            lambda: candidates(GATED_CONFIGS, tokens, num_rows, width, aligned),
             lambda config: launch_gated(config, tokens, weight, bias, store_inner, store_gate_up),
         )
 
@@ -356,25 +366,25 @@ def dgated(
 
     d_out [M, D], weight [D, H], gate_up [M, 2H].
     """
-    d_out, weight = _dense(d_out), _dense(weight)
+    d_out, weight = dense(d_out), dense(weight)
     num_rows, (depth, width) = d_out.shape[0], weight.shape
-    is_aligned = _is_aligned(width, depth, d_out, weight, gate_up)
-    key = choose.key("dgated", d_out, num_rows, depth, width, sum_bias, store_inner, is_aligned)
+    aligned = is_aligned(width, depth, d_out, weight, gate_up)
+    key = choose.key("dgated", d_out, num_rows, depth, width, sum_bias, store_inner, aligned)
     with choose.on_device(d_out):
         return choose.run(
             key,
-            lambda: _candidates(DGATED_CONFIGS, d_out, num_rows, width, is_aligned),
+            lambda: candidates(DGATED_CONFIGS, d_out, num_rows, width, aligned),
             lambda config: launch_dgated(config, d_out, weight, gate_up, sum_bias, store_inner),
         )
 
 
-def _dense(matrix: Tensor) -> Tensor:
+def dense(matrix: Tensor) -> Tensor:
     """``matrix`` with rows one after another. A single row may call itself contiguous whatever its strides say."""
     matrix = matrix.contiguous()
     return matrix if matrix.stride(0) == matrix.shape[1] else matrix.as_strided(matrix.shape, (matrix.shape[1], 1))
 
 
-def _is_aligned(width: int, depth: int, *operands: Tensor) -> bool:
+def is_aligned(width: int, depth: int, *operands: Tensor) -> bool:
     """Whether every row starts at a multiple of 16 bytes, in half precision."""
     return width % 8 == 0 and depth % 8 == 0 and not any(t.data_ptr() % 16 for t in operands)
 
@@ -384,15 +394,15 @@ def configs_for(shipped: dict[str, tuple[TileConfig, ...]], path: str, capabilit
     return [config for config in shipped[path] if config.major in (0, capability // 10)]
 
 
-def _candidates(
-    shipped: dict[str, tuple[TileConfig, ...]], first: Tensor, rows: int, width: int, is_aligned: bool
+def candidates(
+    shipped: dict[str, tuple[TileConfig, ...]], first: Tensor, rows: int, width: int, aligned: bool
 ) -> list[choose.Candidate]:
     """The configurations that can run this shape, the rule's choice first."""
     unfused = choose.Candidate(UNFUSED, UNFUSED)
     if first.element_size() != 2:
         return [unfused]
     capability = target.capability(first.device)
-    has_tma = is_aligned and capability // 10 in target.TMA_CAPABILITIES
+    has_tma = aligned and capability // 10 in target.TMA_CAPABILITIES
     # The first configuration with a tile for every multiprocessor; short of that, the one with the most tiles.
     wanted, rows = target.num_processors(first.device), choose.bucket(rows)
     configs = sorted(
@@ -401,7 +411,7 @@ def _candidates(
     )
     fused = [choose.Candidate(name_of(config), config) for config in configs]
     # Rows that are no multiple of 16 bytes are read 2 bytes at a time: there cuBLAS comes first.
-    return [*fused, unfused] if is_aligned else [unfused, *fused]
+    return [*fused, unfused] if aligned else [unfused, *fused]
 
 
 def name_of(config: TileConfig) -> str:
@@ -442,7 +452,7 @@ def launch_gated(
     gated_tma[(min(tiles, programs),)](
         TensorDescriptor.from_tensor(tokens, [config.m, config.k]),
         TensorDescriptor.from_tensor(weight.view(2, width, depth), [2, config.n, config.k]),
-        bias, _parts_of(inner, 1, config.m, 1, config.n), _parts_of(gate_up, 2, config.m, 1, config.n),
+        bias, parts_of(inner, 1, config.m, 1, config.n), parts_of(gate_up, 2, config.m, 1, config.n),
         num_rows, width, depth, NUM_PROGRAMS=programs, **options,
     )  # fmt: skip
     return inner, gate_up
@@ -479,7 +489,7 @@ def launch_dgated(
         dgated_tma[(min(tiles, programs),)](
             TensorDescriptor.from_tensor(d_out, [config.m, config.k]),
             TensorDescriptor.from_tensor(weight, [config.k, config.n]),
-            _parts_of(gate_up, 2, config.m, 2, strip), _parts_of(d_gate_up, 2, config.m, 2, strip),
+            parts_of(gate_up, 2, config.m, 2, strip), parts_of(d_gate_up, 2, config.m, 2, strip),
             _descriptor(inner, [config.m, strip]),
             sums, num_rows, width, depth, NUM_PROGRAMS=programs, PIECES=config.pieces, **options,
         )  # fmt: skip
@@ -490,7 +500,7 @@ def _descriptor(tensor: Tensor | None, block: list[int]) -> TensorDescriptor | N
     return None if tensor is None else TensorDescriptor.from_tensor(tensor, block)
 
 
-def _parts_of(tensor: Tensor | None, parts: int, rows: int, at_once: int, columns: int) -> TensorDescriptor | None:
+def parts_of(tensor: Tensor | None, parts: int, rows: int, at_once: int, columns: int) -> TensorDescriptor | None:
     """Boxes [rows, at_once, columns] of a [tokens, parts, H] view."""
     if tensor is None:
         return None

@@ -147,19 +147,15 @@ def affine(hat, scale, shift, c, channels, HAS_SCALE: tl.constexpr, HAS_SHIFT: t
     return round_to(y, hat.dtype)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_images", "halvings"])
-def pool_rows(
-    source, stride, table, out, hat, rstd, scale, shift, num_rows, num_images, halvings, channels, eps,
-    ROWS: tl.constexpr, SPAN: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, CELLS: tl.constexpr,
+@triton.jit
+def pool_tile(
+    source, stride, table, out, hat, rstd, scale, shift, num_rows, num_images, halvings, channels, eps, first_row, begin,
+    ROWS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, CELLS: tl.constexpr,
     POOL: tl.constexpr, RESIZE: tl.constexpr, TRANSPOSED: tl.constexpr,
     NORM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, STORE_HAT: tl.constexpr,
 ):  # fmt: skip
-    """out [num_rows, channels] from source rows ``stride`` apart: pooled by ``table`` (POOL) or as they are.
-
-    NORM: out = LayerNorm of that, ``hat`` the rows before scale and shift, ``rstd`` float32 [num_rows] for STORE_HAT.
-    """
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    begin = tl.program_id(1) * SPAN
+    """``pool_rows`` for the ROWS rows from ``first_row`` on and the channels from ``begin`` on."""
+    r = first_row + tl.arange(0, ROWS)
     # of the 2^31 rows that there may be, the last block's numbers past the end must not wrap
     in_rows = (r >= 0) & (r < num_rows)
     c0 = begin + tl.arange(0, P0)
@@ -257,6 +253,24 @@ def pool_rows(
         )
 
 
+@triton.jit(do_not_specialize=["num_rows", "num_images", "halvings"])
+def pool_rows(
+    source, stride, table, out, hat, rstd, scale, shift, num_rows, num_images, halvings, channels, eps,
+    ROWS: tl.constexpr, SPAN: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, CELLS: tl.constexpr,
+    POOL: tl.constexpr, RESIZE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    NORM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, STORE_HAT: tl.constexpr,
+):  # fmt: skip
+    """out [num_rows, channels] from source rows ``stride`` apart: pooled by ``table`` (POOL) or as they are.
+
+    NORM: out = LayerNorm of that, ``hat`` the rows before scale and shift, ``rstd`` float32 [num_rows] for STORE_HAT.
+    """
+    pool_tile(
+        source, stride, table, out, hat, rstd, scale, shift, num_rows, num_images, halvings, channels, eps,
+        tl.program_id(0) * ROWS, tl.program_id(1) * SPAN,
+        ROWS, P0, P1, P2, CELLS, POOL, RESIZE, TRANSPOSED, NORM, HAS_SCALE, HAS_SHIFT, STORE_HAT,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["num_rows", "rows"])
 def norm_grad_rows(
     d_tokens, hat, rstd, scale, d_source, sums, num_rows, rows, channels,
@@ -339,6 +353,20 @@ def launch(
     """``pool`` by one configuration, on rows that lie close or ``stride(0)`` apart."""
     if config == UNFUSED:
         return _unfused(source, plan, transposed, norm)
+    channels = source.shape[1]
+    span = channels if norm is not None else min(config.span or SHARED_ROW_WIDTH, channels)
+    made, arguments, constants = prepare(source, plan, transposed, norm, span)
+    pool_rows[target.cdiv(made[0].shape[0], config.rows), target.cdiv(channels, span)](
+        *arguments, ROWS=config.rows, SPAN=span, **constants,
+        num_warps=config.num_warps, maxnreg=MAX_REGISTERS, **OPTIONS,
+    )  # fmt: skip
+    return made
+
+
+def prepare(
+    source: Tensor, plan: PoolPlan | None, transposed: bool, norm: NormOf | None, span: int
+) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], tuple, dict]:
+    """(what ``launch`` returns, unwritten; the arguments of ``pool_rows``; its constants for programs of ``span`` channels)."""
     channels, num_rows = source.shape[1], source.shape[0]
     if plan is not None:
         num_rows = plan.num_patches if transposed else plan.num_tokens
@@ -349,20 +377,20 @@ def launch(
         if keep:
             rstd = torch.empty(num_rows, dtype=torch.float32, device=source.device)
             hat = out if scale is None and shift is None else torch.empty_like(out)
-    span = channels if norm is not None else min(config.span or SHARED_ROW_WIDTH, channels)
-    p0, p1, p2 = pieces_of(span)
     table, num_images, cells, is_resize = None, 0, 1, False
     if plan is not None:
         table, num_images, is_resize = plan.table, plan.table.shape[0] - 1, plan.is_resize
         cells = min(plan.patch_cells if transposed else plan.cells, CELLS_UNROLLED)
-    pool_rows[target.cdiv(num_rows, config.rows), target.cdiv(channels, span)](
+    arguments = (
         source, source.stride(0), table, out, hat, rstd, scale, shift, num_rows, num_images, num_images.bit_length(),
-        channels, eps, ROWS=config.rows, SPAN=span, P0=p0, P1=p1, P2=p2, CELLS=8 if cells == 7 else cells,
-        POOL=plan is not None, RESIZE=is_resize, TRANSPOSED=transposed, NORM=norm is not None,
-        HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, STORE_HAT=rstd is not None,
-        num_warps=config.num_warps, maxnreg=MAX_REGISTERS, **OPTIONS,
+        channels, eps,
     )  # fmt: skip
-    return out, hat, rstd
+    constants = dict(
+        zip(("P0", "P1", "P2"), pieces_of(span)), CELLS=8 if cells == 7 else cells, POOL=plan is not None,
+        RESIZE=is_resize, TRANSPOSED=transposed, NORM=norm is not None, HAS_SCALE=scale is not None,
+        HAS_SHIFT=shift is not None, STORE_HAT=rstd is not None,
+    )  # fmt: skip
+    return (out, hat, rstd), arguments, constants
 
 
 def _unfused(
@@ -378,6 +406,11 @@ def _unfused(
     return tokens, hat if norm.keep else None, rstd if norm.keep else None
 
 
+def strided(source: Tensor) -> Tensor:
+    """``source``, or a copy where the values of a row do not lie side by side, or rows overlap."""
+    return source if source.stride(1) == 1 and source.stride(0) >= source.shape[1] else source.contiguous()
+
+
 def pool(
     source: Tensor, plan: PoolPlan | None, transposed: bool = False, norm: NormOf | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -386,8 +419,7 @@ def pool(
     Rows are [tokens, C], or with ``transposed`` the gradient [patches, C] of [tokens, C]. With ``norm`` they are the
     LayerNorm of the pooled rows; the other two are None unless it says keep.
     """
-    if source.stride(1) != 1 or source.stride(0) < source.shape[1]:
-        source = source.contiguous()
+    source = strided(source)
     num_rows, width = source.shape
     if plan is not None:
         num_rows = plan.num_patches if transposed else plan.num_tokens

@@ -198,7 +198,7 @@ def test_the_rule_depends_on_the_key_alone():
     x = torch.zeros(1, 64, dtype=torch.bfloat16)
     for shipped in (gated.GATED_CONFIGS, gated.DGATED_CONFIGS):
         for low, high in ((1, 1), (65, 128), (129, 256), (1025, 2048)):
-            names = [[c.name for c in gated._candidates(shipped, x, rows, 128, True)] for rows in (low, high)]
+            names = [[c.name for c in gated.candidates(shipped, x, rows, 128, True)] for rows in (low, high)]
             assert names[0] == names[1] and names[0][-1] == gated.UNFUSED
 
 
@@ -208,10 +208,10 @@ def test_small_batches_take_small_tiles(monkeypatch):
 
     monkeypatch.setattr(target, "num_processors", lambda device: 132)
     x = torch.zeros(1, 1152, dtype=torch.bfloat16)
-    first = lambda rows: gated._candidates(gated.GATED_CONFIGS, x, rows, 3456, True)[0].config  # noqa: E731
+    first = lambda rows: gated.candidates(gated.GATED_CONFIGS, x, rows, 3456, True)[0].config  # noqa: E731
     assert (first(16384).m, first(16384).n) == (128, 128)
     assert first(256).m * first(256).n < 128 * 128
-    assert gated._candidates(gated.GATED_CONFIGS, x.float(), 256, 3456, True)[0].config == gated.UNFUSED
+    assert gated.candidates(gated.GATED_CONFIGS, x.float(), 256, 3456, True)[0].config == gated.UNFUSED
 
 
 def test_one_row_of_odd_strides_is_laid_out_anew():
@@ -221,7 +221,7 @@ def test_one_row_of_odd_strides_is_laid_out_anew():
 
     row = torch.zeros(64, 1).t()
     assert row.is_contiguous() and row.stride() == (1, 1)
-    assert gated._dense(row).stride() == (64, 1)
+    assert gated.dense(row).stride() == (64, 1)
 
 
 def test_a_warm_up_leaves_nothing_to_choose(monkeypatch):
