@@ -42,6 +42,7 @@ class _State:
 
     def __init__(self) -> None:
         self.mode = "measure"
+        self.allows_one_launch = False
         self.chosen: dict[str, str] = {}
         self.timings_ms: dict[str, dict[str, float]] = {}
         self.dropped: dict[str, dict[str, str]] = {}
@@ -61,6 +62,19 @@ def set_tuning(mode: str) -> None:
     if mode not in TUNING_MODES:
         raise ValueError(f"tuning mode is {mode!r}; it must be one of {TUNING_MODES}")
     _state.mode = mode
+
+
+def set_one_launch(is_allowed: bool) -> None:
+    """Let pooling, LayerNorm and the gated product be one launch (fused.py) where that was compared, timed and is faster.
+
+    Off by default, as no GPU has run it. Set it before ``warm_up``; mode ``rule`` takes it only from imported choices.
+    """
+    _state.allows_one_launch = is_allowed
+
+
+def allows_one_launch() -> bool:
+    """What ``set_one_launch`` was told."""
+    return _state.allows_one_launch
 
 
 def export_choices() -> dict[str, dict]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference, target
+from . import choose, reference, target
 from .geometry import PoolPlan
 
 # Rows from which frozen features take the way round the product [T, 2H] x [2H, C]: that costs 2 T flops per weight, the
@@ -62,14 +62,16 @@ def forward(
     """
     check(features, weights)
     norm = (weights.norm_weight, weights.norm_bias, eps, keep) if has_norm else None
-    tokens, rows, rstd = _pooled(features, plan, norm)
+    made = _in_one_launch(features, plan, norm, weights, keep and not recompute)
+    tokens, rows, rstd = made[:3] if made else _pooled(features, plan, norm)
     if plan is not None and not has_norm:
         rows = tokens
     if tokens.shape[0] == 0:
         out = tokens.new_empty(0, weights.down_weight.shape[0])
         gate_up = None if recompute else tokens.new_empty(0, weights.gate_up_weight.shape[0])
     else:
-        inner, gate_up = _gated(tokens, weights.gate_up_weight, weights.gate_up_bias, True, keep and not recompute)
+        gated = made[3:] if made else _gated(tokens, *weights[2:4], True, keep and not recompute)
+        inner, gate_up = gated
         out = F.linear(inner, weights.down_weight, weights.down_bias)
     return out, Kept(*(features.new_empty(0) if x is None else x for x in (rows, rstd, gate_up)))
 
@@ -179,6 +181,20 @@ def _pooled(
         return tokens, None, None
     hat, rstd = reference.normalise(wide, eps)
     return tokens, hat.to(rows.dtype), rstd
+
+
+def _in_one_launch(
+    features: Tensor, plan: PoolPlan | None, norm: tuple | None, weights: Weights, store_gate_up: bool
+) -> tuple[Tensor | None, ...] | None:
+    """What ``_pooled`` and ``_gated`` return, where they may be one launch; else None."""
+    if plan is None or plan.num_tokens == 0 or not (choose.allows_one_launch() and target.runs_kernels(features)):
+        return None
+    from . import fused, pool
+
+    if not pool.fits_norm(features.shape[1]):
+        return None
+    norm = None if norm is None else pool.NormOf(*norm)
+    return fused.pooled_gated(features, plan, norm, weights.gate_up_weight, weights.gate_up_bias, store_gate_up)
 
 
 def _affine(rows: Tensor, weights: Weights, has_norm: bool) -> Tensor:

@@ -3,7 +3,19 @@
 import pytest
 import torch
 from kernel_checks import DTYPES, ROUNDING, num_rows, poison_allocations, relative_error, same_bits
-from tokenflex_kernels import Linear, Norm, choose, gated, mlp, pool_plan, pooled_swiglu, reference, target
+from tokenflex_kernels import (
+    Linear,
+    Norm,
+    choose,
+    fused,
+    gated,
+    mlp,
+    pool_plan,
+    pooled_swiglu,
+    reference,
+    set_one_launch,
+    target,
+)
 
 NAMES = ("features", "norm_weight", "norm_bias", "gate_up_weight", "gate_up_bias", "down_weight", "down_bias")
 GRIDS, SIDES = [(7, 13), (5, 5), (9, 4)], [(3, 5), (8, 8), (2, 2)]
@@ -120,6 +132,43 @@ def test_twice_the_same_bits_and_recompute_agrees():
     for name in first:
         assert same_bits(first[name], second[name]), name
         assert same_bits(first[name], again[name]), name
+
+
+@pytest.fixture
+def one_launch():
+    set_one_launch(True)
+    yield
+    set_one_launch(False)
+
+
+@pytest.mark.parametrize("config", fused.CONFIGS, ids=gated.name_of)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_one_launch_is_no_worse_than_eager_either(dtype, config, one_launch):
+    """By the rule that two launches are held to; twice the same bits, also where it is recomputed, and by inference."""
+    tensors, grad = inputs(dtype), random_grad(dtype)
+    with choose.pinned("pooled_gated", gated.name_of(config)), choose.pinned("gated", gated.name_of(config)):
+        ours, wide, eager = against_exact(tensors, grad)
+        check(ours, wide, eager, dtype)
+        again, recomputed = run(tensors, grad), run(tensors, grad, recompute=True)
+        features, scale, shift, *weights = tensors
+        plan, linears = pool_plan(GRIDS, SIDES), (Linear(*weights[:2]), Linear(*weights[2:]))
+        out = pooled_swiglu(features, plan, Norm(scale, shift, 1e-5), *linears)
+    assert all(same_bits(got[name], ours[name]) for got in (again, recomputed) for name in ours)
+    assert same_bits(out, ours["out"])
+
+
+def test_one_launch_is_off_until_asked_for_and_then_wants_a_timing(monkeypatch):
+    launched, launch = [], fused.launch
+    monkeypatch.setattr(fused, "launch", lambda config, *rest: (launched.append(config), launch(config, *rest))[1])
+    tensors, grad = inputs(torch.bfloat16), random_grad(torch.bfloat16)
+    wanted = run(tensors, grad)
+    assert not launched
+    set_one_launch(True)
+    try:
+        got = run(tensors, grad)  # on the CPU nothing is timed
+    finally:
+        set_one_launch(False)
+    assert launched == [gated.UNFUSED] and all(same_bits(got[name], wanted[name]) for name in wanted)
 
 
 def test_rows_do_not_see_each_other():

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from kernel_checks import RAGGED, ROUNDING, poisoned_allocations, relative_error
-from tokenflex_kernels import choose, frozen, gated, pool, pool_plan, reference, splice, target
+from tokenflex_kernels import choose, frozen, fused, gated, pool, pool_plan, reference, splice, target
 
 UNFUSED = choose.UNFUSED
 
@@ -67,6 +67,8 @@ def all_cases(size, device):
     for way in dict.fromkeys((path, "pointer")):
         yield from gated_cases(size, device, gated.configs_for(gated.GATED_CONFIGS, way, capability))
         yield from dgated_cases(size, device, gated.configs_for(gated.DGATED_CONFIGS, way, capability))
+    if path == "tma":
+        yield from fused_cases(size, device)
     yield from other_cases(size, device)
 
 
@@ -101,6 +103,43 @@ def gated_cases(size, device, configs):
 
                     name = config if config == UNFUSED else gated.name_of(config)
                     yield Case("gated", name, f"T={num_rows} bias={has_bias} stores={stores}", run)
+
+
+def fused_cases(size, device):
+    """Pooling, LayerNorm and ``gated`` in one launch: what training and inference store, no bias, no LayerNorm, x rows."""
+    batches = [([(1, 1)], [(1, 1)]), RAGGED]  # 1 and 104 rows
+    if not size.is_small:
+        batches.append(([(27, 27)] * 13, [(16, 16), (12, 12)] * 6 + [(16, 16)]))  # 2656
+    for config in fused.CONFIGS:
+        for grids, sides in batches:
+            plan = pool_plan(grids, sides, device=device)
+            for way in ("training", "inference", "no bias", "no norm"):
+                run = _fused_run(size, device, _tile(config, size), plan, way)
+                yield Case("pooled_gated", gated.name_of(config), f"T={plan.num_tokens} {way}", run)
+
+
+def _fused_run(size, device, tile, plan, way):
+    def run():
+        source = randn(device, plan.num_patches, size.width + 8)[:, 8:]
+        weight = randn(device, 2 * size.inner, size.width, scale=size.width**-0.5)
+        bias = None if way == "no bias" else randn(device, 2 * size.inner)
+        scale, shift = randn(device, 2, size.width)
+        norm = None if way == "no norm" else pool.NormOf(scale, shift, 1e-5, way != "inference")
+        tokens, hat, rstd, inner, gate_up = fused.launch(tile, source, plan, norm, weight, bias, way != "inference")
+        wanted = reference.pool(source.double(), plan)
+        outputs = []
+        if norm is not None:
+            exact, exact_rstd = reference.normalise(wanted, 1e-5)
+            wanted = reference.affine(exact, scale.double(), shift.double())
+            outputs = [("hat", hat, exact, 1), ("rstd", rstd, exact_rstd, 1)]
+        product = tokens.double() @ weight.double().T + (0 if bias is None else bias.double())
+        gate, up = product.chunk(2, -1)
+        outputs += [("tokens", tokens, wanted, 2), ("inner", inner, torch.nn.functional.silu(gate) * up, 2)]
+        outputs.append(("gate_up", gate_up, product, 2))
+        assert [x is None for x in (hat, gate_up)] == [way in ("inference", "no norm"), way == "inference"]
+        return [output for output in outputs if output[1] is not None]
+
+    return run
 
 
 def dgated_cases(size, device, configs):

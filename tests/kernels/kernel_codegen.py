@@ -66,11 +66,31 @@ def measure(compiled):
         "descriptor_loads": count(r"\bUTMALDG"),
         "descriptor_stores": count(r"\bUTMASTG"),
         "hmma": count(r"\bHMMA"),
-        "atomics": count(r"\b(?:ATOM|ATOMG|RED)\b"),
+        "atomics": count(r"\b(?:ATOM|RED)G?\b"),
+        "order": order(ptx),
         "wgmma": sorted(set(re.findall(r"wgmma\.mma_async\S*?\.(m64n\d+k\d+)", ptx))),
         "tcgen05": "tcgen05.mma" in ptx,
         "pipelined": "wgmma.wait_group.sync.aligned 1" in ptx,
     }
+
+
+ORDERED = {
+    "ticket": r"\batom\S*\.relaxed\S*\.add",
+    "release": r"\b(?:red|atom)\S*\.release\S*\.add",
+    "acquire": r"\b(?:ld|atom)\S*\.acquire",
+    "fence": r"\bfence\.proxy\.async\.global",
+    "barrier": r"\bbar(?:rier)?\.(?:cta\.)?sync",
+    "store": r"\bst\.global",
+    "descriptor": r"\bcp\.async\.bulk\.tensor\S*\.shared\S*\.global",
+}
+
+
+def order(ptx):
+    """In the order of the text, what programs that wait for each other do, by the names of ``ORDERED``; none without atomics."""
+    if not re.search(ORDERED["release"], ptx):
+        return []
+    found = [next((name for name, way in ORDERED.items() if re.search(way, line)), None) for line in ptx.splitlines()]
+    return [name for name in found if name]
 
 
 def call(name, *arguments):
@@ -149,6 +169,35 @@ def gated_cases(path, dtype, capability):
                     signature["gate_up"] = f"*{dtype}"
             options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "programs_per_sm": config.per_sm}
             yield f"gated {gated.name_of(config)} {dtype} training={training}", kernel, signature, constants, options
+
+
+def fused_cases(dtype):
+    """Pooling, LayerNorm and ``gated`` in one launch, likewise; at a width of 1152, and at 3200 in the other mode."""
+    from tokenflex_kernels import fused, gated, pool
+
+    for config in fused.CONFIGS[: None if dtype == "bf16" else 1]:
+        for training, is_resize, width in ((True, False, 1152), (False, False, 1152), (True, True, 3200)):
+            signature = dict.fromkeys(("source", "rows", "scale", "shift", "bias"), f"*{dtype}")
+            signature |= {"stride": "i32:16", "table": "*i32", "counters": "*i32", "eps": "fp32"}
+            signature |= {"M": "i32", "num_images": "i32", "halvings": "i32", "K": "i32:16", "N": "i32:16"}
+            signature |= {"tokens": _descriptor(dtype, config.m, config.k)}
+            signature |= {"weight": _descriptor(dtype, 2, config.n, config.k)}
+            signature |= {"inner": _descriptor(dtype, config.m, 1, config.n)}
+            if training:
+                signature |= {"hat": f"*{dtype}", "rstd": "*fp32", "gate_up": signature["inner"]}
+            constants = dict(
+                zip(("P0", "P1", "P2"), pool.pieces_of(width)), CELLS=5, RESIZE=is_resize, TRANSPOSED=False
+            )
+            constants |= dict.fromkeys(("POOL", "NORM", "HAS_SCALE", "HAS_SHIFT", "HAS_BIAS"), True)
+            constants |= {
+                "ROWS": fused.rows_per_ticket(config, width),
+                "STORE_HAT": training,
+                "STORE_GATE_UP": training,
+            }
+            constants |= {"BM": config.m, "BN": config.n, "BK": config.k, "GROUP": gated.GROUP_M, "NUM_PROGRAMS": 132}
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            name = f"fused {gated.name_of(config)} {dtype} training={training} width={width}"
+            yield name, fused.pooled_gated_tma, signature, constants, options
 
 
 def dgated_cases(path, dtype, capability):
@@ -234,6 +283,8 @@ def cases(capability):
     for dtype in ("bf16", "fp16"):
         yield from gated_cases(path, dtype, capability)
         yield from dgated_cases(path, dtype, capability)
+        if path == "tma":
+            yield from fused_cases(dtype)
 
 
 def main(capability, wanted=""):

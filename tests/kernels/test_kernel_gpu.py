@@ -52,12 +52,18 @@ def random_grad(dtype, out=1536, sides=RAGGED[1]):
     return torch.randn(num_rows(sides), out, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
 
 
+def has_tma():
+    from tokenflex_kernels import target
+
+    return target.capability(torch.device("cuda", 0)) // 10 in target.TMA_CAPABILITIES
+
+
 def configurations():
     """Every pair of gated and dgated configurations by name, for the device at hand."""
     from tokenflex_kernels import gated, target
 
     capability = target.capability(torch.device("cuda", 0))
-    path = "tma" if capability // 10 in target.TMA_CAPABILITIES else "pointer"
+    path = "tma" if has_tma() else "pointer"
     tiles = gated.GATED_CONFIGS[path]
     pairs = [
         (tiles[i % len(tiles)], config)
@@ -74,12 +80,14 @@ def rule():
     set_tuning("measure")
 
 
-@pytest.mark.parametrize("kernel", ["pool", "gated", "dgated", "norm_grad", "weight_grads", "splice"])
+@pytest.mark.parametrize("kernel", ["pool", "gated", "dgated", "pooled_gated", "norm_grad", "weight_grads", "splice"])
 def test_every_case_is_right(kernel):
     """kernel_cases.py: persistent turns, partial tiles, one row, bias or none, what training and inference store."""
     import kernel_cases
 
     cases = [case for case in kernel_cases.all_cases(kernel_cases.REAL, "cuda") if case.kernel == kernel]
+    if kernel == "pooled_gated" and not has_tma():
+        pytest.skip("one launch reads by descriptors, which this device has not")
     wrong = {case[1:3]: error for case in cases if (error := kernel_cases.error_of(case))}
     assert cases and not wrong
 
@@ -199,6 +207,45 @@ def test_compiles_and_autocasts():
         compiled = torch.compile(call, fullgraph=True, dynamic=True)(features)
     assert eager.dtype == torch.bfloat16
     assert same_bits(eager, compiled)
+
+
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_one_launch_gives_what_two_give_every_time(is_captured):
+    """Persistent programs that wait for each other's rows, many times over, and replayed from a CUDA graph."""
+    from tokenflex_kernels import fused, gated, pool
+
+    if not has_tma():
+        pytest.skip("one launch reads by descriptors, which this device has not")
+    source, scale, shift, weight, bias, *_ = inputs(torch.bfloat16)
+    plan, source = pool_plan(RAGGED[0] * 20, RAGGED[1] * 20, device="cuda"), source.repeat(20, 1)
+    norm = pool.NormOf(scale, shift, 1e-5, True)
+    for config in fused.CONFIGS:
+        call = lambda config=config: fused.launch(config, source, plan, norm, weight, bias, True)  # noqa: E731
+        first = [x.clone() for x in call()]
+        assert choose.difference(first, fused.launch(gated.UNFUSED, source, plan, norm, weight, bias, True)) is None
+        if is_captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                got = call()
+        for _ in range(50):
+            if is_captured:
+                for tensor in got:
+                    tensor.fill_(float("nan"))
+                graph.replay()
+            else:
+                got = call()
+            assert all(same_bits(a, b) for a, b in zip(got, first, strict=True))
+
+
+def test_one_launch_is_chosen_only_by_a_timing():
+    tensors, grad = inputs(torch.bfloat16), random_grad(torch.bfloat16)
+    choose.set_one_launch(True)
+    try:
+        run(tensors, grad)  # mode rule
+        chosen = choose.export_choices()["chosen"]
+        assert {name for key, name in chosen.items() if key.startswith("pooled_gated")} == {choose.UNFUSED}
+    finally:
+        choose.set_one_launch(False)
 
 
 def test_mixed_devices_are_named():
