@@ -139,10 +139,15 @@ def bucket(rows: int) -> int:
     return 1 << max(rows - 1, 0).bit_length()
 
 
-def run(key: tuple, candidates: Callable[[], Sequence[Candidate]], launch: Callable[[Any], Any]) -> Any:
-    """``launch`` with the configuration chosen for ``key``; of ``candidates()`` the first is the rule's."""
+def run(
+    key: tuple, candidates: Callable[[], Sequence[Candidate]], launch: Callable[[Any], Any], trial: Any = None
+) -> Any:
+    """``launch`` with the configuration chosen for ``key``; of ``candidates()`` the first is the rule's.
+
+    ``trial`` is what is compared and timed in its place, where a launch writes over what it reads.
+    """
     config = _state.resolved.get(key)
-    return launch(_resolve(key, candidates(), launch) if config is None else config)
+    return launch(_resolve(key, candidates(), trial or launch) if config is None else config)
 
 
 def _resolve(key: tuple, candidates: Sequence[Candidate], launch: Callable[[Any], Any]) -> Any:

@@ -210,7 +210,10 @@ def _dgated_strip(
     d_inner, gate_up, d_gate_up, inner, bias_sums, tile_m, row, column, N,
     BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr,
 ):  # fmt: skip
-    """Turn ``d_inner`` [BM, BN] at (row, column) into dGate, dUp, S and this row tile's share of the bias gradient."""
+    """Turn ``d_inner`` [BM, BN] at (row, column) into dGate, dUp, S and this row tile's share of the bias gradient.
+
+    ``d_gate_up`` may be ``gate_up``: a box is written when it has been read, and by nobody else.
+    """
     gate, up = _halves(gate_up.load([row, 0, column]), BM, BN)
     dg, du, s = _swiglu_grads(d_inner, gate, up)
     d_gate_up.store([row, 0, column], _box(dg, du, BM, BN, d_gate_up.dtype))
@@ -281,6 +284,7 @@ def _store_grads(
     gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + at + N, mask=inside, other=0.0).to(tl.float32)
     dg, du, s = _swiglu_grads(d_inner, gate, up)
+    tl.debug_barrier()  # ``d_gate_up`` may be ``gate_up``: no thread overwrites what another has yet to read
     tl.store(d_gate_up + at, round_to(dg, d_gate_up.dtype.element_ty), mask=inside)
     tl.store(d_gate_up + at + N, round_to(du, d_gate_up.dtype.element_ty), mask=inside)
     if STORE_INNER:
@@ -360,21 +364,23 @@ def gated(
 
 
 def dgated(
-    d_out: Tensor, weight: Tensor, gate_up: Tensor, sum_bias: bool, store_inner: bool
+    d_out: Tensor, weight: Tensor, gate_up: Tensor, sum_bias: bool, store_inner: bool, in_place: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """[dGate | dUp] [M, 2H], S [M, H] and the sum of [dGate | dUp] over M (float32 [2H]), the last two as asked for.
 
-    d_out [M, D], weight [D, H], gate_up [M, 2H].
+    d_out [M, D], weight [D, H], gate_up [M, 2H]; ``in_place`` writes [dGate | dUp] over it.
     """
     d_out, weight = dense(d_out), dense(weight)
     num_rows, (depth, width) = d_out.shape[0], weight.shape
     aligned = is_aligned(width, depth, d_out, weight, gate_up)
     key = choose.key("dgated", d_out, num_rows, depth, width, sum_bias, store_inner, aligned)
+    operands = (d_out, weight, gate_up, sum_bias, store_inner)
     with choose.on_device(d_out):
         return choose.run(
             key,
             lambda: candidates(DGATED_CONFIGS, d_out, num_rows, width, aligned),
-            lambda config: launch_dgated(config, d_out, weight, gate_up, sum_bias, store_inner),
+            lambda config: launch_dgated(config, *operands, in_place),
+            lambda config: launch_dgated(config, *operands),
         )
 
 
@@ -459,11 +465,17 @@ def launch_gated(
 
 
 def launch_dgated(
-    config: TileConfig | str, d_out: Tensor, weight: Tensor, gate_up: Tensor, sum_bias: bool, store_inner: bool
+    config: TileConfig | str,
+    d_out: Tensor,
+    weight: Tensor,
+    gate_up: Tensor,
+    sum_bias: bool,
+    store_inner: bool,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``dgated`` by one configuration, on contiguous and non-empty operands."""
     num_rows, (depth, width) = d_out.shape[0], weight.shape
-    d_gate_up = torch.empty_like(gate_up)
+    d_gate_up = gate_up if in_place else torch.empty_like(gate_up)
     inner = d_out.new_empty(num_rows, width) if store_inner else None
     tile_rows = ELEMENTWISE.rows if config == UNFUSED else config.m
     sums = None

@@ -77,9 +77,12 @@ def forward(
 
 
 def backward(
-    d_out: Tensor, kept: Kept, plan: PoolPlan | None, weights: Weights, has_norm: bool, needs: Needs
+    d_out: Tensor, kept: Kept, plan: PoolPlan | None, weights: Weights, has_norm: bool, needs: Needs, in_place: bool
 ) -> tuple[Tensor | None, ...]:
-    """The gradients that ``needs`` asks for, None for the others. Of ``kept`` the rows must be there."""
+    """The gradients that ``needs`` asks for, None for the others. Of ``kept`` the rows must be there.
+
+    ``in_place``: those of gate and up are written over ``kept.gate_up``: 2H values a token less at the peak.
+    """
     rows, rstd, gate_up = kept
     if rows.shape[0] == 0:
         d_features = None
@@ -98,10 +101,11 @@ def backward(
     is_shortcut = needs_norm and not needs.features and rows.shape[0] >= SHORTCUT_ROWS
     tokens = None
     if gate_up.numel() == 0:
+        in_place = True  # nobody else has what is made here
         tokens = _affine(rows, weights, has_norm)
         gate_up = _gated(tokens, weights.gate_up_weight, weights.gate_up_bias, False, True)[1]
     d_gate_up, inner, bias_sum = _dgated(
-        d_out, weights.down_weight, gate_up, needs.gate_up_bias or is_shortcut, needs.down_weight
+        d_out, weights.down_weight, gate_up, needs.gate_up_bias or is_shortcut, needs.down_weight, in_place
     )
     del gate_up
     if needs.down_weight:
@@ -243,13 +247,13 @@ def _gated(
 
 
 def _dgated(
-    d_out: Tensor, weight: Tensor, gate_up: Tensor, sum_bias: bool, store_inner: bool
+    d_out: Tensor, weight: Tensor, gate_up: Tensor, sum_bias: bool, store_inner: bool, in_place: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """[dGate | dUp], silu(gate) * up, and the column sums of the first in float32 or wider."""
     if target.runs_kernels(d_out):
         from . import gated
 
-        return gated.dgated(d_out, weight, gate_up, sum_bias, store_inner)
+        return gated.dgated(d_out, weight, gate_up, sum_bias, store_inner, in_place)
     exact = torch.promote_types(d_out.dtype, torch.float32)
     d_inner = (d_out @ weight).to(exact)
     gate, up = gate_up.to(exact).chunk(2, -1)
@@ -257,7 +261,8 @@ def _dgated(
     silu = gate * sigmoid
     d_gate_up = torch.cat((d_inner * up * (sigmoid + silu * (1 - sigmoid)), d_inner * silu), -1)
     inner = (silu * up).to(d_out.dtype) if store_inner else None
-    return d_gate_up.to(d_out.dtype), inner, d_gate_up.sum(0) if sum_bias else None
+    sums = d_gate_up.sum(0) if sum_bias else None
+    return gate_up.copy_(d_gate_up) if in_place else d_gate_up.to(d_out.dtype), inner, sums
 
 
 def check(features: Tensor, weights: Weights) -> None:

@@ -7,13 +7,14 @@ with and without bias, what training stores and what inference stores. Outputs s
     python tests/kernels/kernel_cases.py KERNEL CONFIGURATION   on a GPU: a JSON line per pattern
 """
 
+import functools
 import json
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from kernel_checks import RAGGED, ROUNDING, poisoned_allocations, relative_error
+from kernel_checks import RAGGED, ROUNDING, poisoned_allocations, relative_error, same_bits
 from tokenflex_kernels import choose, frozen, fused, gated, pool, pool_plan, reference, splice, target
 
 UNFUSED = choose.UNFUSED
@@ -143,18 +144,23 @@ def _fused_run(size, device, tile, plan, way):
 
 
 def dgated_cases(size, device, configs):
-    """Their gradient: {bias gradient} x {S for a trained down projection, without} x rows."""
+    """Their gradient: {bias gradient} x {S for a trained down projection, without} x rows, and once in place."""
     for config in (*configs, UNFUSED):
         tile = config if config == UNFUSED else _tile(config, size)
         for num_rows in size.rows:
             for has_bias in (True, False):
                 for stores in (True, False):
 
-                    def run(tile=tile, num_rows=num_rows, has_bias=has_bias, stores=stores):
+                    def run(tile=tile, num_rows=num_rows, has_bias=has_bias, stores=stores, in_place=False):
                         d_out = randn(device, num_rows, size.out)
                         weight = randn(device, size.out, size.inner, scale=size.out**-0.5)
                         gate_up = randn(device, num_rows, 2 * size.inner)
-                        d_gate_up, inner, sums = gated.launch_dgated(tile, d_out, weight, gate_up, has_bias, stores)
+                        options, read = (has_bias, stores, in_place), gate_up.clone()
+                        d_gate_up, inner, sums = gated.launch_dgated(tile, d_out, weight, read, *options)
+                        assert (d_gate_up is read) is in_place
+                        if in_place:
+                            apart = gated.launch_dgated(tile, d_out, weight, gate_up, has_bias, stores)
+                            assert all(map(same_bits, (d_gate_up, inner, sums), apart)), "in place differs"
                         leaf = gate_up.double().requires_grad_()
                         gate, up = leaf.chunk(2, -1)
                         exact = torch.nn.functional.silu(gate) * up
@@ -169,6 +175,8 @@ def dgated_cases(size, device, configs):
 
                     name = config if config == UNFUSED else gated.name_of(config)
                     yield Case("dgated", name, f"T={num_rows} bias={has_bias} inner={stores}", run)
+                    if has_bias and stores:
+                        yield Case("dgated", name, f"T={num_rows} in place", functools.partial(run, in_place=True))
 
 
 def pool_cases(size, device):

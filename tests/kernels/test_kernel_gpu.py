@@ -209,6 +209,39 @@ def test_compiles_and_autocasts():
     assert same_bits(eager, compiled)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_in_place_have_the_same_bits_and_save_their_memory(recompute):
+    tensors, sides = inputs(torch.bfloat16), [(16, 16)] * 16
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    leaves[0] = torch.randn(16 * 729, 1152, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    features, scale, shift, *rest = leaves
+    plan, linears = pool_plan([(27, 27)] * 16, sides, device="cuda"), (Linear(*rest[:2]), Linear(*rest[2:]))
+    peaks, grads = {}, {}
+    for keeps in (True, True, False):  # the first call compares
+        out = pooled_swiglu(features, plan, Norm(scale, shift), *linears, recompute=recompute)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        grads[keeps] = torch.autograd.grad(out.sum(), leaves, retain_graph=keeps)
+        peaks[keeps] = torch.cuda.max_memory_allocated() - before
+        del out
+    assert all(same_bits(a, b) for a, b in zip(grads[True], grads[False], strict=True))
+    assert recompute or peaks[False] <= peaks[True] - 4096 * 4 * 3456  # T x 2H x 2 bytes
+
+
+def test_a_captured_backward_pass_may_be_replayed_twice():
+    tensors = [x.requires_grad_() for x in inputs(torch.bfloat16)]
+    plan = pool_plan(*RAGGED, device="cuda")
+
+    def call(features, scale, shift, *rest):
+        return pooled_swiglu(features, plan, Norm(scale, shift), Linear(*rest[:2]), Linear(*rest[2:]))
+
+    torch.autograd.grad(call(*tensors).sum(), tensors)  # chooses
+    graphed = torch.cuda.make_graphed_callables(call, tuple(tensors))
+    out = graphed(*tensors)
+    first = [x.clone() for x in torch.autograd.grad(out.sum(), tensors, retain_graph=True)]
+    assert all(same_bits(a, b) for a, b in zip(first, torch.autograd.grad(out.sum(), tensors), strict=True))
+
+
 @pytest.mark.parametrize("is_captured", [False, True])
 def test_one_launch_gives_what_two_give_every_time(is_captured):
     """Persistent programs that wait for each other's rows, many times over, and replayed from a CUDA graph."""
