@@ -66,6 +66,8 @@ def measure(compiled):
         "descriptor_loads": count(r"\bUTMALDG"),
         "descriptor_stores": count(r"\bUTMASTG"),
         "hmma": count(r"\bHMMA"),
+        "exponentials": count(r"\bMUFU\.EX2"),
+        "reciprocals": count(r"\bMUFU\.RCP"),
         "atomics": count(r"\b(?:ATOM|RED)G?\b"),
         "order": order(ptx),
         "wgmma": sorted(set(re.findall(r"wgmma\.mma_async\S*?\.(m64n\d+k\d+)", ptx))),

@@ -127,6 +127,20 @@ def test_one_launch_orders_what_it_writes_before_what_it_reads(generation):
         assert "descriptor" not in order[:last_fence] and "descriptor" in order[last_fence:], entry
 
 
+def test_a_sigmoid_is_computed_once(generation):
+    """One exponential and one reciprocal per element, but for those of the persistent loop's integer divisions."""
+    _, compiled = generation
+    for kind in kinds(generation):
+        for entry in of(compiled, kind):
+            rows, columns = map(int, entry["name"].split()[1].split("-")[1].split("x")[:2])
+            per_thread = rows * columns // (32 * entry["num_warps"])
+            if rows == 256:  # no registers to keep it in
+                assert per_thread <= entry["exponentials"] <= 2 * per_thread, entry
+                continue
+            assert entry["exponentials"] == per_thread, entry
+            assert kind == "fused" or per_thread <= entry["reciprocals"] <= per_thread + 8, entry
+
+
 def test_the_matrix_units_are_the_generations_own(generation):
     capability, compiled = generation
     for kind in kinds(generation):
