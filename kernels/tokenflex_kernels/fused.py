@@ -16,14 +16,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import choose, gated, pool, target
 from .choose import UNFUSED
 from .gated import TileConfig, gated_tile, tile_of
 from .geometry import PoolPlan
-from .pool import NormOf, pool_tile
-from .rounding import INTERPRETED, OPTIONS
+from .pool import pool_tile
+from .reference import NormOf
+from .rounding import INTERPRETED
 
 # Of gated's tiles those that do not spill beside a row's sums, on 9.0 and 10.0.
 CONFIGS = (TileConfig("tma", 128, 128, 64, 8, 4), TileConfig("tma", 64, 128, 64, 4, 4))
@@ -43,13 +43,11 @@ def _read(counter):
 
 @triton.jit(do_not_specialize=["M", "num_images", "halvings"])
 def pooled_gated_tma(
-    source, stride, table, rows, hat, rstd, scale, shift, M, num_images, halvings, K, eps, counters,
-    tokens, weight, bias, inner, gate_up, N,
+    source, stride, table, num_images, halvings, scale, shift, eps, rows, hat, rstd, counters,
+    tokens, weight, bias, inner, gate_up, M, N, K,
     ROWS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, CELLS: tl.constexpr,
-    POOL: tl.constexpr, RESIZE: tl.constexpr, TRANSPOSED: tl.constexpr,
-    NORM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, STORE_HAT: tl.constexpr,
+    RESIZE: tl.constexpr, TRANSPOSED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, NUM_PROGRAMS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, STORE_GATE_UP: tl.constexpr,
 ):  # fmt: skip
     """``pool_rows`` to ``rows`` [M, K], then ``gated_tma`` of ``tokens``, their descriptor.
 
@@ -59,8 +57,8 @@ def pooled_gated_tma(
     ticket = tl.atomic_add(counters, 1, sem="relaxed", scope="gpu")
     while ticket < tickets:
         pool_tile(
-            source, stride, table, rows, hat, rstd, scale, shift, M, num_images, halvings, K, eps, ticket * ROWS, 0,
-            ROWS, P0, P1, P2, CELLS, POOL, RESIZE, TRANSPOSED, NORM, HAS_SCALE, HAS_SHIFT, STORE_HAT,
+            source, stride, table, num_images, halvings, scale, shift, eps, rows, hat, rstd, M, K, ticket * ROWS, 0,
+            ROWS, P0, P1, P2, CELLS, RESIZE, TRANSPOSED,
         )  # fmt: skip
         _order_proxies()
         tl.debug_barrier()  # the release below is one thread's: it speaks for the stores of all
@@ -79,10 +77,7 @@ def pooled_gated_tma(
                 pass
             done = _read(counters + 1)
         _order_proxies()
-        gated_tile(
-            tokens, weight, bias, inner, gate_up, tile_m * BM, tile_n * BN, N, K,
-            BM, BN, BK, HAS_BIAS, True, STORE_GATE_UP,
-        )  # fmt: skip
+        gated_tile(tokens, weight, bias, inner, gate_up, tile_m * BM, tile_n * BN, N, K, BM, BN, BK)
 
 
 def rows_per_ticket(config: TileConfig, width: int) -> int:
@@ -92,47 +87,43 @@ def rows_per_ticket(config: TileConfig, width: int) -> int:
 
 
 def launch(
-    config: TileConfig | str, source: Tensor, plan: PoolPlan, norm: NormOf | None, weight: Tensor, bias: Tensor | None,
-    store_gate_up: bool,
+    config: TileConfig | str, source: Tensor, plan: PoolPlan | None, norm: NormOf | None, weight: Tensor,
+    bias: Tensor | None, store_gate_up: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """``pooled_gated`` by one configuration; the unfused are the two launches."""
+    """``pooled_gated`` by one configuration; the unfused are two launches."""
     if config == UNFUSED:
-        made = pool.pool(source, plan, norm=norm)
+        made = pool.pooled(source, plan, norm=norm)
         return (*made, *gated.gated(made[0], weight, bias, True, store_gate_up))
-    made, arguments, constants = pool.prepare(source, plan, False, norm, source.shape[1])
-    tokens, (width, depth) = made[0], (weight.shape[0] // 2, weight.shape[1])
-    num_rows = tokens.shape[0]
+    made, read, constants = pool.prepare(source, plan, False, norm, source.shape[1])
+    (num_rows, depth), width = made[0].shape, weight.shape[0] // 2
     inner = source.new_empty(num_rows, width)
     gate_up = source.new_empty(num_rows, 2 * width) if store_gate_up else None
-    tiles_m, programs = target.cdiv(num_rows, config.m), target.num_processors(source.device)
-    pooled_gated_tma[(min(tiles_m * target.cdiv(width, config.n), programs),)](
-        *arguments, torch.zeros(2 + tiles_m, dtype=torch.int32, device=source.device),
-        TensorDescriptor.from_tensor(tokens, [config.m, config.k]),
-        TensorDescriptor.from_tensor(weight.view(2, width, depth), [2, config.n, config.k]),
-        bias, gated.parts_of(inner, 1, config.m, 1, config.n), gated.parts_of(gate_up, 2, config.m, 1, config.n), width,
-        ROWS=rows_per_ticket(config, depth), **constants, BM=config.m, BN=config.n, BK=config.k, GROUP=gated.GROUP_M,
-        NUM_PROGRAMS=programs, HAS_BIAS=bias is not None, STORE_GATE_UP=store_gate_up,
-        num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
+    counters = torch.zeros(2 + target.cdiv(num_rows, config.m), dtype=torch.int32, device=source.device)
+    grid, programs = gated.grid_of(config, num_rows, width, source.device)
+    pooled_gated_tma[grid](
+        *read, *made, counters, gated.descriptor(made[0], config.m, config.k), gated.weight_of(config, weight), bias,
+        gated.parts_of(inner, 1, config.m, 1, config.n), gated.parts_of(gate_up, 2, config.m, 1, config.n),
+        num_rows, width, depth, ROWS=rows_per_ticket(config, depth), NUM_PROGRAMS=programs, **constants,
+        **gated.options_of(config),
     )  # fmt: skip
     return (*made, inner, gate_up)
 
 
 def pooled_gated(
-    source: Tensor, plan: PoolPlan, norm: NormOf | None, weight: Tensor, bias: Tensor | None, store_gate_up: bool
+    source: Tensor, plan: PoolPlan | None, norm: NormOf | None, weight: Tensor, bias: Tensor | None, store_gate_up: bool
 ) -> tuple[Tensor | None, ...]:
-    """What ``pool.pool`` returns, and what ``gated.gated`` makes of its rows; at least one, that ``pool.fits_norm``."""
-    width, num_rows = source.shape[1], plan.num_tokens
+    """``reference.pooled_gated``, of at least one row: in two launches, or in one by a configuration that was chosen."""
+    width, inner = source.shape[1], weight.shape[0] // 2
+    if plan is None or not choose.allows_one_launch() or width > pool.SHARED_ROW_WIDTH:
+        return launch(UNFUSED, source, plan, norm, weight, bias, store_gate_up)
     weight, source = gated.dense(weight), pool.strided(source)
-    inner = weight.shape[0] // 2
-    flags = (0,) if norm is None else (1, norm.scale is not None, norm.shift is not None, norm.keep)
     has_tma = target.capability(source.device) // 10 in target.TMA_CAPABILITIES and source.element_size() == 2
     can = has_tma and gated.is_aligned(inner, width, weight)
-    key = choose.key(
-        "pooled_gated", source, num_rows, width, inner, plan.cells, plan.is_resize, *flags, bias is not None, store_gate_up, can
-    )  # fmt: skip
+    shape = (width, inner, plan.cells, plan.is_resize, *pool.flags_of(norm), bias is not None, store_gate_up, can)
     # The two launches come first: they are what runs where nothing is timed.
     found = [choose.Candidate(UNFUSED, UNFUSED), *(choose.Candidate(gated.name_of(c), c) for c in CONFIGS if can)]
-    with choose.on_device(source):
-        return choose.run(
-            key, lambda: found, lambda config: launch(config, source, plan, norm, weight, bias, store_gate_up)
-        )
+    return choose.run(
+        choose.key("pooled_gated", source, plan.num_tokens, *shape),
+        lambda: found,
+        lambda config: launch(config, source, plan, norm, weight, bias, store_gate_up),
+    )

@@ -129,9 +129,7 @@ def splice_rows(text: Tensor, visual: Tensor, positions: Tensor) -> Tensor:
     return _OPS.splice(text, visual, positions)
 
 
-_PROJECTOR = (
-    "features", "norm_weight", "norm_bias", "gate_up_weight", "gate_up_bias", "down_weight", "down_bias",
-)  # fmt: skip
+_PROJECTOR = mlp.Needs._fields
 _NO_PLAN = (None, 0, 0, 0, 0, False)
 
 
@@ -213,7 +211,7 @@ def _pool(source, table, num_patches, num_tokens, cells, patch_cells, is_resize,
         return reference.pool(source, plan, transposed)
     from . import pool
 
-    return pool.pool(source, plan, transposed)[0]
+    return pool.pooled(source, plan, transposed)[0]
 
 
 def _parts(arguments: tuple) -> tuple[mlp.Weights, PoolPlan | None, tuple]:
@@ -353,6 +351,11 @@ def _bits(flags: tuple[bool, ...]) -> int:
     return bits
 
 
+def _wanted(grads: tuple[Tensor, ...], needs: int) -> list[Tensor | None]:
+    """Those whose bit is set; an operator has no None to return for the others."""
+    return [x if needs >> i & 1 else None for i, x in enumerate(grads)]
+
+
 class _Pool(torch.autograd.Function):
     """Pooling is linear, so its gradient is the transposed pooling, whose gradient is the pooling again."""
 
@@ -389,32 +392,17 @@ class _Project(torch.autograd.Function):
             operator = _OPS.project_backward_
             torch.autograd.graph.increment_version(saved[2])  # whoever else got hold of it is told by autograd
         grads = operator(grad, *saved, *ctx.numbers, needs)
-        return (*(x if needs >> i & 1 else None for i, x in enumerate(grads)), *(None,) * 9)
+        return (*_wanted(grads, needs), *(None,) * 9)
 
 
-def _with_gradient(name: str, num_inputs: int, kept: tuple[int, ...]) -> type[torch.autograd.Function]:
-    """The operator ``name``, whose first ``num_inputs`` arguments have gradients.
+class _Splice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, text, visual, positions):
+        ctx.save_for_backward(positions)
+        return _OPS.splice(text, visual, positions)
 
-    They come from the operator ``{name}_backward(grad, *kept, needs)``: ``kept`` are the numbers of the arguments that it
-    reads, ``needs`` has bit i where the i-th gradient is asked for, the others are empty.
-    """
-    forward_of, backward_of = getattr(_OPS, name), getattr(_OPS, f"{name}_backward")
-
-    class WithGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *args):
-            ctx.save_for_backward(*(args[i] for i in kept))
-            ctx.num_others = len(args) - num_inputs
-            return forward_of(*args)
-
-        @staticmethod
-        def backward(ctx, grad):
-            _refuse_second_derivative()
-            needs = _bits(ctx.needs_input_grad[:num_inputs])
-            grads = backward_of(grad, *ctx.saved_tensors, needs)
-            return (*(x if needs >> i & 1 else None for i, x in enumerate(grads)), *(None,) * ctx.num_others)
-
-    return WithGradient
-
-
-_Splice = _with_gradient("splice", 2, kept=(2,))
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_second_derivative()
+        needs = _bits(ctx.needs_input_grad[:2])
+        return (*_wanted(_OPS.splice_backward(grad, *ctx.saved_tensors, needs), needs), None)

@@ -125,7 +125,7 @@ def _fused_run(size, device, tile, plan, way):
         weight = randn(device, 2 * size.inner, size.width, scale=size.width**-0.5)
         bias = None if way == "no bias" else randn(device, 2 * size.inner)
         scale, shift = randn(device, 2, size.width)
-        norm = None if way == "no norm" else pool.NormOf(scale, shift, 1e-5, way != "inference")
+        norm = None if way == "no norm" else reference.NormOf(scale, shift, 1e-5, way != "inference")
         tokens, hat, rstd, inner, gate_up = fused.launch(tile, source, plan, norm, weight, bias, way != "inference")
         wanted = reference.pool(source.double(), plan)
         outputs = []
@@ -210,7 +210,9 @@ def _pool_run(size, device, config, plan, way):
             out = pool.launch(config, source, plan, way == "backward", None)[0]
             return [("rows", out, reference.pool(source.double(), plan, way == "backward"), 1)]
         scale, shift = (None, None) if way == "no affine" else randn(device, 2, size.width)
-        out, hat, rstd = pool.launch(config, source, plan, False, pool.NormOf(scale, shift, 1e-5, way != "inference"))
+        out, hat, rstd = pool.launch(
+            config, source, plan, False, reference.NormOf(scale, shift, 1e-5, way != "inference")
+        )
         rows = source.double() if plan is None else reference.pool(source.double(), plan)
         exact, exact_rstd = reference.normalise(rows, 1e-5)
         wide = [None if x is None else x.double() for x in (scale, shift)]
@@ -229,7 +231,7 @@ def other_cases(size, device):
         def norm_grad(num_rows=num_rows):
             source, grad = (randn(device, num_rows, size.width, scale=scale) for scale in (1.0, 2.0))
             scale = randn(device, size.width)
-            _, hat, rstd = pool.launch(UNFUSED, source, None, False, pool.NormOf(scale, None, 1e-5, True))
+            _, hat, rstd = pool.launch(UNFUSED, source, None, False, reference.NormOf(scale, None, 1e-5, True))
             g = grad.double() * scale.double()
             x = hat.double()
             wanted = (g - g.mean(1, keepdim=True) - x * (g * x).mean(1, keepdim=True)) * rstd.double()[:, None]
@@ -243,7 +245,7 @@ def other_cases(size, device):
             w, e, total = weight.double(), product.double(), sums.double()
             wanted = torch.stack(((w * e).sum(0), total @ w))
             fine = e * scale.double() + total[:, None] * shift.double()
-            got, got_sums = frozen.grads(weight, product.clone(), sums, scale, shift)
+            got, got_sums = frozen.weight_grads(weight, product.clone(), sums, scale, shift)
             return [("weight", got, fine, 1), ("scale and shift", got_sums, wanted, 5)]
 
         def splicing(num_rows=num_rows):

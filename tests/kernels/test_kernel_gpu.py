@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from kernel_checks import RAGGED, SINGLE, num_rows, poison_allocations, relative_error, same_bits
+from kernel_checks import RAGGED, SINGLE, num_rows, pinned, poison_allocations, relative_error, same_bits
 from tokenflex_kernels import (
     Linear,
     Norm,
@@ -120,7 +120,7 @@ def test_no_configuration_is_worse_than_exact_eager(dtype, frozen, monkeypatch):
     eager = run(tensors, grad, reference.pooled_swiglu, frozen)
     monkeypatch.setattr(mlp, "SHORTCUT_ROWS", 0)  # 104 rows: the way round the product is taken where it can be
     for names in configurations():
-        with choose.pinned("gated", names[0]), choose.pinned("dgated", names[1]):
+        with pinned("gated", names[0]), pinned("dgated", names[1]):
             ours = run(tensors, grad, frozen=frozen)
         for name, exact in wide.items():
             error, peer = relative_error(ours[name], exact), relative_error(eager[name], exact)
@@ -142,7 +142,7 @@ def test_twice_the_same_bits_and_recompute_agrees(names):
     tensors, grad = inputs(torch.bfloat16), random_grad(torch.bfloat16)
     with contextlib.ExitStack() as pins:
         for kernel, name in zip(("gated", "dgated"), names or ()):
-            pins.enter_context(choose.pinned(kernel, name))
+            pins.enter_context(pinned(kernel, name))
         first, second, again = run(tensors, grad), run(tensors, grad), run(tensors, grad, recompute=True)
     assert all(same_bits(first[name], second[name]) for name in first)
     assert all(same_bits(first[name], again[name]) for name in first)
@@ -245,13 +245,13 @@ def test_a_captured_backward_pass_may_be_replayed_twice():
 @pytest.mark.parametrize("is_captured", [False, True])
 def test_one_launch_gives_what_two_give_every_time(is_captured):
     """Persistent programs that wait for each other's rows, many times over, and replayed from a CUDA graph."""
-    from tokenflex_kernels import fused, gated, pool
+    from tokenflex_kernels import fused, gated
 
     if not has_tma():
         pytest.skip("one launch reads by descriptors, which this device has not")
     source, scale, shift, weight, bias, *_ = inputs(torch.bfloat16)
     plan, source = pool_plan(RAGGED[0] * 20, RAGGED[1] * 20, device="cuda"), source.repeat(20, 1)
-    norm = pool.NormOf(scale, shift, 1e-5, True)
+    norm = reference.NormOf(scale, shift, 1e-5, True)
     for config in fused.CONFIGS:
         call = lambda config=config: fused.launch(config, source, plan, norm, weight, bias, True)  # noqa: E731
         first = [x.clone() for x in call()]
