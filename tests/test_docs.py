@@ -82,6 +82,20 @@ def test_the_speed_table_is_the_records():
     assert "| m | w | p | 2 | 1 to 3 | 2.50 |" in bench.table(record)
 
 
+def test_the_table_of_sides_is_the_records():
+    spec = importlib.util.spec_from_file_location("wide_pages", ROOT / "tests" / "benchmarks" / "wide_pages.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    record = json.loads(bench.RECORD.read_text()) if bench.RECORD.exists() else {}
+    assert bench.written(bench.PAGE.read_text(), record) == bench.PAGE.read_text()
+    runs = {
+        str(seed): {task: dict.fromkeys(map(str, bench.COUNTS), 0.5 + seed / 10) for task in bench.TASKS}
+        for seed in (0, 1)
+    }
+    some = {"date": "t", "steps": 1, "pages": 2, "questions": 3, "accuracy": {"square": runs, "aspect": runs}}
+    assert bench.table(some).count("55.0 (50.0 to 60.0)") == 12
+
+
 def test_decisions_are_numbered_once_and_listed():
     folder = ROOT / "docs" / "decisions"
     records = sorted(path.name for path in folder.glob("0*.md"))

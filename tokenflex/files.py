@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ def over_processes(
     """Yield (item, `work(item)`) over up to `num_workers` processes; in this one where one is enough.
 
     Processes are spawned, not forked: forking a process that runs torch's or gloo's threads can deadlock. So `work`, items
-    and results are pickled. `in_order=False` yields whatever is done first.
+    and results are pickled. `in_order=False` yields whatever is done first. They end with this process, however it ends.
 
     Raises:
         BrokenProcessPool: a worker died.
@@ -93,10 +94,22 @@ def over_processes(
             yield item, work(item)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(num_workers, len(items)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(num_workers, len(items)), mp_context=context, initializer=_end_with_parent) as pool:
         futures = {pool.submit(work, item): item for item in items}
         try:
             for future in futures if in_order else as_completed(futures):
                 yield futures[future], future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever, since its siblings hold the queue open too."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # spawned by it
+
+    def wait_and_end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_and_end, daemon=True).start()

@@ -1,6 +1,8 @@
 """Clips: files and lists of frames become images by one rule, the same when indexed, trained on and asked about."""
 
+import io
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -94,6 +96,40 @@ def test_a_damaged_file_never_ends_otherwise(tmp_path):
             assert "\n" not in str(error)
             outcomes.add("refused")
     assert outcomes == {True, "refused"}
+
+
+@needs_av
+def test_a_frame_larger_than_its_header_says_is_not_decoded():
+    """A stream of JPEGs, of which each says its own size: the third is 1,500 times as large as the header's."""
+    import av
+
+    def frame(stream, size):
+        (packet,) = stream.encode(av.VideoFrame.from_ndarray(picture(1, size), format="rgb24"))
+        return bytes(packet)
+
+    file, large = io.BytesIO(), av.CodecContext.create("mjpeg", "w")
+    large.width, large.height, large.pix_fmt, large.time_base = 1600, 1200, "yuvj420p", Fraction(1, 4)
+    with av.open(file, "w", format="avi") as out:
+        stream = out.add_stream("mjpeg", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 40, 32, "yuvj420p"
+        for place in range(4):
+            packet = av.Packet(frame(large, (1600, 1200)) if place == 2 else frame(stream, (40, 32)))
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, place, place, Fraction(1, 4)
+            out.mux(packet)
+    assert [len(image) for image in clip_frames(file.getvalue(), 4.0)] == [32, 32, 1200, 32]
+    with pytest.raises(ClipRefused, match="not a readable video"):
+        clip_frames(file.getvalue(), 4.0, max_pixels=10_000)
+
+
+@needs_av
+def test_decoding_is_broken_off_when_it_shall_be():
+    """Asked before each of 13 packets and each of 13 frames, and at none of these times is there a way around it."""
+    data, asked = video(13), []
+    assert len(clip_frames(data, is_over=lambda: asked.append(0))) == 4 and len(asked) >= 26
+    for at in (1, 13, 20, len(asked)):
+        answers = iter([False] * (at - 1) + [True])
+        with pytest.raises(ClipRefused, match="broken off"):
+            clip_frames(data, is_over=lambda answers=answers: next(answers))
 
 
 def test_lists_of_frames_are_taken_as_they_are_or_refused():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor, TorchAoConfig, pipeline
 
 
 def picture(seed):
@@ -123,3 +123,24 @@ def text_only(messages):
         {"role": turn["role"], "content": "".join(item.get("text", "") for item in turn["content"])}
         for turn in messages
     ]
+
+
+def test_the_language_model_loads_in_8_bit(tiny_export):
+    """Through transformers' own torchao settings: its matrices are int8, encoder and projector as they were, the text nearly so."""
+    quantization = pytest.importorskip("torchao.quantization")
+    kept = ["vision_tower", "projector", "router", "lm_head"]
+    settings = TorchAoConfig(quantization.Int8WeightOnlyConfig(), modules_to_not_convert=kept)
+    plain = AutoModelForImageTextToText.from_pretrained(tiny_export).eval()
+    model = AutoModelForImageTextToText.from_pretrained(tiny_export, quantization_config=settings).eval()
+    in_8_bit = {name for name, value in model.named_parameters() if type(value.data) is quantization.Int8Tensor}
+    linear = {name for name, module in plain.language_model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert in_8_bit == {f"language_model.{name}.weight" for name in linear if name != "lm_head"} and len(in_8_bit) == 14
+    for name, value in plain.named_parameters():
+        if name not in in_8_bit:
+            assert torch.equal(model.get_parameter(name), value), name
+    processor = AutoProcessor.from_pretrained(tiny_export)
+    inputs = processor.apply_chat_template(conversation(1), tokenize=True, add_generation_prompt=True)
+    with torch.no_grad():
+        wanted, logits = plain(**inputs).logits, model(**inputs).logits
+    assert 0 < (logits - wanted).abs().max() < 0.02 * wanted.abs().max()
+    assert model.generate(**inputs, max_new_tokens=4).shape[1] <= inputs["input_ids"].shape[1] + 4

@@ -1,15 +1,19 @@
 """The benchmark of inference: real generation timed, cases in turn, faults named."""
 
+import itertools
 import json
 
 import pytest
+import torch
+from conftest import ROOT
 from PIL import Image
 
 from tokenflex.cli.main import main
 from tokenflex.infer import bench
 
 
-def test_every_count_and_batch_size_is_timed_on_prompts_of_its_length(tiny_export, tmp_path, capsys):
+@pytest.mark.parametrize("cache, caches", [("dynamic", ["dynamic"]), ("both", ["dynamic", "static"])])
+def test_every_case_is_timed_on_prompts_of_its_length(cache, caches, tiny_export, tmp_path, capsys):
     arguments = [
         "bench",
         str(tiny_export),
@@ -19,17 +23,21 @@ def test_every_count_and_batch_size_is_timed_on_prompts_of_its_length(tiny_expor
         "3",
         "--rounds",
         "2",
+        "--cache",
+        cache,
         "--out",
         str(tmp_path),
     ]
-    assert main(arguments) == 0
+    with torch.compiler.set_stance("force_eager"):  # compiling takes a minute, and is tried in tests/model
+        assert main(arguments) == 0
     cases = [bench.Case(**case) for case in json.loads((tmp_path / "bench.json").read_text())["cases"]]
-    assert [(case.num_visual_tokens, case.batch_size) for case in cases] == [(4, 1), (4, 3), (12, 1), (12, 3)]
+    wanted = list(itertools.product((4, 12), (1, 3), caches))
+    assert [(case.num_visual_tokens, case.batch_size, case.cache) for case in cases] == wanted
     assert {case.prompt_tokens - case.num_visual_tokens for case in cases} == {cases[0].prompt_tokens - 4}
     for case in cases:
         assert min(case.encode_s, case.first_token_s, case.from_features_s, case.tokens_per_s, case.memory_gb) > 0
     out = capsys.readouterr().out
-    assert out.count("| 12 |") == 2 and "round 2 of 2" in out
+    assert out.count("| 12 |") == 2 * len(caches) and "round 2 of 2" in out
     with Image.open(tmp_path / "bench.png") as image:
         assert image.size == (960, 432)
 
@@ -60,3 +68,11 @@ def test_workloads_that_cannot_be_timed_are_refused(tiny_export, arguments, mess
 def test_a_folder_without_a_model_is_named(tmp_path, capsys):
     assert main(["bench", str(tmp_path)]) == 2
     assert "no exported model there; give the folder that training wrote" in capsys.readouterr().err
+
+
+def test_the_pages_table_is_its_records():
+    record = ROOT / "docs/results/caches/bench.json"
+    cases = [bench.Case(**case) for case in json.loads(record.read_text())["cases"]] if record.exists() else []
+    table = bench.table(cases) if cases else "Not measured."
+    marks = "<!-- begin: tokenflex bench --cache both -->", "<!-- end -->"
+    assert f"{marks[0]}\n{table}\n{marks[1]}" in (ROOT / "docs/serving.md").read_text()

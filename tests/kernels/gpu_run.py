@@ -6,6 +6,7 @@ written after every case, under $OUT where that is set, else docs/results. Witho
     A  every kernel x configuration x pattern of kernel_cases.py against float64, four processes at a time
     B  the GPU tests
     C  the benchmarks, the most telling first; a configuration that failed A is left out, by name
+    D  whole training steps beside other trainers (`make bench-train`); not among the default ones, as it needs the trainer's packages
 
     python tests/kernels/gpu_run.py [--stages ABC] [--seconds 570]
 """
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = ["tests/kernels/test_kernel_gpu.py", "tests/model/test_attention.py", "tests/model/test_liger.py"]
 PYTEST = ["-m", "pytest", "-q", "-x", "--noconftest", "-m", "gpu and not slow", *TESTS]
 CASES, BENCH = "tests/kernels/kernel_cases.py", "tests/benchmarks/kernels/kernel_bench.py"
+TRAINING = "tests/benchmarks/train/bench.py"
 SECONDS = {"A": 90, "B": 150, "configuration": 45, "case": 100}  # at most, each; all within --seconds
 
 
@@ -67,7 +69,15 @@ class Report:
     def __init__(self, folder, stages):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "kernels-gpu.json"
-        self.data = {"stages": stages, "right": {}, "wrong": {}, "tests": "not run", "cases": {}, "not_run": []}
+        self.data = {
+            "stages": stages,
+            "right": {},
+            "wrong": {},
+            "tests": "not run",
+            "training": "not run",
+            "cases": {},
+            "not_run": [],
+        }
 
     def write(self):
         part = self.path.with_suffix(".part")
@@ -148,12 +158,17 @@ def main():
     report.write()
     if "C" in options.stages:
         bench_all(report, end)
+    if "D" in options.stages:
+        record, log = (report.path.with_name(f"train-speed-gpu.{ending}") for ending in ("json", "log"))
+        report.data["training"], output = run([TRAINING, "--out", str(record)], end - time.monotonic(), log)
+        print(output[-3000:], flush=True)
     report.write()
     failed = [name for name, case in report.data["cases"].items() if isinstance(case, str)]
     print(
-        f"wrong: {sorted(report.data['wrong'])}; tests: {report.data['tests']}; failed cases: {failed}; {report.path}"
+        f"wrong: {sorted(report.data['wrong'])}; tests: {report.data['tests']}; training: {report.data['training']}; failed cases: {failed}; {report.path}"
     )
-    return int(bool(report.data["wrong"] or failed or report.data["tests"] not in (0, "not run")))
+    ended_well = all(report.data[stage] in (0, "not run") for stage in ("tests", "training"))
+    return int(bool(report.data["wrong"] or failed or not ended_well))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 import zoo
-from transformers import Trainer, TrainingArguments
+from transformers import CompileConfig, DynamicCache, Trainer, TrainingArguments
 
 from tokenflex.model import TokenFlexConfig, TokenFlexForConditionalGeneration, TokenFlexModel
+from tokenflex.model.modeling_tokenflex import CACHE
 
 IMAGE, START, END = 4, 3, 5
 
@@ -121,6 +122,37 @@ def test_beams_over_embeddings_keep_each_rows_images():
     )
 
 
+@pytest.mark.parametrize("as_embeds", [False, True])
+def test_a_prompt_whose_begin_is_in_the_cache_runs_the_rest(as_embeds):
+    """As transformers goes on with a chat: the whole prompt and the cache of what came before. Only new images are encoded."""
+    model, inputs = tiny(), prompts([[4, 6, 4]])
+    ids, pixels, length = inputs["input_ids"], inputs["pixel_values"], 3 + 8 + 10
+    assert ids[0, length - 3] == END and ids[0, length] == START, "the first two images, and the text between"
+    wanted = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    counts = {"num_visual_tokens": [4, 6, 4], "num_tiles": torch.tensor([1, 1, 1])}
+    encoded = []
+    model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: encoded.append(len((*args, *kwargs.values())[0])), with_kwargs=True
+    )
+    for more in ({}, counts):
+        cache = DynamicCache(config=model.config.get_text_config())
+        model(input_ids=ids[:, :length], pixel_values=pixels[:2], cache=cache)
+        encoded.clear()
+        asked = {**inputs, **more, CACHE: cache}
+        if as_embeds:
+            asked["inputs_embeds"] = model.get_input_embeddings()(asked.pop("input_ids"))
+            asked.pop("num_visual_tokens", None)
+        answer = model.generate(**asked, max_new_tokens=4, do_sample=False)
+        assert torch.equal(answer[:, -4:], wanted[:, -4:]) and encoded == [1]
+    cache.crop(length - 5 - cache.get_seq_length())
+    with pytest.raises(
+        ValueError, match="the cache ends after 16 tokens, within an image of tokens 12 to 17; crop it to 12"
+    ):
+        model.generate(**inputs, **{CACHE: cache}, max_new_tokens=4, do_sample=False)
+    cache.crop(-16)
+    assert torch.equal(model.generate(**inputs, **{CACHE: cache}, max_new_tokens=4, do_sample=False), wanted)
+
+
 def test_a_static_cache_gives_the_same_text():
     """Servers and compiled decoding want a cache of fixed shape."""
     model, inputs = tiny(), prompts([[4], [6, 4]])
@@ -130,6 +162,26 @@ def test_a_static_cache_gives_the_same_text():
         **inputs, max_new_tokens=6, do_sample=False, cache_implementation="static", disable_compile=True
     )
     assert torch.equal(static, wanted)
+
+
+def test_the_step_over_a_static_cache_is_one_graph_and_gives_the_same_text():
+    """What transformers compiles by itself on a GPU, here because it is told to; no further graph for a prompt of another length."""
+    graphs = []
+
+    def backend(graph, inputs, **options):
+        graphs.append(graph)
+        return graph.forward
+
+    settings = CompileConfig(fullgraph=True, backend=backend)
+    settings._compile_all_devices = True
+    model = tiny()
+    for counts in ([[4], [6, 4]], [[6], [4]]):
+        inputs = prompts(counts)
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+        wanted = model.generate(**inputs, **options)
+        static = {"cache_implementation": "static", "max_cache_len": 64, "compile_config": settings}
+        assert torch.equal(model.generate(**inputs, **options, **static), wanted)
+        assert len(graphs) == 1
 
 
 def test_what_a_checkpoint_lacks_gets_its_parts_own_start():

@@ -44,6 +44,6 @@ class Server:
         assert self.process.wait(90) == 0
 
 
-def data_url(image):
+def data_url(image, kind="image/png"):
     data = image if isinstance(image, bytes) else image.read_bytes()
-    return "data:image/png;base64," + base64.b64encode(data).decode()
+    return f"data:{kind};base64," + base64.b64encode(data).decode()

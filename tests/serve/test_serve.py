@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import http.server
+import importlib.util
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import time
 
 import openai
 import pytest
+from clip_files import needs_av, video
 from PIL import Image
 from servers import Server, data_url
 
@@ -39,6 +41,10 @@ def server(tiny_export, tmp_path_factory):
         "100000",
         "--max-prompt-tokens",
         "600",
+        "--max-frames",
+        "6",
+        "--max-frame-pixels",
+        "5000",
     )
     server = Server(tiny_export, tmp_path_factory.mktemp("log") / "log", *limits, "--max-image-pixels", "1000000")
     yield server
@@ -59,7 +65,7 @@ def asking(pictures, text=QUESTION):
 def ask(server, messages, counts=None, num_new=12, **options):
     extra = {} if counts is None else {"extra_body": {"num_visual_tokens": counts}}
     create = server.client().chat.completions.create
-    return create(model="tiny", messages=messages, max_tokens=num_new, **extra, **options)
+    return create(model="tiny", messages=messages, max_tokens=num_new, **{**extra, **options})
 
 
 @pytest.mark.parametrize(
@@ -90,6 +96,55 @@ def test_an_answer_is_the_generators_at_every_count(num_images, counts, wanted, 
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
+@pytest.mark.parametrize("total, each", [(36, 12), (35, 4), (12, 4), (0, 12)])
+def test_a_total_is_shared_by_the_images_as_the_processor_shares_it(total, each, server, generator, pictures):
+    answer = ask(server, asking(pictures), None, extra_body={"total_visual_tokens": total})
+    assert answer.choices[0].message.content == generator(QUESTION, pictures, each, max_new_tokens=12)
+    assert answer.usage.prompt_tokens_details.image_tokens == 3 * each
+
+
+def watching(*clips, text=QUESTION):
+    """A question about videos and pictures."""
+    items = [
+        {"type": "video_url", "video_url": {"url": data_url(clip, "video/mp4")}} if isinstance(clip, bytes)
+        else {"type": "image_url", "image_url": {"url": data_url(clip)}}
+        for clip in clips
+    ]  # fmt: skip
+    return [{"role": "user", "content": [*items, {"type": "text", "text": text}]}]
+
+
+@needs_av
+@pytest.mark.parametrize("with_picture", [False, True])
+@pytest.mark.parametrize(
+    "asked, each, others",
+    [
+        ({}, 12, 12),
+        ({"num_visual_tokens": 4}, 4, 4),
+        ({"num_visual_tokens": [4, 7]}, 4, 7),
+        ({"total_visual_tokens": 47}, 4, 4),
+    ],
+)
+def test_a_video_is_asked_about_as_its_frames(asked, each, others, with_picture, server, generator, pictures):
+    """The answer is that of the processor's own video item; a count that stands for the video is each frame's."""
+    if not with_picture and isinstance(asked.get("num_visual_tokens"), list):
+        asked = {"num_visual_tokens": [each]}
+    clip = video(13, rate=4)  # four frames at one per second
+    content = [{"type": "video", "video": clip}]
+    content += [{"type": "image", "image": pictures[0]}] if with_picture else []
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]}]
+    counts = [each] * 4 + [others] * with_picture
+    inputs = generator.processor.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True, num_visual_tokens=counts
+    )
+    output = generator.model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    expected = generator.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    answer = ask(server, watching(clip, *pictures[:with_picture]), None, extra_body=asked)
+    assert expected and answer.choices[0].message.content == expected
+    assert answer.usage.prompt_tokens == inputs["input_ids"].shape[1]
+    assert answer.usage.prompt_tokens_details.image_tokens == sum(counts)
+    assert [seen["num_visual_tokens"] for seen in answer.model_extra["tokenflex"]["images"]] == counts
+
+
 def test_a_stream_joins_to_the_answer(server, pictures):
     messages = asking(pictures[:1])
     whole = ask(server, messages, 4, 40)
@@ -98,7 +153,27 @@ def test_a_stream_joins_to_the_answer(server, pictures):
     assert "".join(piece.choices[0].delta.content for piece in pieces) == whole.choices[0].message.content
     assert len(pieces) > 3 and pieces[0].choices[0].delta.role == "assistant"
     assert last.choices[0].finish_reason == whole.choices[0].finish_reason == "length"
+    cached = usage.usage.prompt_tokens_details.cached_tokens
+    assert cached == whole.usage.prompt_tokens - 1, "the prompt had just been run"
+    whole.usage.prompt_tokens_details.cached_tokens = cached
     assert usage.usage == whole.usage and not usage.choices
+
+
+def test_a_further_turn_is_answered_as_ever_and_runs_what_is_new(server, generator, pictures):
+    talk = asking(pictures[:2], "and which?")
+    first = ask(server, talk, [4, 12])
+    talk += [{"role": "assistant", "content": first.choices[0].message.content}, *asking(pictures[2:], "now?")]
+    answer = ask(server, talk, [4, 12, 4])
+    details = answer.usage.prompt_tokens_details
+    assert details.cached_tokens >= first.usage.prompt_tokens and details.image_tokens == 20
+    taken = [
+        {"role": turn["role"], "content": [{"type": "image", "image": next(files)} if item["type"] != "text" else item for item in turn["content"]] if isinstance(turn["content"], list) else turn["content"]}
+        for files in [iter([picture.read_bytes() for picture in pictures])] for turn in talk
+    ]  # fmt: skip
+    alone, _ = generator.generate(generator.inputs(taken, [4, 12, 4]), max_new_tokens=12, do_sample=False)
+    assert answer.choices[0].message.content == generator.processor.decode(alone, skip_special_tokens=True).strip()
+    other = ask(server, asking(pictures[1:], "and which?"), [4, 12]).usage
+    assert other.prompt_tokens_details.cached_tokens < 10, "another image stands at the begin"
 
 
 def test_an_answer_ends_before_a_stop_text(server, pictures):
@@ -144,6 +219,9 @@ def test_a_conversation_goes_on(server, generator, pictures):
 def test_the_model_says_its_counts(server):
     (model,) = server.client().models.list().data
     assert (model.id, model.trained_num_visual_tokens, model.default_num_visual_tokens) == ("tiny", [4, 12], 12)
+    assert model.default_total_visual_tokens is None and model.limits["max_frames"] == 6
+    is_there = importlib.util.find_spec("av") is not None
+    assert model.videos == {"are_read": is_there, "frames_per_second": 1.0, "max_frames": 16}
 
 
 def test_requests_side_by_side_get_their_own_answers_and_health_answers_at_once(server, generator, pictures):
@@ -177,11 +255,16 @@ def png(width, height, pixels=bytes):
 
 GOOD = png(8, 8)
 NOISE = png(64, 64, os.urandom)
+CLIP = video(2) if importlib.util.find_spec("av") else b""
 USER = [{"role": "user", "content": "hello"}]
 
 
 def with_image(url):
     return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+
+
+def with_video(url):
+    return [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": url}}]}]
 
 
 BAD = {
@@ -204,7 +287,29 @@ BAD = {
     "temperature": ({"messages": USER, "temperature": 3}, 400, "temperature: Input should be less"),
     "several answers": ({"messages": USER, "n": 2}, 400, "n: is not done here"),
     "stop": ({"messages": USER, "stop": [""]}, 400, "stop: wanted at most 4"),
-    "images": ({"messages": with_image(data_url(GOOD)) * 4}, 400, "4 images; at most 3"),
+    "images": ({"messages": with_image(data_url(GOOD)) * 4}, 400, "4 images and videos; at most 3"),
+    "total too small": ({"messages": with_image(data_url(GOOD)), "total_visual_tokens": 3}, 400,
+                        "total_visual_tokens=3: 1 images (or tiles, or frames) have 4 visual tokens at the least"),
+    "total and count": ({"messages": with_image(data_url(GOOD)), "total_visual_tokens": 12, "num_visual_tokens": 4}, 400,
+                        "total_visual_tokens: 12 came with num_visual_tokens"),
+    "total and counts": ({"messages": with_image(data_url(GOOD)), "total_visual_tokens": 12, "num_visual_tokens": [4]}, 400,
+                         "total_visual_tokens: 12 came with num_visual_tokens"),
+    "total and auto": ({"messages": with_image(data_url(GOOD)), "total_visual_tokens": 12, "num_visual_tokens": "auto"}, 400,
+                       "needs a router, and this model has none"),
+    "total text": ({"messages": USER, "total_visual_tokens": "12"}, 400, "total_visual_tokens: Input should be a valid integer"),
+    "total true": ({"messages": USER, "total_visual_tokens": True}, 400, "total_visual_tokens: Input should be a valid integer"),
+    "total 1.5": ({"messages": USER, "total_visual_tokens": 1.5}, 400, "total_visual_tokens: Input should be a valid integer"),
+    "total below 0": ({"messages": USER, "total_visual_tokens": -1}, 400, "total_visual_tokens: Input should be greater than or equal"),
+    "vast total": ({"messages": USER, "total_visual_tokens": 10**9}, 400, "total_visual_tokens: 1000000000: at most 600 tokens"),
+    "video url": ({"messages": with_video("http://127.0.0.1:1/x.mp4")}, 400, "content[0].video_url: only data: URLs are taken and nothing was fetched; send the video"),
+    "video data url": ({"messages": with_video("data:video/mp4,abc")}, 400, "must be data:video/...;base64"),
+    "video no base64": ({"messages": with_video("data:video/mp4;base64,???")}, 400, "content[0].video_url: no base64"),
+    "video field": ({"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "data:", "fps": 9}}]}]}, 400,
+                    "fps: unknown field"),
+    "system video": ({"messages": [{**with_video("data:video/mp4;base64,AA==")[0], "role": "system"}, *USER]}, 400, "of role system"),
+    "videos": ({"messages": with_video("data:video/mp4;base64,AA==") * 4}, 400, "4 images and videos; at most 3"),
+    "counts of other videos": ({"messages": with_video("data:video/mp4;base64,AA=="), "num_visual_tokens": [4, 4, 4]}, 400,
+                               "3 entries for 1 images and videos"),
     "system image": ({"messages": [{**with_image(data_url(GOOD))[0], "role": "system"}, *USER]}, 400, "of role system"),
     "no base64": ({"messages": with_image("data:image/png;base64,???")}, 400, "content[0].image_url: no base64"),
     "data url": ({"messages": with_image("data:image/png,abc")}, 400, "must be data:image/...;base64"),
@@ -237,6 +342,26 @@ def test_a_wrong_request_is_told_in_one_line(name, server):
     assert got == status and message in error["message"], text
     assert "\n" not in error["message"] and error["type"] == "invalid_request_error"
     assert len(text) < 1000
+
+
+@needs_av
+def test_a_wrong_video_is_told_in_one_line(server):
+    """Nothing but the containers of videos is opened, whatever its URL calls it."""
+    long, large = video(40, rate=4), video(2, size=(160, 128))
+    for clips, message in (
+        ([b"hello, I am text"], "content[0].video_url: not a readable video (begins with b'hello, I"),
+        ([b"#EXTM3U\nhttp://127.0.0.1/secret.ts\n"], "not a readable video (begins with b'#EXTM3U"),
+        ([b""], "not a readable video (begins with b''"),
+        ([video(13)[:300]], "content[0].video_url: not a readable video"),
+        ([large], "frames of 160 x 128 pixels, at most 5000 are allowed"),
+        ([long], "content[0].video_url: 10 frames up to here; all videos have at most 6"),
+        ([video(13), video(13)], "content[1].video_url: 8 frames up to here"),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(server, watching(*clips))
+        error = caught.value.body
+        assert message in error["message"] and "\n" not in error["message"], error
+        assert error["code"] == "invalid_video" and error["param"].startswith("messages[0].content[")
 
 
 def test_the_clients_own_exceptions_come_of_it(server, pictures):
@@ -294,7 +419,7 @@ def test_time_and_places_are_limited(narrow, pictures):
         list(create(model="tiny", messages=asking([]), max_tokens=100_000, temperature=2.0, seed=1, stream=True))
 
 
-def test_images_are_fetched_from_hosts_that_are_allowed_and_from_no_other(narrow):
+def test_images_and_videos_are_fetched_from_hosts_that_are_allowed_and_from_no_other(narrow):
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -303,13 +428,13 @@ def test_images_are_fetched_from_hosts_that_are_allowed_and_from_no_other(narrow
             self.send_response(302 if self.path == "/moved" else 200)
             self.send_header("Location", "/image")
             self.end_headers()
-            self.wfile.write(GOOD if self.path == "/image" else b"no image")
+            self.wfile.write({"/image": GOOD, "/video": CLIP}.get(self.path, b"no image"))
 
         def log_message(self, *arguments):
             """Says nothing."""
 
-    def status(url):
-        body = json.dumps({"model": "tiny", "messages": with_image(url), "max_tokens": 1})
+    def status(url, with_item=with_image):
+        body = json.dumps({"model": "tiny", "messages": with_item(url), "max_tokens": 1})
         return narrow.raw("POST", "/v1/chat/completions", body, Authorization="Bearer secret")
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as site:
@@ -322,4 +447,8 @@ def test_images_are_fetched_from_hosts_that_are_allowed_and_from_no_other(narrow
         got, text = status(f"http://127.0.0.1:{port}/moved")
         assert got == 400 and "could not be fetched" in text and asked == ["/image", "/moved"]
         assert "not a readable image" in status(f"http://127.0.0.1:{port}/text")[1]
+        assert "nothing was fetched" in status(f"http://localhost:{port}/video", with_video)[1]
+        assert status(f"http://127.0.0.1:{port}/video", with_video)[0] == (200 if CLIP else 400)
+        assert "not a readable video" in status(f"http://127.0.0.1:{port}/text", with_video)[1] or not CLIP
+        assert asked[-2:] == ["/video", "/text"]
         site.shutdown()

@@ -3,12 +3,16 @@
 import importlib.util
 import queue
 import socket
+import sys
+from dataclasses import replace
 
 import pytest
+from clip_files import needs_av, numbers, video
 
 from tokenflex import cli
 from tokenflex.infer import Generator
 from tokenflex.serve import RequestRefused, ServeLimits
+from tokenflex.serve.clips import with_frames
 from tokenflex.serve.requests import ChatRequest
 from tokenflex.serve.worker import Failed, Finished, Piece, Started, Worker
 
@@ -83,6 +87,52 @@ def test_one_that_nobody_waits_for_is_not_begun(worker):
     worker.submit(request(), second.put).cancel()
     running.cancel()
     assert isinstance(until_end(second)[0], Failed), "not one token of it was made"
+
+
+def about(clip, counts=None):
+    items = [{"type": "text", "text": "What?"}, {"type": "video", "video": clip}, {"type": "image", "image": b"png"}]
+    return replace(request(), messages=[{"role": "user", "content": items}], num_visual_tokens=counts)
+
+
+@needs_av
+@pytest.mark.parametrize("counts, wanted", [([4, 12], [4, 4, 4, 4, 12]), (7, 7), ("auto", "auto"), (None, None)])
+def test_a_video_becomes_its_frames_and_its_count_that_of_each(counts, wanted, processor):
+    framed = with_frames(about(video(13), counts), processor, ServeLimits(), lambda: False)
+    assert framed.num_visual_tokens == wanted
+    ((text, *images, picture),) = (message["content"] for message in framed.messages)
+    assert text["type"] == "text" and picture == {"type": "image", "image": b"png"}
+    assert numbers(image["image"] for image in images) == [0, 4, 8, 12]
+
+
+@needs_av
+@pytest.mark.parametrize("seconds, is_over", [(0, False), (10, True)])
+def test_decoding_ends_when_its_time_is_up_or_nobody_waits(seconds, is_over, processor):
+    with pytest.raises(
+        RequestRefused, match=rf"content\[1\].video_url: decoding the videos took more than {seconds} s"
+    ):
+        with_frames(about(video(13)), processor, ServeLimits(max_decode_seconds=seconds), lambda: is_over)
+
+
+def test_without_pyav_a_video_is_refused_with_what_to_do(processor, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(RequestRefused, match=r"PyAV is missing \(pip install 'tokenflex\[video\]'\)") as caught:
+        with_frames(about(b"\0\0\0\x20ftypisom"), processor, ServeLimits(), lambda: False)
+    assert caught.value.http_status == 400 and "\n" not in str(caught.value)
+
+
+@needs_av
+def test_frames_that_were_asked_about_before_are_not_encoded_again(generator):
+    """Nor are frames of other videos taken for them."""
+    encoded = []
+    hook = generator.model.vision_tower.register_forward_hook(
+        lambda tower, inputs, output: encoded.append(len(output.last_hidden_state))
+    )
+    for clip, num_new in ((video(13), 4), (video(13), 0), (video(17), 1)):
+        encoded.clear()
+        framed = with_frames(about(clip), generator.processor, ServeLimits(), lambda: False)
+        generator.inputs([{"role": "user", "content": framed.messages[0]["content"][:-1]}], 4)
+        assert sum(encoded) == num_new
+    hook.remove()
 
 
 def test_a_server_that_cannot_start_says_why_in_one_line(tiny_export, tmp_path, monkeypatch, capsys):

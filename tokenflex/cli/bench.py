@@ -19,6 +19,12 @@ def add_to(commands: Commands) -> None:
     add("--counts", type=listed(positive), metavar="N,N", help="visual-token counts (default: the trained ones)")
     add("--batch-sizes", type=listed(positive), default=[1, 16], metavar="B,B", help="default 1,16")
     add(
+        "--cache",
+        choices=("dynamic", "static", "both"),
+        default="dynamic",
+        help="the key-value cache: one that grows (default), or one of one size, over which the step is compiled",
+    )
+    add(
         "--prompt", default="Describe the image.", metavar="TEXT", help="what is asked (default: 'Describe the image.')"
     )
     add("--new-tokens", type=positive, default=32, metavar="N", help="length of every answer (default 32)")
@@ -37,6 +43,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
         bench.Workload(
             counts=arguments.counts or bench.trained_counts(arguments.model),
             batch_sizes=arguments.batch_sizes,
+            caches=("dynamic", "static") if arguments.cache == "both" else (arguments.cache,),
             prompt=arguments.prompt,
             new_tokens=arguments.new_tokens,
             rounds=arguments.rounds,

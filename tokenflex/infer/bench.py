@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoConfig
+from transformers import AutoConfig, CompileConfig
 
 from ..errors import UserError
 from ..export import is_exported
@@ -29,10 +29,12 @@ class Case:
     encode_s: the vision encoder over the batch's images. first_token_s: from pixels to the first token of every answer, the
     encoder included. from_features_s: the same from features that are there. tokens_per_s: of all answers together, after the
     first. prompt_tokens: of one prompt. memory_gb: the most that was held on a GPU, or by the process on a CPU up to then.
+    cache: `dynamic` grows with the text; `static` has one size, and the step over it is compiled.
     """
 
     num_visual_tokens: int
     batch_size: int
+    cache: str
     prompt_tokens: int
     encode_s: float
     first_token_s: float
@@ -47,6 +49,7 @@ class Workload:
 
     counts: Sequence[int]
     batch_sizes: Sequence[int] = (1, 16)
+    caches: Sequence[str] = ("dynamic",)
     prompt: str = "Describe the image."
     new_tokens: int = 32
     rounds: int = 5
@@ -69,26 +72,26 @@ def bench(folder: str | PathLike, workload: Workload, say: Callable[[str], None]
             f"{list(workload.batch_sizes)}; wanted 2 or more tokens and at least one of each of the others"
         )
     generator = Generator(folder, cached_images=0)
-    cases = list(itertools.product(workload.counts, workload.batch_sizes))
-    inputs = {case: _inputs(generator, workload.prompt, *case) for case in cases}
-    times: dict[tuple[int, int], list[tuple[float, ...]]] = {case: [] for case in cases}
+    cases = list(itertools.product(workload.counts, workload.batch_sizes, workload.caches))
+    inputs = {case: _inputs(generator, workload.prompt, *case[:2]) for case in cases}
+    longest = max(its["input_ids"].shape[1] for its in inputs.values()) + workload.new_tokens
+    times: dict[tuple[int, int, str], list[tuple[float, ...]]] = {case: [] for case in cases}
     memory = dict.fromkeys(cases, 0.0)
     order = random.Random(0)
     for round_number in range(workload.rounds + 1):  # the first one warms up
         for case in order.sample(cases, len(cases)):
             _reset_memory(generator.model.device)
-            measured = _measure(generator, inputs[case], workload.new_tokens)
+            measured = _measure(generator, inputs[case], workload.new_tokens, _options(case[2], longest))
             memory[case] = max(memory[case], peak_memory_gb(generator.model.device))
             if round_number:
                 times[case].append(measured)
         say(f"bench     round {round_number} of {workload.rounds}" + ("" if round_number else " (warm-up)"))
     result = []
-    for count, batch_size in cases:
-        medians = [statistics.median(values) for values in zip(*times[count, batch_size])]
-        length = inputs[count, batch_size]["input_ids"].shape[1]
+    for case in cases:
+        medians = [statistics.median(values) for values in zip(*times[case])]
+        length = inputs[case]["input_ids"].shape[1]
         encode_s, first_s, again_s, rate = medians
-        peak = round(memory[count, batch_size], 3)
-        result.append(Case(count, batch_size, length, encode_s, first_s, again_s, rate, peak))
+        result.append(Case(*case, length, encode_s, first_s, again_s, rate, round(memory[case], 3)))
     return result
 
 
@@ -120,9 +123,19 @@ def _inputs(generator, prompt, count, batch_size):
     return inputs.to(generator.model.device)
 
 
+def _options(cache, longest):
+    """Keywords of `generate`. With a static cache transformers compiles the step by itself on a GPU, elsewhere if it is told to."""
+    plain = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    if cache == "dynamic":
+        return plain
+    compiled = CompileConfig()
+    compiled._compile_all_devices = True
+    return {**plain, "cache_implementation": cache, "max_cache_len": longest, "compile_config": compiled}
+
+
 @torch.no_grad()
-def _measure(generator, inputs, new_tokens):
-    model, options = generator.model, {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+def _measure(generator, inputs, new_tokens, options):
+    model = generator.model
     features, encode_s = _timed(model.device, lambda: model.encode_images(inputs["pixel_values"]))
     from_features = {**inputs, "pixel_values": features}
     _, first_s = _timed(model.device, lambda: model.generate(**inputs, max_new_tokens=1, **options))
@@ -152,11 +165,11 @@ def _reset_memory(device):
 
 def table(cases: Sequence[Case]) -> str:
     """The cases as a Markdown table."""
-    heads = ["visual tokens", "batch", "prompt tokens", "encoder", "first token", "from features", "tokens/s", "memory"]
+    heads = "visual tokens|batch|cache|prompt tokens|encoder|first token|from features|tokens/s|memory".split("|")
     rows = [f"| {' | '.join(heads)} |", "|---:" * len(heads) + "|"]
     for case in cases:
         seconds = (case.encode_s, case.first_token_s, case.from_features_s)
-        cells = [str(case.num_visual_tokens), str(case.batch_size), str(case.prompt_tokens)]
+        cells = [str(case.num_visual_tokens), str(case.batch_size), case.cache, str(case.prompt_tokens)]
         cells += [f"{1e3 * second:.1f} ms" for second in seconds]
         rows.append(f"| {' | '.join([*cells, f'{case.tokens_per_s:.0f}', f'{case.memory_gb:.2f} GB'])} |")
     return "\n".join(rows)
@@ -172,12 +185,16 @@ def write(cases: Sequence[Case], folder: str | PathLike) -> list[Path]:
     )
     figure = new_figure(8, 3.6)
     left, right = figure.subplots(1, 2)
-    for number, batch_size in enumerate(dict.fromkeys(case.batch_size for case in cases)):
-        its = sorted((case for case in cases if case.batch_size == batch_size), key=lambda case: case.num_visual_tokens)
+    kinds = dict.fromkeys((case.batch_size, case.cache) for case in cases)
+    for number, kind in enumerate(kinds):
+        its = sorted(
+            (case for case in cases if (case.batch_size, case.cache) == kind), key=lambda case: case.num_visual_tokens
+        )
         counts, colour = [case.num_visual_tokens for case in its], f"C{number}"
-        left.plot(counts, [1e3 * case.first_token_s for case in its], "o-", color=colour, label=f"batch {batch_size}")
+        name = f"batch {kind[0]}" + (", static" if kind[1] == "static" else "")
+        left.plot(counts, [1e3 * case.first_token_s for case in its], "o-", color=colour, label=name)
         left.plot(counts, [1e3 * case.from_features_s for case in its], "o--", color=colour, alpha=0.6)
-        right.plot(counts, [case.tokens_per_s for case in its], "o-", color=colour, label=f"batch {batch_size}")
+        right.plot(counts, [case.tokens_per_s for case in its], "o-", color=colour, label=name)
     left.set_ylabel("first token, ms (dashed: from features)")
     right.set_ylabel("tokens per second")
     for axes in (left, right):

@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
@@ -15,7 +16,9 @@ from ..data import Limits, decode_image
 from ..errors import UserError
 from ..export import is_exported
 from ..model.generation import greedy
+from ..model.modeling_tokenflex import CACHE
 from ..model.router import AUTO, asks_auto
+from .conversations import Conversations
 
 ROUTER = "router"
 """A total shared by the router."""
@@ -27,13 +30,14 @@ class Generator:
     """`generator(prompt, images, num_visual_tokens)` -> answer. Runs on the GPU where there is one.
 
     An image that was asked about before is not encoded again, whatever the count: the features of the `cached_images` used
-    last are kept, by the bytes of their files.
+    last are kept, by the bytes of their files, or of a frame's pixels. With `cache_bytes`, what a prompt shares with an earlier one is not run through the
+    language model again either: `Conversations` keeps as much of them.
 
     Raises:
         UserError: the folder holds no exported model.
     """
 
-    def __init__(self, folder: str | PathLike, cached_images: int = 16):
+    def __init__(self, folder: str | PathLike, cached_images: int = 16, *, cache_bytes: int = 0):
         if not is_exported(folder):
             raise UserError(
                 f"--model {folder}: no exported model there (no config.json); give the folder that training wrote, runs/NAME/model"
@@ -44,6 +48,7 @@ class Generator:
         self.processor = AutoProcessor.from_pretrained(folder)
         self.cached_images = cached_images
         self._features: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._conversations = Conversations(self.model, cache_bytes)
 
     def __call__(
         self,
@@ -71,8 +76,22 @@ class Generator:
             content += [{"type": "image", "image": frame} for frame in self._frames(path)]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
         inputs = self.inputs(messages, num_visual_tokens, effort, total_visual_tokens, share)
-        output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        answer, _ = self.generate(inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        return self.processor.decode(answer, skip_special_tokens=True).strip()
+
+    def generate(self, inputs: BatchFeature, **options: Any) -> tuple[torch.Tensor, int]:
+        """The tokens [T] that answer what `inputs` made, and how many of the prompt's were not run again; `options` are transformers'."""
+        cache = self._conversations.resume(inputs)
+        num_cached = 0 if cache is None else cache.get_seq_length()
+        resumed = {} if cache is None else {CACHE: cache}
+        try:
+            (sequence,) = self.model.generate(**inputs, **resumed, **options)
+        except torch.OutOfMemoryError:  # what is kept must not stand in the way of the next
+            self._conversations.clear()
+            raise
+        if cache is not None:
+            self._conversations.keep(inputs, sequence, cache)
+        return sequence[inputs["input_ids"].shape[1] :], num_cached
 
     def _frames(self, path: str | PathLike) -> list[Any]:
         try:
@@ -92,8 +111,8 @@ class Generator:
     ) -> BatchFeature:
         """Inputs of the model, on its device, for a conversation that it shall go on with; images as the processor takes them.
 
-        Where all images are encoded bytes, `pixel_values` are their features, of which those used last are kept. "auto" has
-        become numbers in them. `total_visual_tokens` and `share` as in a call.
+        Where all images are encoded bytes or arrays, `pixel_values` are their features, of which those used last are kept. "auto"
+        has become numbers in them. `total_visual_tokens` and `share` as in a call.
 
         Raises:
             UserError: a count or total that does not fit, a conversation that the chat template does not take, or "auto" where the model
@@ -113,11 +132,11 @@ class Generator:
             raise UserError(
                 f"--share {share} with --num-visual-tokens auto: the router shares the total then; leave it out"
             )
-        inputs = self._rendered(messages, None)
+        inputs = self._rendered(messages, None, total_visual_tokens=0)  # any count does; the router shares the total
         seen = {name: inputs.get(name) for name in ("input_ids", "pixel_values", "attention_mask", "num_tiles")}
         try:
             chosen = self.model.resolve_auto(
-                num_visual_tokens, **seen, effort=effort, total_visual_tokens=total_visual_tokens
+                num_visual_tokens, **seen, effort=effort, total_visual_tokens=total_visual_tokens or None
             )
         except ValueError as error:
             raise UserError(f"--num-visual-tokens auto: {error}") from None
@@ -143,22 +162,25 @@ class Generator:
             ).to(self.model.device)
         except ValueError as error:
             raise UserError(f"--num-visual-tokens: {error}") from None
+        counts = num_visual_tokens if isinstance(num_visual_tokens, list) else [num_visual_tokens]
+        if "pixel_values" in inputs and any(isinstance(count, tuple) for count in counts):
+            inputs["num_visual_tokens"] = num_visual_tokens  # the prompt tells their number, not their rows and columns
         contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
         items = [item for content in contents for item in content if item["type"] != "text"]
         images = [item.get("image") for item in items]  # of a video none is named, and nothing is kept
         if features is not None:
             inputs["pixel_values"] = features
-        elif images and all(isinstance(image, bytes) for image in images):
+        elif images and all(map(_is_keyed, images)):
             inputs["pixel_values"] = self._encoded(images, inputs["pixel_values"], inputs.get("num_tiles"))
         return inputs
 
     @torch.no_grad()
     def _encoded(
-        self, images: Sequence[bytes], pixel_values: torch.Tensor, num_tiles: Sequence[int] | None
+        self, images: Sequence[bytes | np.ndarray], pixel_values: torch.Tensor, num_tiles: Sequence[int] | None
     ) -> torch.Tensor:
         """The features of images, those of all their tiles together: [tiles, patches, C]."""
         tiles = [1] * len(images) if num_tiles is None else [int(number) for number in num_tiles]
-        keys = [hashlib.sha256(image).digest() for image in images]
+        keys = [_key(image) for image in images]
         found = {key: self._features[key] for key in keys if key in self._features}
         parts = dict(zip(keys, pixel_values.split(tiles)))
         missing = [key for key in parts if key not in found]
@@ -171,6 +193,19 @@ class Generator:
         while len(self._features) > self.cached_images:
             self._features.popitem(last=False)
         return torch.cat([found[key] for key in keys])
+
+
+def _is_keyed(image: object) -> bool:
+    """Whether an item's image is one whose features are kept; an array of more axes may be several images."""
+    return isinstance(image, bytes) or (isinstance(image, np.ndarray) and image.ndim == 3)
+
+
+def _key(image: bytes | np.ndarray) -> bytes:
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).digest()
+    told = hashlib.sha256(f"{image.dtype.str} {image.shape}".encode())
+    told.update(np.ascontiguousarray(image))
+    return told.digest()
 
 
 def _read_image(path: str | PathLike) -> bytes:

@@ -632,25 +632,34 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Images are spliced in with the prompt; what follows finds them in the cache."""
+        """Images are spliced in with the prompt; what follows finds them in the cache, as does a prompt whose begin is there.
+
+        Raises:
+            ValueError: a cache that was handed in ends within an image.
+        """
         inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in IMAGE_INPUTS:
-                inputs.pop(name, None)
+        images = {name: inputs.pop(name) for name in IMAGE_INPUTS if name in inputs}
+        if is_first_iteration or not kwargs.get("use_cache", True):
+            ids = self._prompt_ids(input_ids, inputs_embeds)
+            num_cached = 0 if next_sequence_length is None else ids.shape[1] - next_sequence_length
+            inputs.update(_uncached(images, ids, num_cached, self.config.image_token_id) if num_cached else images)
         return inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
         """Each row `expand_size` times, and with it its own images, of which a row can have any number."""
         images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
-        ids = input_ids
-        if (ids is None or not ids.shape[1]) and kwargs.get("inputs_embeds") is not None:
-            ids = self._ids_of(kwargs["inputs_embeds"])
+        ids = self._prompt_ids(input_ids, kwargs.get("inputs_embeds"))
         runs = None if ids is None else image_runs(ids, self.config.image_token_id)
         input_ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
@@ -659,23 +668,49 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
             images = _repeated(images, [row for row, _, _ in runs], expand_size)
         return input_ids, {**kwargs, **images}
 
+    def _prompt_ids(self, input_ids, inputs_embeds):
+        """The ids of a prompt; where it came as embeddings, those that tell its images."""
+        if (input_ids is None or not input_ids.shape[1]) and inputs_embeds is not None:
+            return self._ids_of(inputs_embeds)
+        return input_ids
+
 
 def _repeated(images, rows, times):
     """Pixel values, tiles and counts of images, image i of row `rows[i]`, with each row `times` times."""
+    order = [place for row in sorted(set(rows)) for _ in range(times) for place, its in enumerate(rows) if its == row]
+    return _picked(images, order)
+
+
+def _uncached(images, ids, num_cached, image_token_id):
+    """Of a prompt's images those that lie behind its first `num_cached` tokens."""
+    runs = image_runs(ids, image_token_id)
+    if images.get("pixel_values") is None or len(_tiles(images.get("num_tiles"), images["pixel_values"])) != len(runs):
+        return images  # none, the new ones alone, or too few, which the forward pass says
+    for _, start, length in runs:
+        if start < num_cached < start + length:
+            raise ValueError(
+                f"the cache ends after {num_cached} tokens, within an image of tokens {start} to {start + length - 1}; crop it to {start}"
+            )
+    return _picked(images, [place for place, (_, start, _) in enumerate(runs) if start >= num_cached])
+
+
+def _picked(images, order):
+    """Pixel values, tiles and counts of the images `order`, of which one may come several times; nothing of none."""
+    if not order:
+        return {}
     tiles = _tiles(images.get("num_tiles"), images["pixel_values"])
     starts = [sum(tiles[:place]) for place in range(len(tiles))]
-    order = [place for row in sorted(set(rows)) for _ in range(times) for place, its in enumerate(rows) if its == row]
-    repeated = dict(images)
+    picked = dict(images)
     for name in ("pixel_values", "tile_sizes"):
         if images.get(name) is not None:
             own = [images[name][starts[place] : starts[place] + tiles[place]] for place in order]
-            repeated[name] = torch.cat(own)
+            picked[name] = torch.cat(own)
     if images.get("num_tiles") is not None:
         device = images["pixel_values"].device
-        repeated["num_tiles"] = torch.tensor([tiles[place] for place in order], device=device)
+        picked["num_tiles"] = torch.tensor([tiles[place] for place in order], device=device)
     if isinstance(images.get("num_visual_tokens"), list):
-        repeated["num_visual_tokens"] = [images["num_visual_tokens"][place] for place in order]
-    return repeated
+        picked["num_visual_tokens"] = [images["num_visual_tokens"][place] for place in order]
+    return picked
 
 
 def _image_ids(config):

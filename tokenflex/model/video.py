@@ -6,7 +6,7 @@ every exported model, so it imports nothing but numpy; PyAV is asked for when th
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ FRAMES_PER_SECOND, MAX_FRAMES = 1.0, 16
 MAX_DECODED = 36_000
 """Frames that a file may hold up to the last one that is taken: 20 minutes at 30 per second. All of them are decoded."""
 MAX_PIXELS = 100_000_000
+_MARGIN = 2**20
+"""Pixels beside twice the limit that a decoder may allocate: it rounds sides up to blocks and keeps margins around a frame."""
 _CONTAINERS = ((4, b"ftyp", "mp4"), (0, b"\x1aE\xdf\xa3", "matroska"), (8, b"AVI ", "avi"))
 """Where which bytes tell which container; no other is opened, since some (playlists) name further files to be read."""
 
@@ -33,6 +35,7 @@ def clip_frames(
     frames_per_second: float = FRAMES_PER_SECOND,
     max_frames: int = MAX_FRAMES,
     max_pixels: int = MAX_PIXELS,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> list[Any]:
     """The frames of a clip, as images.
 
@@ -41,6 +44,7 @@ def clip_frames(
             H, W, 3], which are taken as they are.
         frames_per_second, max_frames: of a file, `sampled`; of a list `max_frames` is the most that are taken.
         max_pixels: of a frame of a file, by its header.
+        is_over: asked while a file is decoded, before each frame; once it says so, the file is refused.
 
     Returns:
         For a file arrays [H, W, 3] of bytes, upright; else the list.
@@ -66,7 +70,7 @@ def clip_frames(
         raise ClipRefused(
             f"a clip came as {type(clip).__name__}; wanted a video file's path or bytes, or a list of frames"
         )
-    return decoded(bytes(clip), frames_per_second, max_frames, max_pixels)
+    return decoded(bytes(clip), frames_per_second, max_frames, max_pixels, is_over)
 
 
 def sampled(times: Sequence[float], frames_per_second: float, max_frames: int) -> list[int]:
@@ -86,11 +90,13 @@ def sampled(times: Sequence[float], frames_per_second: float, max_frames: int) -
     return places
 
 
-def decoded(data: bytes, frames_per_second: float, max_frames: int, max_pixels: int) -> list[np.ndarray]:
+def decoded(
+    data: bytes, frames_per_second: float, max_frames: int, max_pixels: int, is_over: Callable[[], bool]
+) -> list[np.ndarray]:
     """The sampled frames of a video file: arrays [H, W, 3] of bytes, turned as the file says.
 
     Raises:
-        ClipRefused: another container, no frame, too many, too large ones, or one that does not decode. PyAVMissing.
+        ClipRefused: another container, no frame, too many, too large ones, one that does not decode, or broken off. PyAVMissing.
     """
     av = _pyav()
     container = container_of(data)
@@ -103,7 +109,7 @@ def decoded(data: bytes, frames_per_second: float, max_frames: int, max_pixels: 
                 raise ClipRefused(
                     f"frames of {codec.width} x {codec.height} pixels, at most {max_pixels} are allowed; shrink it"
                 )
-            wanted = sampled(_times(file), frames_per_second, max_frames)
+            wanted = sampled(_times(file, is_over), frames_per_second, max_frames)
         if not wanted:
             raise ClipRefused("an empty clip: the file has no frame; wanted at least one")
         if wanted[-1] >= MAX_DECODED:
@@ -111,7 +117,9 @@ def decoded(data: bytes, frames_per_second: float, max_frames: int, max_pixels: 
                 f"{wanted[-1] + 1} frames have to be decoded, at most {MAX_DECODED} are; cut the video into shorter ones"
             )
         with av.open(io.BytesIO(data), format=container) as file:  # anew: not every container can be wound back
-            frames = _taken(file, set(wanted))
+            # a frame may be larger than the header says
+            file.streams.video[0].codec_context.options = {"max_pixels": str(2 * max_pixels + _MARGIN)}
+            frames = _taken(file, set(wanted), is_over)
     except (av.FFmpegError, ValueError, OSError, MemoryError) as error:
         if isinstance(error, ClipRefused):
             raise
@@ -149,12 +157,12 @@ def _pyav():
     return av
 
 
-def _times(file):
+def _times(file, is_over):
     """When each frame of the first video stream is shown, in seconds and in order; nothing is decoded for it."""
     stream = file.streams.video[0]
     stamps = [
         packet.pts if packet.pts is not None else packet.dts
-        for packet in file.demux(stream)
+        for packet in _until(is_over, file.demux(stream))
         if packet.size and not packet.is_discard
     ]
     if None in stamps:  # a stream that stamps no frame shows them at its rate
@@ -162,12 +170,19 @@ def _times(file):
     return sorted(float(stamp * stream.time_base) for stamp in stamps)
 
 
-def _taken(file, wanted):
+def _taken(file, wanted, is_over):
     """The frames at the places `wanted`, in the order that they are shown in."""
     frames = []
-    for place, frame in enumerate(file.decode(video=0)):
+    for place, frame in enumerate(_until(is_over, file.decode(video=0))):
         if place in wanted:
             frames.append(np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)))
         if place >= max(wanted):
             break
     return frames
+
+
+def _until(is_over: Callable[[], bool], parts: Iterable[Any]) -> Iterator[Any]:
+    for part in parts:
+        if is_over():
+            raise ClipRefused("decoding it was broken off; cut the video into shorter ones, or shrink it")
+        yield part

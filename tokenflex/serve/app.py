@@ -31,7 +31,7 @@ class Endpoint:
 
     Args:
         about: what `/v1/models` tells beside the name.
-        hosts: that images may be fetched from.
+        hosts: that images and videos may be fetched from.
         key: that requests must bring; empty for none.
         has_page: whether `/` is a page to try the model on.
     """
@@ -120,7 +120,9 @@ class Endpoint:
         if kind != "application/json":  # also what keeps forms of other sites' pages out
             raise RequestRefused(f"content-type: {kind!r}; wanted application/json", 415)
         limit = self.limits.max_body_bytes
-        refusal = RequestRefused(f"the request has more than {limit} bytes; send smaller or fewer images", 413)
+        refusal = RequestRefused(
+            f"the request has more than {limit} bytes; send fewer or smaller images and videos", 413
+        )
         length = request.headers.get("content-length", "")
         if length.isdigit() and int(length) > limit:
             raise refusal
@@ -209,7 +211,10 @@ def _usage(started: Started, finished: Finished) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "completion_tokens": new,
         "total_tokens": prompt + new,
-        "prompt_tokens_details": {"image_tokens": started.num_image_tokens},
+        "prompt_tokens_details": {
+            "image_tokens": started.num_image_tokens,
+            "cached_tokens": finished.num_cached_tokens,
+        },
     }
 
 

@@ -11,11 +11,17 @@ class ServeLimits:
     """What one request may bring and take."""
 
     max_body_bytes: int = 32 * 2**20
-    """Bytes of a request, its images in base64 among them; also of one image that is fetched."""
+    """Bytes of a request, its images and videos in base64 among them; also of one that is fetched."""
     max_images: int = 16
-    """Images of a conversation."""
+    """Images and videos of a conversation."""
     max_image_pixels: int = 50_000_000
     """Pixels of one image, by its header."""
+    max_frames: int = 32
+    """Frames of all videos of a conversation; the model's own `max_frames` is of each."""
+    max_frame_pixels: int = 10_000_000
+    """Pixels of a frame of a video, by its header: smaller than an image, since all frames are in memory at once."""
+    max_decode_seconds: float = 10.0
+    """Seconds of decoding all videos of a conversation."""
     max_prompt_tokens: int = 16_384
     """Tokens of a prompt, visual ones included."""
     max_new_tokens: int = 1024
@@ -24,6 +30,8 @@ class ServeLimits:
     """From a request's arrival to its last token, waiting included."""
     max_waiting: int = 32
     """Requests that wait for their turn beside the one that is answered."""
+    max_cache_bytes: int = 2**30
+    """Of key-value caches that are kept for the next turn of their conversations."""
 
 
 class RequestRefused(UserError):

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..data.images import verify_image
 from ..data.problems import BadSample, Limits
 from ..infer import Count
+from ..model.router import AUTO
 from .limits import RequestRefused, ServeLimits
 
 FETCH_TIMEOUT_S = 10
@@ -48,17 +49,25 @@ class _Text(_Strict):
 
 class _Url(_Strict):
     url: str
+
+
+class _ImageUrl(_Url):
     detail: str | None = None  # how large OpenAI shall look at it: `num_visual_tokens` says it here
 
 
 class _Image(_Strict):
     type: Literal["image_url"]
-    image_url: _Url
+    image_url: _ImageUrl
+
+
+class _Video(_Strict):
+    type: Literal["video_url"]
+    video_url: _Url
 
 
 class _Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: list[Annotated[_Text | _Image, Field(discriminator="type")]] = Field(min_length=1)
+    content: list[Annotated[_Text | _Image | _Video, Field(discriminator="type")]] = Field(min_length=1)
     name: str | None = None
 
     @field_validator("content", mode="before")
@@ -76,6 +85,7 @@ class _Body(_Strict):
     model: str
     messages: list[_Message] = Field(min_length=1)
     num_visual_tokens: Any = None
+    total_visual_tokens: int | None = Field(None, ge=0)
     effort: float | None = Field(None, ge=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -89,11 +99,13 @@ class _Body(_Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRequest:
-    """messages: as the processor takes them, images as encoded bytes that have been read whole. num_visual_tokens: as the
-    processor takes it, or "auto" with its effort. temperature: 0 is the likeliest answer. stop: texts that end it."""
+    """messages: as the processor takes them, images as encoded bytes that have been read whole, videos as bytes that nobody
+    has looked at. num_visual_tokens: as the processor takes it, a list with one per image or video, or "auto" with its effort.
+    total_visual_tokens: as the processor takes it. temperature: 0 is the likeliest answer. stop: texts that end it."""
 
     messages: list[dict[str, Any]]
     num_visual_tokens: Count | list[Count] | None
+    total_visual_tokens: int | None = None
     effort: float | None = None
     max_new_tokens: int
     temperature: float
@@ -105,7 +117,8 @@ class ChatRequest:
 
 
 def parse_request(data: bytes, model_name: str, limits: ServeLimits, hosts: Sequence[str]) -> ChatRequest:
-    """The request of a body in JSON. `hosts` are those that images may be fetched from (`*` is any); most often there are none.
+    """The request of a body in JSON. `hosts` are those that images and videos may be fetched from (`*` is any); most often there
+    are none.
 
     Raises:
         RequestRefused: with what is wrong with it.
@@ -125,10 +138,13 @@ def _parsed(body: _Body, model_name: str, limits: ServeLimits, hosts: Sequence[s
         raise RequestRefused(
             "messages: the last one must be the user's, which is what gets an answer", param="messages"
         )
-    num_images = sum(isinstance(item, _Image) for message in body.messages for item in message.content)
+    num_images = sum(not isinstance(item, _Text) for message in body.messages for item in message.content)
     if num_images > limits.max_images:
-        raise RequestRefused(f"messages: {num_images} images; at most {limits.max_images} are taken", param="messages")
+        raise RequestRefused(
+            f"messages: {num_images} images and videos; at most {limits.max_images} are taken", param="messages"
+        )
     counts = counts_of(body.num_visual_tokens, num_images, limits.max_prompt_tokens)
+    _check_total(body.total_visual_tokens, counts, limits.max_prompt_tokens)
     return ChatRequest(
         messages=[
             {
@@ -141,6 +157,7 @@ def _parsed(body: _Body, model_name: str, limits: ServeLimits, hosts: Sequence[s
             for at, message in enumerate(body.messages)
         ],
         num_visual_tokens=counts,
+        total_visual_tokens=body.total_visual_tokens,
         effort=body.effort,
         max_new_tokens=_max_new_tokens(body, limits),
         temperature=body.temperature or 0.0,
@@ -153,10 +170,10 @@ def _parsed(body: _Body, model_name: str, limits: ServeLimits, hosts: Sequence[s
 
 
 def counts_of(value: Any, num_images: int, max_tokens: int) -> Count | list[Count] | None:
-    """`num_visual_tokens` of a request: "auto", a number, [rows, columns], or a list with one of either per image.
+    """`num_visual_tokens` of a request: "auto", a number, [rows, columns], or a list with one of either per image or video.
 
-    A list of as many entries as images is one per image; so [8, 12] beside two images is 8 for one and 12 for the other, and
-    rows and columns of both are [[8, 12], [8, 12]].
+    A list of as many entries as images and videos is one for each, a video's for each of its frames; so [8, 12] beside two
+    images is 8 for one and 12 for the other, and rows and columns of both are [[8, 12], [8, 12]].
 
     Raises:
         RequestRefused: anything else, or a count above `max_tokens`.
@@ -169,14 +186,14 @@ def counts_of(value: Any, num_images: int, max_tokens: int) -> Count | list[Coun
     if not isinstance(value, list) or (is_pair and num_images != 2):
         return _count(value, value, max_tokens)
     if len(value) != num_images:
-        raise _wrong_counts(value, f"{len(value)} entries for {num_images} images; give one per image")
+        raise _wrong_counts(value, f"{len(value)} entries for {num_images} images and videos; give one for each")
     return [_count(entry, value, max_tokens) for entry in value]
 
 
 def _count(entry: Any, value: Any, max_tokens: int) -> Count:
     sides = entry if isinstance(entry, list) and len(entry) == 2 else [entry]
     if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
-        wanted = "a positive number, [rows, columns], or a list with one of either per image"
+        wanted = "a positive number, [rows, columns], or a list with one of either per image or video"
         raise _wrong_counts(value, f"wanted {wanted}")
     if any(side > max_tokens for side in sides) or sides[0] * sides[-1] ** (len(sides) - 1) > max_tokens:
         raise _wrong_counts(value, f"at most {max_tokens} tokens fit a prompt")
@@ -187,6 +204,22 @@ def _wrong_counts(value: Any, why: str) -> RequestRefused:
     shown = json.dumps(value)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     return RequestRefused(f"num_visual_tokens: {shown}: {why}", param="num_visual_tokens")
+
+
+def _check_total(total: int | None, counts: Count | list[Count] | None, max_tokens: int) -> None:
+    """See that a total may be kept: the processor shares it, or with "auto" the router, and neither where counts are named."""
+    if not total:  # 0 lifts the total that the model was trained at
+        return
+    if total > max_tokens:
+        raise _wrong_total(f"{total}: at most {max_tokens} tokens fit a prompt")
+    if counts not in (None, AUTO):
+        raise _wrong_total(
+            f'{total} came with num_visual_tokens, which says what each image gets; give one of both, or "auto" beside a total'
+        )
+
+
+def _wrong_total(why: str) -> RequestRefused:
+    return RequestRefused(f"total_visual_tokens: {why}", param="total_visual_tokens")
 
 
 def _body(data: bytes) -> _Body:
@@ -230,13 +263,18 @@ def _stop(stop: str | list[str] | None) -> tuple[str, ...]:
     return texts
 
 
-def _item(item: _Text | _Image, where: str, role: str, limits: ServeLimits, hosts: Sequence[str]) -> dict[str, Any]:
+def _item(
+    item: _Text | _Image | _Video, where: str, role: str, limits: ServeLimits, hosts: Sequence[str]
+) -> dict[str, Any]:
     if isinstance(item, _Text):
         return {"type": "text", "text": item.text}
     if role != "user":
-        raise RequestRefused(f"{where}: an image in a message of role {role}; images belong to the user's", param=where)
-    url = item.image_url.url
-    data = _embedded(url, where) if url.startswith("data:") else _fetched(url, where, limits, hosts)
+        raise RequestRefused(
+            f"{where}: an image or a video in a message of role {role}; they belong to the user's", param=where
+        )
+    if isinstance(item, _Video):
+        return {"type": "video", "video": _bytes_of(item.video_url.url, "video", where, limits, hosts)}
+    data = _bytes_of(item.image_url.url, "image", where, limits, hosts)
     try:
         verify_image(data, Limits(max_image_pixels=limits.max_image_pixels))
     except BadSample as problem:
@@ -245,14 +283,19 @@ def _item(item: _Text | _Image, where: str, role: str, limits: ServeLimits, host
     return {"type": "image", "image": data}
 
 
-def _embedded(url: str, where: str) -> bytes:
+def _bytes_of(url: str, kind: str, where: str, limits: ServeLimits, hosts: Sequence[str]) -> bytes:
+    """What an item's URL holds or names; `kind` is `image` or `video`."""
+    return _embedded(url, kind, where) if url.startswith("data:") else _fetched(url, kind, where, limits, hosts)
+
+
+def _embedded(url: str, kind: str, where: str) -> bytes:
     head, _, content = url.partition(",")
     if not head.endswith(";base64"):
-        raise RequestRefused(f"{where}.image_url: a data: URL must be data:image/...;base64,...", param=where)
+        raise RequestRefused(f"{where}.{kind}_url: a data: URL must be data:{kind}/...;base64,...", param=where)
     try:
         return base64.b64decode("".join(content.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise RequestRefused(f"{where}.image_url: no base64 ({error})", param=where, code="invalid_image") from None
+        raise RequestRefused(f"{where}.{kind}_url: no base64 ({error})", param=where, code=f"invalid_{kind}") from None
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -262,7 +305,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _fetched(url: str, where: str, limits: ServeLimits, hosts: Sequence[str]) -> bytes:
+def _fetched(url: str, kind: str, where: str, limits: ServeLimits, hosts: Sequence[str]) -> bytes:
     try:
         parts = urlsplit(url)
         scheme, host = parts.scheme, parts.hostname or ""
@@ -270,8 +313,8 @@ def _fetched(url: str, where: str, limits: ServeLimits, hosts: Sequence[str]) ->
         scheme, host = "", ""
     if scheme not in ("http", "https") or not ("*" in hosts or host in hosts):
         raise RequestRefused(
-            f"{where}.image_url: only data: URLs are taken and nothing was fetched; send the image itself"
-            + (f" (images may come from {', '.join(hosts)})" if hosts else ""),
+            f"{where}.{kind}_url: only data: URLs are taken and nothing was fetched; send the {kind} itself"
+            + (f" ({kind}s may come from {', '.join(hosts)})" if hosts else ""),
             param=where,
             code="url_not_allowed",
         )
@@ -288,7 +331,7 @@ def _fetched(url: str, where: str, limits: ServeLimits, hosts: Sequence[str]) ->
         with opener.open(url, timeout=FETCH_TIMEOUT_S) as answer:
             data: bytes = answer.read(limits.max_body_bytes + 1)
     except (urllib.error.URLError, OSError, ValueError) as error:
-        raise RequestRefused(f"{where}.image_url: could not be fetched ({error})", param=where) from None
+        raise RequestRefused(f"{where}.{kind}_url: could not be fetched ({error})", param=where) from None
     if len(data) > limits.max_body_bytes:
-        raise RequestRefused(f"{where}.image_url: more than {limits.max_body_bytes} bytes", 413, where)
+        raise RequestRefused(f"{where}.{kind}_url: more than {limits.max_body_bytes} bytes", 413, where)
     return data

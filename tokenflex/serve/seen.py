@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from ..data import Limits
 from ..data.images import read_header
 from ..infer import Generator
@@ -45,17 +47,21 @@ def windows(length: int, parts: int, mode: str = "adaptive") -> list[Window]:
 def seen_images(
     generator: Generator, messages: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any]
 ) -> tuple[SeenImage, ...]:
-    """The images of a conversation (encoded bytes) and the inputs that `generator` made of it -> what their tokens see."""
+    """The images of a conversation (encoded bytes, or frames [H, W, 3]) and the inputs that `generator` made of it -> what their tokens see."""
     model, tiler = generator.model, generator.processor.image_processor
     contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
     images = [item["image"] for content in contents for item in content if item["type"] == "image"]
     runs = image_runs(inputs["input_ids"], model.config.image_token_id)
+    asked = inputs.get("num_visual_tokens")
+    asked = asked if isinstance(asked, list) else [asked] * len(images)
     found = []
-    for image, (_, _, length), num_tiles in zip(images, runs, inputs["num_tiles"].tolist() if images else ()):
-        header = read_header(image, Limits())
-        tile_rows, tile_columns = grids_for(header.width, header.height, tiler.max_tiles, (tiler.height, tiler.width))
-        sizes = tiler.tile_sizes(header.width, header.height).tolist()
-        rows, columns = generator.processor.tile_sides(length // num_tiles, sizes)[0]
+    for image, (_, _, length), num_tiles, count in zip(
+        images, runs, inputs["num_tiles"].tolist() if images else (), asked
+    ):
+        width_px, height_px = _upright_size(image)
+        tile_rows, tile_columns = grids_for(width_px, height_px, tiler.max_tiles, (tiler.height, tiler.width))
+        sizes = tiler.tile_sizes(width_px, height_px).tolist()
+        rows, columns = generator.processor.tile_sides(count or length // num_tiles, sizes)[0]
         (height, width), mode = model.patch_grid, model.config.pooling_mode
         found.append(
             SeenImage(
@@ -69,3 +75,10 @@ def seen_images(
             )
         )
     return tuple(found)
+
+
+def _upright_size(image: bytes | np.ndarray) -> tuple[int, int]:
+    if isinstance(image, np.ndarray):
+        return image.shape[1], image.shape[0]
+    header = read_header(image, Limits())
+    return header.width, header.height

@@ -27,7 +27,8 @@ def serve(
     has_page: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Serve an exported model until a signal ends it; port 0 takes a free one. `hosts` are those that images may be fetched from;
+    """Serve an exported model until a signal ends it; port 0 takes a free one. `hosts` are those that images and videos may be
+    fetched from;
     with `has_page`, `/` is a page to try it on.
 
     Raises:
@@ -47,9 +48,9 @@ def serve(
         raise UserError(f"{folder}: no exported model there (no config.json); give the folder that training wrote")
     listener = _bound(host, port)
     with listener:
-        generator = Generator(folder)
+        generator = Generator(folder, cache_bytes=limits.max_cache_bytes)
         name = name or Path(folder).resolve().name
-        about = _about(generator.model.config, limits)
+        about = _about(generator, limits)
         worker = Worker(generator, limits)
         key = os.environ.get(API_KEY, "")
         endpoint = Endpoint(worker, name, limits, about=about, hosts=hosts, key=key, has_page=has_page)
@@ -64,12 +65,19 @@ def serve(
             worker.close()
 
 
-def _about(config, limits):
+def _about(generator, limits):
     """What the endpoint tells of a model."""
+    config, processor = generator.model.config, generator.processor
     return {
         "trained_num_visual_tokens": list(config.trained_num_visual_tokens),
         "default_num_visual_tokens": config.default_num_visual_tokens,
+        "default_total_visual_tokens": processor.total_visual_tokens or None,
         "default_effort": config.router["effort"] if config.router else None,
+        "videos": {
+            "are_read": importlib.util.find_spec("av") is not None,
+            "frames_per_second": processor.frames_per_second,
+            "max_frames": processor.max_frames,
+        },
         "limits": asdict(limits),
     }
 

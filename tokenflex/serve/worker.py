@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..errors import UserError
 from ..infer import Generator
+from .clips import with_frames
 from .limits import RequestRefused, ServeLimits
 from .pieces import TextPieces
 from .requests import ChatRequest
@@ -23,7 +24,7 @@ from .seen import SeenImage, seen_images
 @dataclass(frozen=True)
 class Started:
     """The prompt has been built, in `seconds` (the vision encoder's share included, where the features were not kept);
-    num_image_tokens of its tokens are visual ones, of `images`."""
+    num_image_tokens of its tokens are visual ones, of `images`, frames of videos among them."""
 
     num_prompt_tokens: int
     num_image_tokens: int
@@ -40,10 +41,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Finished:
-    """No more comes. reason: `stop`, or `length` where the answer was cut. seconds: from the prompt's tokens to the last new one."""
+    """No more comes. reason: `stop`, or `length` where the answer was cut. seconds: from the prompt's tokens to the last new one.
+    num_cached_tokens of the prompt were not run again, as an earlier one began with them."""
 
     reason: str
     num_new_tokens: int
+    num_cached_tokens: int
     seconds: float
 
 
@@ -119,10 +122,14 @@ class Worker:
     def _answer(self, job: Job) -> None:
         if job.is_over:
             raise out_of_time(self._limits)
-        request, model = job.request, self._generator.model
-        begin = time.monotonic()
+        model, begin = self._generator.model, time.monotonic()
+        request = with_frames(job.request, self._generator.processor, self._limits, lambda: job.is_over)
+        if job.is_over:
+            raise out_of_time(self._limits)
         try:
-            inputs = self._generator.inputs(request.messages, request.num_visual_tokens, request.effort)
+            inputs = self._generator.inputs(
+                request.messages, request.num_visual_tokens, request.effort, request.total_visual_tokens
+            )
         except UserError as error:
             raise RequestRefused(str(error).removeprefix("--num-visual-tokens").removeprefix(":").lstrip()) from None
         ids = inputs["input_ids"]
@@ -135,8 +142,8 @@ class Worker:
             torch.manual_seed(request.seed)
         options = {"temperature": request.temperature, "top_p": request.top_p} if request.temperature else {}
         writer = _Writer(job, self._generator)
-        model.generate(
-            **inputs,
+        _, num_cached = self._generator.generate(
+            inputs,
             **options,
             do_sample=request.temperature > 0,
             max_new_tokens=num_new,
@@ -146,7 +153,7 @@ class Worker:
         if job.is_over:
             raise out_of_time(self._limits)
         reason = writer.reason(model.generation_config.eos_token_id)
-        job.tell(Finished(reason, len(writer.pieces.ids), time.monotonic() - asked))
+        job.tell(Finished(reason, len(writer.pieces.ids), num_cached, time.monotonic() - asked))
 
     def _room(self, num_prompt: int, num_new: int) -> int:
         """Tokens that may be written.

@@ -203,3 +203,21 @@ def test_the_stages_write_what_they_know_and_leave_the_wrong_out(tmp_path, monke
     assert all(sorted(a[3:]) == ["bad", "gated", "gated", "hung"] for a in asked)
     gpu_run.bench_all(report, time.monotonic() + 10)
     assert report.data["not_run"] == ["projector a", "projector b"]
+
+
+@pytest.mark.parametrize(("stages", "status", "wanted"), [("D", 0, 0), ("D", 3, 1), ("B", 0, 0)])
+def test_whole_steps_are_a_stage_that_is_asked_for(stages, status, wanted, tmp_path, monkeypatch):
+    asked = []
+
+    def run(arguments, seconds, log=None):
+        asked.append(arguments)
+        return status if len(asked) > 1 else 0, ""
+
+    monkeypatch.setattr(gpu_run, "run", run)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["gpu_run.py", "--stages", stages])
+    assert gpu_run.main() == wanted
+    training = [arguments for arguments in asked if gpu_run.TRAINING in arguments]
+    assert training == ([[gpu_run.TRAINING, "--out", str(tmp_path / "train-speed-gpu.json")]] if stages == "D" else [])
+    written = json.loads((tmp_path / "kernels-gpu.json").read_text())
+    assert written["training"] == (status if stages == "D" else "not run")

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
 import tempfile
@@ -78,7 +79,7 @@ def settings_of(model, workload, folder):
 
 
 def prepare(model, workload, folder):
-    """What every arm of a workload is told: the recipe, the exported model, the shards, samples per step."""
+    """(What every arm of a workload is told, our arms' overrides, the share of the padded arm's tokens that is useful)."""
     recipe, overrides = settings_of(model, workload, folder)
     config = resolve_embedded(load_config(recipe, overrides), lambda text: None)
     processor = build_processor(config.model, config.budget)
@@ -92,10 +93,11 @@ def prepare(model, workload, folder):
     mean = sum(lengths_of(samples[:300], processor, round(sum(n * p for n, p in counts.items())))) / len(samples[:300])
     batch_size = max(1, round(config.data.packs_per_step * config.data.pack_length / mean))
     (shards,) = config.data.train
+    useful = useful_share(samples, processor, batch_size, counts)
     common = {"recipe": str(recipe), "model": str(exported), "shards": shards, "batch_size": batch_size, "num_workers": 1,
               "counts": list(counts), "probabilities": list(counts.values()), "threads": len(os.sched_getaffinity(0)),
               "pack_length": config.data.pack_length}  # fmt: skip
-    return common, overrides
+    return common, overrides, useful
 
 
 def lengths_of(samples, processor, count):
@@ -103,6 +105,18 @@ def lengths_of(samples, processor, count):
     for messages, images in samples:
         text = processor.apply_chat_template(messages, tokenize=False)
         yield len(processor.tokenizer(text)["input_ids"]) + len(images) * count
+
+
+def useful_share(samples, processor, batch_size, counts, num_batches=400):
+    """Of the tokens in batches as the padded arm draws them, how many are no padding."""
+    draw, useful, all_tokens = random.Random(0), 0, 0
+    texts = list(lengths_of(samples[:NUM_SAMPLES], processor, 0))
+    sizes = [(text, len(images)) for text, (_, images) in zip(texts, samples)]
+    for _ in range(num_batches):
+        (count,) = draw.choices(list(counts), list(counts.values()))
+        lengths = [text + images * count for text, images in draw.sample(sizes, batch_size)]
+        useful, all_tokens = useful + sum(lengths), all_tokens + batch_size * max(lengths)
+    return round(useful / all_tokens, 3)
 
 
 def arms_of(model, workload, common, overrides):
@@ -218,27 +232,32 @@ def main():
         "--out", type=Path, default=RESULTS, help="the record; the page is written with the default alone"
     )
     options = parser.parse_args()
-    rows = []
+    record = described(options.turns)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build_tokenizer().save_pretrained(folder / "tokenizer")
         for model, workload in workloads(options.models.split(",")):
-            specs = arms_of(model, workload, *prepare(model, workload, folder))
+            common, overrides, useful = prepare(model, workload, folder)
+            specs = arms_of(model, workload, common, overrides)
             found = measure(specs, folder / "arms" / f"{model} {workload}", options.turns, options.seconds)
-            rows.append({"model": model, "workload": workload, "arms": found})
-            print(json.dumps(rows[-1]), flush=True)
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or platform.machine()
-    record = {
-        "what": __doc__.splitlines()[0], "turns": options.turns, "seconds": options.seconds,
-        "date": subprocess.run(["date", "-I"], capture_output=True, text=True, check=True).stdout.strip(),
-        "machine": {"device": device, "threads": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]},
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "deepspeed")},
-        "left_out": [] if importlib.util.find_spec("trl") else [f"{PACKED_TEXT} (not installed)"], "rows": rows,
-    }  # fmt: skip
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
+            record["rows"].append({"model": model, "workload": workload, "useful_share_padded": useful, "arms": found})
+            print(json.dumps(record["rows"][-1]), flush=True)
+            options.out.write_text(json.dumps(record, indent=1) + "\n")  # what is killed later keeps these
     if options.out == RESULTS:
         PAGE.write_text(written(PAGE.read_text(), record))
     print(table(record))
+
+
+def described(turns):
+    """A record without rows."""
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "what": __doc__.splitlines()[0], "turns": turns,
+        "date": subprocess.run(["date", "-I"], capture_output=True, text=True, check=True).stdout.strip(),
+        "machine": {"device": device, "threads": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]},
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "deepspeed")},
+        "left_out": [] if importlib.util.find_spec("trl") else [f"{PACKED_TEXT} (not installed)"], "rows": [],
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ def table(record):
         base = statistics.median(row["arms"]["ours"]["tokens_per_s"])
         for name, found in row["arms"].items():
             speeds = found["tokens_per_s"]
+            if name.endswith("padded"):
+                name += f" ({row['useful_share_padded']:.0%} of its tokens are useful)"
             ratio = "" if name == "ours" else f"{base / statistics.median(speeds):.2f}"
             lines.append(
                 f"| {row['model']} | {row['workload']} | {name} | {statistics.median(speeds):,.0f} | {min(speeds):,.0f} to {max(speeds):,.0f} | {ratio} |"
