@@ -59,7 +59,11 @@ def requirements():
     extras = project["optional-dependencies"]
     wanted = [
         *project["dependencies"],
-        *(line for name in ("quickstart", "mpi", "parquet", "dev") for line in extras[name]),
+        *(
+            line
+            for name in ("quickstart", "mpi", "parquet", "tensorboard", "serve", "video", "dev")
+            for line in extras[name]
+        ),
     ]
     return [line if name_of(line) != "triton" else "triton" for line in wanted]
 

@@ -1,13 +1,23 @@
 """Laws of what leaves the project: whole or refused, readable by whom the umask says, ending where turns end, no trace of a machine."""
 
 import json
+import logging
 import os
 import stat
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, GenerationConfig
+from PIL import Image
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    GenerationConfig,
+)
+from transformers.utils.logging import warning_once
 
 from tokenflex.errors import UserError
 from tokenflex.export import export_model
@@ -131,6 +141,24 @@ def test_every_auto_class_loads_an_export_with_its_weights(exported, composed):
         "AutoModel",
         "AutoModelForImageTextToText",
     }
+
+
+def test_nothing_that_is_deprecated_is_used(tiny_export, caplog, monkeypatch):
+    """What this release of transformers means to drop is said as a warning or, once in a process, in its log."""
+    warning_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    items = [{"type": "image", "image": Image.new("RGB", (64, 48))}, {"type": "text", "text": "What?"}]
+    with warnings.catch_warnings():
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.simplefilter("error", category)
+        processor, model = (one.from_pretrained(tiny_export) for one in (AutoProcessor, AutoModelForImageTextToText))
+        inputs = processor.apply_chat_template([{"role": "user", "content": items}], tokenize=True)
+        text = processor.apply_chat_template([{"role": "user", "content": items}])
+        processor(items[0]["image"], text, return_text_replacement_offsets=True, return_mm_token_type_ids=True)
+        for options in ({}, {"num_beams": 2, "num_visual_tokens": 4}, {"prompt_lookup_num_tokens": 2}):
+            model.generate(**inputs, **options, do_sample=False, max_new_tokens=3)
+        model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert not [record.getMessage() for record in caplog.records if "deprecated" in record.getMessage()]
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

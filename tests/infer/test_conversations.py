@@ -159,8 +159,23 @@ def test_tiles_of_an_image_are_shared_whole_or_not_at_all(tiny_config, tmp_path)
     chat.ask(talk, 4)
     length, run, _ = chat.ask([*talk, assistant("a lamp"), user("and this?", image(1, (48, 128)))], 4)
     assert length - run > 3 * 4, "two tiles and a thumbnail"
-    length, run, _ = chat.ask([user("what?", image(0, (128, 40)))], 4)
-    assert length - run == chat.ids.index(processor.image_token_id)
+    red = [io.BytesIO(), io.BytesIO()]
+    for data, size in zip(red, ((64, 30), (30, 64))):
+        Image.new("RGB", size, "red").save(data, "PNG")
+    chat.ask([user("what?", red[0].getvalue())], 4)
+    length, run, _ = chat.ask([user("what?", red[1].getvalue())], 4)
+    assert length - run == chat.ids.index(processor.image_token_id), "the same pixels, of another shape"
+
+
+def test_a_prompt_that_ends_with_its_image_runs_the_image_again(tiny_export):
+    """The last token has to be run, and an image is never cut."""
+    model = Generator(tiny_export).model
+    token, store = model.config.image_token_id, Conversations(model, ROOM)
+    inputs = {"input_ids": torch.tensor([[7, 8, *[token] * 4]]), "pixel_values": torch.zeros(1, 3, 48, 64), "num_tiles": torch.tensor([1])}  # fmt: skip
+    cache = store.resume(inputs)
+    model(**inputs, cache=cache)
+    store.keep(inputs, inputs["input_ids"][0], cache)
+    assert store.resume(inputs).get_seq_length() == 2
 
 
 def test_conversations_in_turn_are_kept_beside_each_other(chat):
@@ -175,19 +190,18 @@ def test_conversations_in_turn_are_kept_beside_each_other(chat):
 def test_what_is_kept_has_room_or_goes(tiny_export):
     """The oldest first; one that is larger than the room by itself costs the others nothing."""
     probe = Chat(tiny_export)
-    probe.ask([user("what?")])
+    probe.ask([user("what is it then, and what is it for?")])
     (kept,) = probe.with_caches._conversations._kept
     assert kept.num_bytes == 2 * 2 * 2 * 8 * 4 * len(kept.ids), "layers, keys and values, heads, width, bytes of fp32"
-    chat = Chat(tiny_export, room=3 * kept.num_bytes)
-    talks = [[user(f"{letter}hat?")] for letter in "abc"]
-    for talk in talks:
-        chat.ask(talk)
-    chat.ask([user("what is all of this, and what is it for? " * 8)])
-    assert [chat.ask([*talk, assistant("x"), user("y")])[1] for talk in talks[2:]] < [20]
+    room = 7 * kept.num_bytes // 2  # for three
+    chat = Chat(tiny_export, room)
     store = chat.with_caches._conversations
-    for talk in talks:
-        chat.ask([*talk, assistant("x"), user("y")])
-        assert 0 < sum(kept.num_bytes for kept in store._kept) <= 3 * kept.num_bytes
+    talks = [[user(f"{letter}hat is it then, and what is it for?")] for letter in "abcd"]
+    lengths = [chat.ask(talk)[0] for talk in talks]
+    assert len(store._kept) == 3 and sum(kept.num_bytes for kept in store._kept) <= room
+    chat.ask([user("what is all of this, and what is it for? " * 8)])
+    assert [chat.ask(talk)[1] for talk in talks[1:]] == [1, 1, 1]
+    assert chat.ask(talks[0])[1] > 1 and lengths[0] > 1, "it was the oldest"
     none = Chat(tiny_export, room=0)
     assert [none.ask(talks[0])[1] for _ in range(2)] == [none.ask(talks[0])[0]] * 2
 

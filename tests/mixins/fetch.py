@@ -11,6 +11,7 @@ What can be had from neither stands in as an empty mixin. What came from where i
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -74,8 +75,10 @@ def fetch_generation(version, checkout):
     """Put the generation mixin in place; returns where it came from, "nowhere" where it could not be had."""
     name = "generation/test_utils.py"
     if checkout:
-        put(name, (Path(checkout).expanduser() / "tests" / name).read_text())
-        return f"the checkout {Path(checkout).name}"
+        folder = Path(checkout).expanduser()
+        put(name, (folder / "tests" / name).read_text())
+        said = (folder / "src" / "transformers" / "__init__.py").read_text()
+        return f"a checkout at {re.search(r'__version__ = .(.+).$', said, re.MULTILINE)[1]}"
     try:
         with urllib.request.urlopen(REPOSITORY.format(version=version, name=name), timeout=TIMEOUT_S) as answer:
             put(name, answer.read().decode())

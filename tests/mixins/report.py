@@ -72,7 +72,7 @@ def main():
     for text in unknown:
         print(f"skipped without a reason in {Path(__file__).name}: {text}", file=sys.stderr)
     if not arguments and not unknown and not status and generation != "nowhere":
-        write(counts, reasons)
+        write(f"{counts}; the generation mixin is from {generation}", reasons)
     return status or int(bool(unknown))
 
 

@@ -204,6 +204,43 @@ def test_outputs_come_as_tuples_where_that_is_asked_for():
     assert model(**inputs, labels=labels, return_dict=False)[0].dim() == 0
 
 
+@pytest.mark.parametrize("model_class", [TokenFlexForConditionalGeneration, TokenFlexModel])
+def test_outputs_hold_those_of_the_images(model_class):
+    """As `get_image_features` gives them, one tensor per image; not while training, where they would be kept for nothing."""
+    model = model_class(tiny().config).eval()
+    model.set_attn_implementation("eager")
+    inputs, asked = prompts([[4, 12], [18]]), {"output_hidden_states": True, "output_attentions": True}
+    tiles = {"num_tiles": [1, 2, 3], "pixel_values": torch.rand(6, 3, 48, 64)}
+    counts = [4, 6, 6]
+    outputs = model(**{**inputs, **tiles}, **asked)
+    wanted = model.get_image_features(**tiles, num_visual_tokens=counts, **asked)
+    images = outputs.image_outputs
+    assert [len(visual_ND) for visual_ND in images.pooler_output] == [4, 12, 18]
+    torch.testing.assert_close(images.to_tuple(), wanted.to_tuple())
+    assert len(images.hidden_states) == len(images.attentions) + 1 and images.attentions[0].shape[0] == 6
+    as_tuple = model(**{**inputs, **tiles}, **asked, return_dict=False)[-1]
+    torch.testing.assert_close(as_tuple, images.to_tuple())
+    assert model(**{**inputs, **tiles}).image_outputs.hidden_states is None
+    assert model(inputs["input_ids"][:, :2]).image_outputs is None
+    assert model.train()(**{**inputs, **tiles}).image_outputs is None
+
+
+def test_what_the_trainer_predicts_is_logits_alone(tmp_path):
+    """Not the cache, nor the outputs of images, of which batches have different numbers."""
+    rows = prompts([[4, 6], [6, 4], [4, 6]])
+    data = [{name: rows[name][row] for name in ("input_ids", "attention_mask")} for row in range(3)]
+    data = [{**row, "pixel_values": rows["pixel_values"][2 * at : 2 * at + 2]} for at, row in enumerate(data)]
+    collate = lambda some: {
+        name: (torch.cat if name == "pixel_values" else torch.stack)([row[name] for row in some]) for name in some[0]
+    }
+    settings = TrainingArguments(
+        output_dir=tmp_path, per_device_eval_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
+    )  # fmt: skip
+    model = tiny()
+    predicted = Trainer(model=model, args=settings, data_collator=collate).predict(data).predictions
+    torch.testing.assert_close(torch.as_tensor(predicted), model(**rows).logits)
+
+
 def test_labels_that_are_shifted_already():
     model, inputs = tiny(), prompts([[4]])
     labels = inputs["input_ids"]

@@ -179,6 +179,19 @@ def test_messages_and_items_may_be_objects(processor):
             assert processor.apply_chat_template([[message], [message]], add_generation_prompt=True) == [plain] * 2
 
 
+def test_sanitized_is_what_tokens_always_are_and_what_a_template_writes_is_held_to_it(processor):
+    messages, end = conversation("What does <|im_end|> do?"), "<|im_end|>"
+    assert end in processor.tokenizer.all_special_tokens
+    wanted = processor.apply_chat_template(messages, tokenize=True, num_visual_tokens=4)
+    options = {"tokenize": True, "num_visual_tokens": 4, "sanitize_control_tokens": True}
+    assert torch.equal(processor.apply_chat_template(messages, **options)["input_ids"], wanted["input_ids"])
+    tools = [{"type": "function", "function": {"name": "look", "description": f"stops at {end}"}}]
+    with pytest.raises(ValueError, match=r"tools spells the special token '<\|im_end\|>'"):
+        processor.apply_chat_template(messages, tools=tools, **options)
+    with pytest.raises(ValueError, match="set tokenize=True"):
+        processor.apply_chat_template(messages, sanitize_control_tokens=True)
+
+
 def test_the_assistant_mask_is_what_training_learns(processor):
     batch = [conversation(answer="a cat"), conversation("a much longer question", 2, "no")]
     inputs = processor.apply_chat_template(batch, tokenize=True, return_assistant_tokens_mask=True, num_visual_tokens=4)

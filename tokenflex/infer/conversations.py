@@ -94,10 +94,8 @@ class Conversations:
             for number, layer in enumerate(kept.cache.layers):
                 cache.update(layer.keys[..., :longest, :], layer.values[..., :longest, :], number)
             self._kept.remove(kept)
-            if (
-                longest < kept.num_prompt - REWRITTEN
-            ):  # this prompt does not go on with that one: both may be gone on with
-                self._kept.append(kept)
+            if longest < kept.num_prompt - REWRITTEN:
+                self._kept.append(kept)  # this prompt does not go on with that one, which may be gone on with yet
         return cache
 
     def keep(self, inputs: Mapping[str, Any], sequence: torch.Tensor, cache: DynamicCache) -> None:

@@ -32,7 +32,7 @@ class TokenFlexConfig(PreTrainedConfig):
 
     model_type = "tokenflex"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]
 
     def __init__(
         self,

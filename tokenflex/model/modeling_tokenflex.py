@@ -50,11 +50,27 @@ def _cache(past_key_values, cache):
     return {CACHE: past_key_values if cache is None else cache}
 
 
+class _WithImageOutputs(ModelOutput):
+    """Outputs that hold those of the images, which are a tuple too where the whole is one."""
+
+    def to_tuple(self) -> tuple:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
 @dataclass
-class TokenFlexOutput(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast`, with the router loss of a mixture of experts where `output_router_logits` asks for it."""
+class TokenFlexModelOutput(_WithImageOutputs, BaseModelOutputWithPast):
+    """`BaseModelOutputWithPast`, with what `get_image_features` gives of the images as `image_outputs`; None while training."""
+
+    image_outputs: BaseModelOutputWithPooling | None = None
+
+
+@dataclass
+class TokenFlexOutput(_WithImageOutputs, CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast`, with the router loss of a mixture of experts where `output_router_logits` asks for it, and with
+    `image_outputs` as `TokenFlexModelOutput` has them."""
 
     aux_loss: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 class _TokenFlexBase(PreTrainedModel):
@@ -161,8 +177,9 @@ class _TokenFlexBase(PreTrainedModel):
         `num_tiles`, with a row per tile, for servers that keep images apart: rows, columns, and which tile of its image it is.
         `tile_sizes` as in `forward`.
         """
-        wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        options = {name: value for name, value in wanted.items() if value}
+        options = _asked_of_encoder(
+            {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        )
         if visual_sides is not None:
             sides, num_tiles = _sides_of_rows(visual_sides.tolist())
             tiles = _tiles(num_tiles, pixel_values)
@@ -172,14 +189,7 @@ class _TokenFlexBase(PreTrainedModel):
             counts = self.config.default_num_visual_tokens if num_visual_tokens is None else num_visual_tokens
             sides = self._sides(counts, tiles, None, tile_sizes)
         features_PC, visual_VD, outputs = self._visual_tokens(pixel_values, sides, **options)
-        per_tile = iter(rows * columns for rows, columns in sides)
-        lengths = [sum(next(per_tile) for _ in range(number)) for number in tiles]
-        return BaseModelOutputWithPooling(
-            last_hidden_state=features_PC.unflatten(0, (len(pixel_values), -1)),
-            pooler_output=list(visual_VD.split(lengths)),
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
-        )
+        return _image_outputs(features_PC.unflatten(0, (len(pixel_values), -1)), visual_VD, sides, tiles, outputs)
 
     def _visual_tokens(self, pixel_values, sides, pool_plan=None, tile_index=None, **options):
         """Patch features [P, C], visual tokens [V, D] and the encoder's output of tiles [B, 3, H, W], tile b pooled to `sides[b]`
@@ -305,34 +315,37 @@ class _TokenFlexBase(PreTrainedModel):
 
     def _embedded(
         self, input_ids, inputs_embeds, pixel_values, num_visual_tokens, num_tiles, visual_positions, is_dummy_image, pool_plan,
-        tile_index=None, tile_sizes=None,
+        tile_index=None, tile_sizes=None, options=None,
     ):  # fmt: skip
-        """Embeddings [B, T, D] with images spliced in; see `TokenFlexForConditionalGeneration.forward`."""
+        """Embeddings [B, T, D] with images spliced in, and what `get_image_features` gives of the images, or None.
+
+        See `TokenFlexForConditionalGeneration.forward`; of `options` the encoder gets those that it knows. While training there are
+        no outputs of images: nobody reads them, and they would keep the features of a frozen encoder for the backward pass.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is None:
-            return inputs_embeds
+            return inputs_embeds, None
         if input_ids is None and visual_positions is None:
             input_ids = self._ids_of(inputs_embeds)
-        sides = (
-            None
-            if pool_plan is not None and self.config.pooling_detail == "none"
-            else self._sides(
-                num_visual_tokens,
-                _tiles(num_tiles, pixel_values if tile_index is None else tile_index),
-                input_ids,
-                tile_sizes,
-            )
+        tiles = _tiles(num_tiles, pixel_values if tile_index is None else tile_index)
+        is_planned = pool_plan is not None and self.config.pooling_detail == "none"
+        sides = None if is_planned else self._sides(num_visual_tokens, tiles, input_ids, tile_sizes)
+        features_PC, visual_VD, encoded = self._visual_tokens(
+            pixel_values.to(inputs_embeds.dtype), sides, pool_plan, tile_index, **_asked_of_encoder(options or {})
         )
-        _, visual_VD, _ = self._visual_tokens(pixel_values.to(inputs_embeds.dtype), sides, pool_plan, tile_index)
         visual_VD = visual_VD.to(inputs_embeds.dtype)
         if is_dummy_image:
-            return inputs_embeds + 0.0 * visual_VD.sum()
+            return inputs_embeds + 0.0 * visual_VD.sum(), None
         if visual_positions is None:
             visual_positions = (input_ids.flatten() == self.config.image_token_id).nonzero().squeeze(1)
-        return splice(inputs_embeds, visual_VD, visual_positions, self.projector.kernels_for(visual_VD))
+        spliced = splice(inputs_embeds, visual_VD, visual_positions, self.projector.kernels_for(visual_VD))
+        if self.training or sides is None:
+            return spliced, None
+        features = features_PC.unflatten(0, (len(pixel_values), -1))
+        return spliced, _image_outputs(features, visual_VD, sides, tiles, encoded)
 
     def _ids_of(self, inputs_embeds):
         """Ids in which only the placeholders are right, found by their embedding; whatever else there is becomes -1."""
@@ -410,9 +423,9 @@ class TokenFlexModel(_TokenFlexBase):
         cache: Cache | None = None,
         tile_sizes: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast | tuple:
+    ) -> TokenFlexModelOutput | tuple:
         """Hidden states [B, T, D] of text with images spliced in; arguments as in `TokenFlexForConditionalGeneration`."""
-        embeds = self._embedded(
+        embeds, image_outputs = self._embedded(
             input_ids,
             inputs_embeds,
             pixel_values,
@@ -422,6 +435,7 @@ class TokenFlexModel(_TokenFlexBase):
             False,
             None,
             tile_sizes=tile_sizes,
+            options=kwargs,
         )
         outputs = self.language_model.base_model(
             inputs_embeds=embeds,
@@ -431,11 +445,12 @@ class TokenFlexModel(_TokenFlexBase):
             **_cache(past_key_values, cache),
             **kwargs,
         )
-        return BaseModelOutputWithPast(
+        return TokenFlexModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
+            image_outputs=image_outputs,
         )
 
 
@@ -508,9 +523,9 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
         Raises:
             ValueError: placeholders and visual tokens do not match; the message has both numbers.
         """
-        embeds = self._embedded(
+        embeds, image_outputs = self._embedded(
             input_ids, inputs_embeds, pixel_values, num_visual_tokens, num_tiles, visual_positions, is_dummy_image, pool_plan,
-            tile_index, tile_sizes,
+            tile_index, tile_sizes, kwargs,
         )  # fmt: skip
         outputs = self.language_model(
             inputs_embeds=embeds,
@@ -534,6 +549,7 @@ class TokenFlexForConditionalGeneration(_TokenFlexBase, GenerationMixin):
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             aux_loss=aux_loss,
+            image_outputs=image_outputs,
         )
 
     @torch.no_grad()
@@ -711,6 +727,23 @@ def _picked(images, order):
     if isinstance(images.get("num_visual_tokens"), list):
         picked["num_visual_tokens"] = [images["num_visual_tokens"][place] for place in order]
     return picked
+
+
+def _asked_of_encoder(options):
+    """Those of a call's options that the vision encoder is asked for as well."""
+    return {name: True for name in ("output_hidden_states", "output_attentions") if options.get(name)}
+
+
+def _image_outputs(features_BPC, visual_VD, sides, tiles, encoded):
+    """Features and visual tokens of images under transformers' names: `pooler_output` has one tensor [n, D] per image."""
+    per_tile = iter(rows * columns for rows, columns in sides)
+    lengths = [sum(next(per_tile) for _ in range(number)) for number in tiles]
+    return BaseModelOutputWithPooling(
+        last_hidden_state=features_BPC,
+        pooler_output=list(visual_VD.split(lengths)),
+        hidden_states=encoded.get("hidden_states"),
+        attentions=encoded.get("attentions"),
+    )
 
 
 def _image_ids(config):

@@ -427,14 +427,14 @@ class TokenFlexProcessor(ProcessorMixin):
             return_assistant_tokens_mask: whether `assistant_masks` come along: 1 for what training would learn.
             num_visual_tokens, total_visual_tokens, share: see `__call__`; a total is of each conversation.
             processor_kwargs: keywords of `__call__`, which may also stand among the others.
-            kwargs: variables of the chat template (`enable_thinking`, `tools`, ...).
+            kwargs: variables of the chat template (`tools`, ...); `sanitize_control_tokens`: they, too, may spell no special token.
 
         Raises:
-            TypeError: a keyword that neither the template nor the processor knows.
+            TypeError: a keyword that neither the template nor the processor knows. ValueError: a variable that spells a special token.
         """
         conversations, is_batch = _as_batch(_plain(conversation))
         template = self._template(chat_template)
-        options, calls = self._template_options(template, kwargs)
+        options, calls = self._template_options(template, kwargs, tokenize)
         rendered = [self._pieces(messages, add_generation_prompt, template, options) for messages in conversations]
         if not tokenize:
             texts = [self._as_text(pieces, marks) for pieces, _, marks in rendered]
@@ -456,7 +456,7 @@ class TokenFlexProcessor(ProcessorMixin):
         tag = "".join(self._image_tokens())
         return "".join(marks.sub(tag, piece.text) if piece.message >= 0 else piece.text for piece in pieces)
 
-    def _template_options(self, template, kwargs):
+    def _template_options(self, template, kwargs, tokenize):
         """Keywords parted into variables of the template and keywords of `__call__`."""
         options, calls = {}, {}
         for name, value in kwargs.items():
@@ -464,6 +464,8 @@ class TokenFlexProcessor(ProcessorMixin):
                 options[name] = value
             else:
                 calls[name] = value
+        if calls.pop("sanitize_control_tokens", False):
+            self._check_sanitized(options, tokenize)
         return {name: value for name, value in options.items() if value is not None}, calls
 
     def encode(
@@ -697,10 +699,28 @@ class TokenFlexProcessor(ProcessorMixin):
         for at, message in enumerate(messages):
             if message.keys() <= {"role", "content", "weight"} and message["role"] in ROLES:
                 continue
-            rest = str({key: value for key, value in message.items() if key not in ("content", "weight")})
-            for token in self.tokenizer.added_tokens_decoder.values():
-                if token.special and token.content in rest:
-                    raise ValueError(f"message {at} spells the special token {token.content!r} outside of its content")
+            spelled = self._spelled({key: value for key, value in message.items() if key not in ("content", "weight")})
+            if spelled:
+                raise ValueError(f"message {at} spells the special token {spelled!r} outside of its content")
+
+    def _check_sanitized(self, options, tokenize):
+        if not tokenize:
+            raise ValueError(
+                "sanitize_control_tokens=True came with tokenize=False; a prompt as text cannot say what is a special token: set "
+                "tokenize=True"
+            )
+        for name, value in options.items():
+            spelled = self._spelled(value)
+            if spelled:
+                raise ValueError(
+                    f"{name} spells the special token {spelled!r}, which the chat template would write as one; take it out, or leave "
+                    "sanitize_control_tokens out"
+                )
+
+    def _spelled(self, value):
+        """The first special token that something spells, or None."""
+        text, tokens = str(value), self.tokenizer.added_tokens_decoder.values()
+        return next((token.content for token in tokens if token.special and token.content in text), None)
 
     def _template(self, chat_template):
         """The template of this call: its text, the name of one of the tokenizer's, or the processor's own; with the date."""

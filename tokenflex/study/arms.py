@@ -121,6 +121,8 @@ def _leaning(number: int) -> list[float]:
 
 
 def _shares(recipe: RunConfig) -> str:
+    if len(set(recipe.budget.probabilities)) == 1:
+        return "in equal shares"
     return " : ".join(f"{10 * share:g}" for share in recipe.budget.probabilities)
 
 
