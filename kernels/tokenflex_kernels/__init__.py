@@ -5,7 +5,7 @@ plain torch on the CPU. See ../README.md for the derivation, shapes, errors and 
 """
 
 from . import reference
-from .choose import export_choices, import_choices, set_tuning
+from .choose import export_choices, import_choices, set_one_launch, set_tuning
 from .geometry import PoolPlan, pool_plan
 from .module import PooledSwiGLU
 from .ops import adaptive_pool, pooled_swiglu, splice_rows, swiglu
@@ -25,6 +25,7 @@ __all__ = [
     "pool_plan",
     "pooled_swiglu",
     "reference",
+    "set_one_launch",
     "set_tuning",
     "splice_rows",
     "swiglu",

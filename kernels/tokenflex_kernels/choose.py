@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,11 +42,10 @@ class _State:
 
     def __init__(self) -> None:
         self.mode = "measure"
+        self.allows_one_launch = False
         self.chosen: dict[str, str] = {}
         self.timings_ms: dict[str, dict[str, float]] = {}
         self.dropped: dict[str, dict[str, str]] = {}
-        self.pinned: dict[str, str] = {}
-        self.left_out: set[tuple[str, str]] = set()
         self.resolved: dict[tuple, Any] = {}  # key -> configuration that was compared in this process
 
 
@@ -61,6 +60,19 @@ def set_tuning(mode: str) -> None:
     if mode not in TUNING_MODES:
         raise ValueError(f"tuning mode is {mode!r}; it must be one of {TUNING_MODES}")
     _state.mode = mode
+
+
+def set_one_launch(is_allowed: bool) -> None:
+    """Let pooling, LayerNorm and the gated product be one launch (fused.py) where that was compared, timed and is faster.
+
+    Off by default, as no GPU has run it. Set it before ``warm_up``; mode ``rule`` takes it only from imported choices.
+    """
+    _state.allows_one_launch = is_allowed
+
+
+def allows_one_launch() -> bool:
+    """What ``set_one_launch`` was told."""
+    return _state.allows_one_launch
 
 
 def export_choices() -> dict[str, dict]:
@@ -80,27 +92,6 @@ def import_choices(choices: Mapping[str, Any]) -> None:
     if not isinstance(chosen, Mapping) or not all(isinstance(x, str) for pair in chosen.items() for x in pair):
         raise ValueError("choices must be what export_choices() returned: {'chosen': {key: name, ...}, ...}")
     _state.chosen.update(chosen)
-    _state.resolved.clear()
-
-
-@contextlib.contextmanager
-def pinned(kernel: str, name: str) -> Iterator[None]:
-    """Within the block, ``kernel`` (pool, gated, dgated) runs the candidate called ``name``: for tests and benchmarks."""
-    before = dict(_state.pinned)
-    _state.pinned[kernel] = name
-    _state.resolved.clear()
-    try:
-        yield
-    finally:
-        _state.pinned = before
-        _state.resolved.clear()
-
-
-def leave_out(kernel: str, name: str) -> None:
-    """Never run ``kernel``'s configuration ``name`` in this process, unless it is pinned."""
-    if name == UNFUSED:
-        raise ValueError(f"{UNFUSED} is what the others are compared with; it cannot be left out")
-    _state.left_out.add((kernel, name))
     _state.resolved.clear()
 
 
@@ -125,23 +116,23 @@ def bucket(rows: int) -> int:
     return 1 << max(rows - 1, 0).bit_length()
 
 
-def run(key: tuple, candidates: Callable[[], Sequence[Candidate]], launch: Callable[[Any], Any]) -> Any:
-    """``launch`` with the configuration chosen for ``key``; of ``candidates()`` the first is the rule's."""
-    config = _state.resolved.get(key)
-    return launch(_resolve(key, candidates(), launch) if config is None else config)
+def run(
+    key: tuple,
+    candidates: Callable[[], Sequence[Candidate]],
+    launch: Callable[[Any], Any],
+    trial: Callable[[Any], Any] | None = None,
+) -> Any:
+    """``launch`` with the configuration chosen for ``key``; of ``candidates()`` the first is the rule's.
+
+    ``trial`` is what is compared and timed in its stead, for a launch that writes over what it reads.
+    """
+    with on_device(key[1]):
+        config = _state.resolved.get(key)
+        return launch(_resolve(key, candidates(), trial or launch) if config is None else config)
 
 
 def _resolve(key: tuple, candidates: Sequence[Candidate], launch: Callable[[Any], Any]) -> Any:
-    by_name = dict(candidates)
-    kernel, device = key[:2]
-    if kernel in _state.pinned:
-        name = _state.pinned[kernel]
-        if name not in by_name:
-            raise KeyError(f"{kernel} is pinned to {name!r}, but this shape has only {sorted(by_name)}")
-        _state.resolved[key] = by_name[name]
-        return by_name[name]
-    candidates = [c for c in candidates if (kernel, c.name) not in _state.left_out]
-    by_name, text = dict(candidates), text_of(key)
+    device, by_name, text = key[1], dict(candidates), text_of(key)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # Nothing can be compared or timed under capture: what needs no trust runs, and a later plain call chooses.
         return by_name.get(UNFUSED, candidates[0].config)
@@ -150,8 +141,7 @@ def _resolve(key: tuple, candidates: Sequence[Candidate], launch: Callable[[Any]
         candidates = sorted(candidates, key=lambda candidate: candidate.name != _state.chosen[text])
     name = candidates[0].name
     if device.type == "cuda" and len(candidates) > 1:
-        is_timed = _state.mode == "measure" and not is_stored
-        name = _compare(text, candidates, launch, is_timed)
+        name = _compare(text, candidates, launch, _state.mode == "measure" and not is_stored)
         if name is None:
             return by_name[UNFUSED]
     _state.chosen[text] = name
@@ -233,11 +223,11 @@ def _worst_error(got: Tensor, wanted: Tensor) -> float:
     return float(torch.stack(errors).max().sqrt())
 
 
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Make ``tensor``'s device current: Triton launches on the current one."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Make ``device`` current: Triton launches on the current one."""
+    if device.index is None or device.type != "cuda" or device.index == torch.cuda.current_device():
         return _HERE
-    return torch.cuda.device(tensor.device)
+    return torch.cuda.device(device)
 
 
 _HERE = contextlib.nullcontext()

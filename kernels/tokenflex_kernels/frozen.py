@@ -14,9 +14,9 @@ ROWS, COLUMNS, NUM_WARPS, ROWS_PER_PROGRAM = 8, 128, 4, 64
 
 
 @triton.jit
-def weight_grads(
+def weight_grad_rows(
     weight, product, row_sums, scale, shift, sums, num_rows, channels,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TURNS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
     """product E [num_rows, channels] becomes E * scale + e (x) shift, where e is float32 ``row_sums`` [num_rows].
 
@@ -35,9 +35,9 @@ def weight_grads(
         row_sum = tl.load(row_sums + r, mask=r < num_rows, other=0.0)[:, None]
         d_scale += w * e
         d_shift += w * row_sum
-        if HAS_SCALE:
+        if scale is not None:
             e = e * tl.load(scale + c, mask=in_columns, other=0.0).to(tl.float32)[None, :]
-        if HAS_SHIFT:
+        if shift is not None:
             e = e + row_sum * tl.load(shift + c, mask=in_columns, other=0.0).to(tl.float32)[None, :]
         tl.store(product + at, round_to(e, product.dtype.element_ty), mask=inside)
     at = sums + tl.program_id(0).to(tl.int64) * 2 * channels + c
@@ -45,18 +45,17 @@ def weight_grads(
     tl.store(at + channels, tl.sum(d_shift, 0), mask=in_columns)
 
 
-def grads(
+def weight_grads(
     weight: Tensor, product: Tensor, row_sums: Tensor, scale: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(dW [2H, C], written over ``product``; float32 [2, C] gradients of scale and shift); see ``mlp.backward``."""
+    """``reference.weight_grads``; dW is written over ``product``."""
     weight = weight.contiguous()
     num_rows, channels = weight.shape
     grid = (target.cdiv(num_rows, ROWS_PER_PROGRAM), target.cdiv(channels, COLUMNS))
     sums = torch.empty(grid[0], 2, channels, dtype=torch.float32, device=weight.device)
-    with choose.on_device(weight):
-        weight_grads[grid](
+    with choose.on_device(weight.device):
+        weight_grad_rows[grid](
             weight, product, row_sums, scale, shift, sums, num_rows, channels, ROWS=ROWS, COLUMNS=COLUMNS,
-            TURNS=ROWS_PER_PROGRAM // ROWS, HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None,
-            num_warps=NUM_WARPS, **OPTIONS,
+            TURNS=ROWS_PER_PROGRAM // ROWS, num_warps=NUM_WARPS, **OPTIONS,
         )  # fmt: skip
     return product, sums.sum(0)

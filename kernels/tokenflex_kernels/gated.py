@@ -37,29 +37,22 @@ class TileConfig(NamedTuple):
     major: int = 0  # the only major compute capability that it is for; 0: every
 
 
-class ElementwiseConfig(NamedTuple):
-    """A block of rows x columns of the elementwise kernels."""
-
-    rows: int
-    columns: int
-    num_warps: int
-
-
-ELEMENTWISE = ElementwiseConfig(16, 128, 4)  # 16 bytes of a half-precision row per thread and turn
+ELEMENTWISE = (16, 128, 4)  # rows, columns, warps: 16 bytes of a half-precision row per thread and turn
 
 # Shared memory allows 99 KiB on 8.6, 8.9 and 12.x (the pointer configurations stay under that), 163 KiB on 8.0 and
 # 227 KiB on 9.0 and 10.x. Two programs on one multiprocessor need 128 registers or fewer a thread and half of that.
+_POINTER = (
+    TileConfig("pointer", 128, 64, 32, 8, 4),
+    TileConfig("pointer", 64, 64, 64, 4, 3),
+    TileConfig("pointer", 64, 64, 32, 4, 4),
+)
 GATED_CONFIGS: dict[str, tuple[TileConfig, ...]] = {
     "tma": (
         TileConfig("tma", 128, 128, 64, 8, 4),
         TileConfig("tma", 128, 64, 64, 8, 3, per_sm=2),
         TileConfig("tma", 64, 128, 64, 4, 4),
     ),
-    "pointer": (
-        TileConfig("pointer", 128, 64, 32, 8, 4),
-        TileConfig("pointer", 64, 64, 64, 4, 3),
-        TileConfig("pointer", 64, 64, 32, 4, 4),
-    ),
+    "pointer": _POINTER,
 }
 # In strips, or the epilogue spills; 128 x 256 does even in four, 16 bytes under Triton 3.6.
 DGATED_CONFIGS: dict[str, tuple[TileConfig, ...]] = {
@@ -68,17 +61,13 @@ DGATED_CONFIGS: dict[str, tuple[TileConfig, ...]] = {
         TileConfig("tma", 256, 128, 64, 8, 3, pieces=4, major=9),  # spills on 10.0
         TileConfig("tma", 64, 128, 64, 4, 4, pieces=4),
     ),
-    "pointer": (
-        TileConfig("pointer", 128, 64, 32, 8, 4),
-        TileConfig("pointer", 64, 64, 64, 4, 3),
-        TileConfig("pointer", 64, 64, 32, 4, 4),
-    ),
+    "pointer": _POINTER,
 }
 GROUP_M = 8  # row tiles that share a column tile's weights while they are in L2
 
 
 @triton.jit
-def _tile_of(index, tiles_m, tiles_n, GROUP: tl.constexpr):
+def tile_of(index, tiles_m, tiles_n, GROUP: tl.constexpr):
     """The (row, column) tile of a linear index: columns outer within groups of GROUP row tiles."""
     per_group = GROUP * tiles_n
     first = (index // per_group) * GROUP
@@ -95,79 +84,87 @@ def _split_columns(tile):
 
 
 @triton.jit
-def _sigmoid(x):
+def _sigmoid(x, PURE: tl.constexpr):
     """1 / (1 + exp(-x)) with the fast reciprocal: two units in the last place of float32, a fifth of the instructions."""
-    return fast_reciprocal(1.0 + tl.exp2(x * -1.4426950408889634))
+    return fast_reciprocal(1.0 + tl.exp2(x * -1.4426950408889634), PURE)
 
 
 @triton.jit
 def _swiglu(gate, up):
-    return gate * _sigmoid(gate) * up
+    return gate * _sigmoid(gate, True) * up
 
 
 @triton.jit
-def _swiglu_grads(d_inner, gate, up):
+def _swiglu_grads(d_inner, gate, up, PURE: tl.constexpr):
     """(d_gate, d_up, silu(gate) * up) for inner = silu(gate) * up, in float32."""
-    s = _sigmoid(gate)
+    s = _sigmoid(gate, PURE)
     h = gate * s
     return d_inner * up * (s + h * (1.0 - s)), d_inner * h, h * up
 
 
 @triton.jit
-def _halves(box, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, 2, COLUMNS], a box of a [tokens, 2, H] view, as its gate and its up in float32."""
-    return tl.split(tl.permute(box.to(tl.float32), (0, 2, 1)))
+def _add_bias(gate, up, bias, n, N):
+    if bias is not None:
+        gate += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    return gate, up
 
 
 @triton.jit
-def _box(gate, up, ROWS: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.constexpr):
-    """The reverse: one store for both."""
-    return tl.permute(tl.join(round_to(gate, dtype), round_to(up, dtype)), (0, 2, 1))
+def _store_sums(bias_sums, dg, du, tile_m, n, N):
+    """This row tile's share of the bias gradient, [2N]."""
+    at = bias_sums + tile_m.to(tl.int64) * 2 * N + n
+    tl.store(at, tl.sum(dg, 0), mask=n < N)
+    tl.store(at + N, tl.sum(du, 0), mask=n < N)
+
+
+@triton.jit
+def gated_tile(
+    tokens, weight, bias, inner, gate_up, row, column, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """The tile of ``gated_tma`` at (row, column).
+
+    One box [2, BN, BK] of the weight is one operand of 2 BN columns: a single wgmma m64n256k16 does both halves.
+    """
+    acc = tl.zeros((BM, 2 * BN), tl.float32)
+    for k in range(tl.cdiv(K, BK)):
+        a = tokens.load([row, k * BK])
+        b = tl.reshape(weight.load([0, column, k * BK]), (2 * BN, BK))
+        acc = matmul(a, b.T, acc)
+    # Gate column j and up column j sit in the same thread: the split moves registers only.
+    gate, up = _split_columns(acc)
+    gate, up = _add_bias(gate, up, bias, column + tl.arange(0, BN), N)
+    if gate_up is not None:
+        # One after the other, all of one shape: they share the little memory that the pipeline leaves.
+        gate_up.store([row, 0, column], tl.reshape(round_to(gate, gate_up.dtype), (BM, 1, BN)))
+        gate_up.store([row, 1, column], tl.reshape(round_to(up, gate_up.dtype), (BM, 1, BN)))
+    if inner is not None:
+        inner.store([row, 0, column], tl.reshape(round_to(_swiglu(gate, up), inner.dtype), (BM, 1, BN)))
 
 
 @triton.jit(do_not_specialize=["M"])
 def gated_tma(
     tokens, weight, bias, inner, gate_up, M, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, NUM_PROGRAMS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr, STORE_GATE_UP: tl.constexpr,
 ):  # fmt: skip
-    """tokens [M, K], weight [2, N, K] -> inner [M, 1, N] and gate_up [M, 2, N]; all but ``bias`` [2N] are descriptors.
+    """tokens [M, K], weight [2, N, K] -> inner [M, 1, N] and gate_up [M, 2, N]; None for what is not wanted.
 
-    One box [2, BN, BK] of the weight is one operand of 2 BN columns: a single wgmma m64n256k16 does both halves.
+    All but ``bias`` [2N] are descriptors.
     """
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, NUM_PROGRAMS):
-        tile_m, tile_n = _tile_of(index, tiles_m, tiles_n, GROUP)
-        row = tile_m * BM
-        column = tile_n * BN
-        acc = tl.zeros((BM, 2 * BN), tl.float32)
-        for k in range(tl.cdiv(K, BK)):
-            a = tokens.load([row, k * BK])
-            b = tl.reshape(weight.load([0, column, k * BK]), (2 * BN, BK))
-            acc = matmul(a, b.T, acc)
-        # Gate column j and up column j sit in the same thread: the split moves registers only.
-        gate, up = _split_columns(acc)
-        if HAS_BIAS:
-            n = column + tl.arange(0, BN)
-            gate += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-            up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        if STORE_GATE_UP:
-            # One after the other, all of one shape: they share the little memory that the pipeline leaves.
-            gate_up.store([row, 0, column], tl.reshape(round_to(gate, gate_up.dtype), (BM, 1, BN)))
-            gate_up.store([row, 1, column], tl.reshape(round_to(up, gate_up.dtype), (BM, 1, BN)))
-        if STORE_INNER:
-            inner.store([row, 0, column], tl.reshape(round_to(_swiglu(gate, up), inner.dtype), (BM, 1, BN)))
+        tile_m, tile_n = tile_of(index, tiles_m, tiles_n, GROUP)
+        gated_tile(tokens, weight, bias, inner, gate_up, tile_m * BM, tile_n * BN, N, K, BM, BN, BK)
 
 
 @triton.jit(do_not_specialize=["M"])
 def gated_pointer(
     tokens, weight, bias, inner, gate_up, M, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr, STORE_GATE_UP: tl.constexpr,
 ):  # fmt: skip
     """``gated_tma`` through pointers: tokens [M, K], weight [2N, K] -> inner [M, N] and gate_up [M, 2N], contiguous."""
-    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     m = tile_m * BM + tl.arange(0, BM)
     n = tile_n * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
@@ -182,113 +179,93 @@ def gated_pointer(
         a = tl.load(a_at + start, mask=inside, other=0.0)
         gate = matmul(a, tl.load(b_at + start, mask=inside, other=0.0).T, gate)
         up = matmul(a, tl.load(b_at + up_at + start, mask=inside, other=0.0).T, up)
-    if HAS_BIAS:
-        gate += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    gate, up = _add_bias(gate, up, bias, n, N)
     inside = (m < M)[:, None] & (n < N)[None, :]
     row = m.to(tl.int64)[:, None] * N
-    if STORE_GATE_UP:
+    if gate_up is not None:
         at = gate_up + 2 * row + n[None, :]
         tl.store(at, round_to(gate, gate_up.dtype.element_ty), mask=inside)
         tl.store(at + N, round_to(up, gate_up.dtype.element_ty), mask=inside)
-    if STORE_INNER:
+    if inner is not None:
         tl.store(inner + row + n[None, :], round_to(_swiglu(gate, up), inner.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _dgated_strip(
+def _grad_strips(
     d_inner, gate_up, d_gate_up, inner, bias_sums, tile_m, row, column, N,
-    BM: tl.constexpr, BN: tl.constexpr, HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Turn ``d_inner`` [BM, BN] at (row, column) into dGate, dUp, S and this row tile's share of the bias gradient."""
-    gate, up = _halves(gate_up.load([row, 0, column]), BM, BN)
-    dg, du, s = _swiglu_grads(d_inner, gate, up)
-    d_gate_up.store([row, 0, column], _box(dg, du, BM, BN, d_gate_up.dtype))
-    if STORE_INNER:
-        inner.store([row, column], round_to(s, inner.dtype))
-    if HAS_BIAS:
-        n = column + tl.arange(0, BN)
-        at = bias_sums + tile_m.to(tl.int64) * 2 * N + n
-        tl.store(at, tl.sum(dg, 0), mask=n < N)
-        tl.store(at + N, tl.sum(du, 0), mask=n < N)
+    """Turn ``d_inner`` [BM, BN] at (row, column) into dGate, dUp, S and this row tile's share of the bias gradient.
 
-
-@triton.jit
-def _dgated_epilogue(
-    d_inner, gate_up, d_gate_up, inner, bias_sums, tile_m, row, column, N,
-    BM: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr, HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr,
-):  # fmt: skip
-    """``_dgated_strip`` in PIECES (1, 2 or 4) strips of columns, one after the other: fewer registers at a time."""
-    if PIECES == 1:
-        _dgated_strip(
-            d_inner, gate_up, d_gate_up, inner, bias_sums, tile_m, row, column, N, BM, BN, HAS_BIAS, STORE_INNER
-        )
-    else:
+    In PIECES (1, 2 or 4) strips of columns, one after the other: fewer registers at a time. ``d_gate_up`` may be
+    ``gate_up``: a box is written when it has been read, and by nobody else.
+    """
+    if PIECES > 1:
         HALF: tl.constexpr = BN // 2
         left, right = _split_columns(d_inner)
-        _dgated_epilogue(
-            left, gate_up, d_gate_up, inner, bias_sums, tile_m, row, column, N,
-            BM, HALF, PIECES // 2, HAS_BIAS, STORE_INNER,
-        )  # fmt: skip
-        _dgated_epilogue(
-            right, gate_up, d_gate_up, inner, bias_sums, tile_m, row, column + HALF, N,
-            BM, HALF, PIECES // 2, HAS_BIAS, STORE_INNER,
-        )  # fmt: skip
+        _grad_strips(left, gate_up, d_gate_up, inner, bias_sums, tile_m, row, column, N, BM, HALF, PIECES // 2)
+        _grad_strips(right, gate_up, d_gate_up, inner, bias_sums, tile_m, row, column + HALF, N, BM, HALF, PIECES // 2)
+    else:
+        # One box, one load and one store for gate and up.
+        gate, up = tl.split(tl.permute(gate_up.load([row, 0, column]).to(tl.float32), (0, 2, 1)))
+        # One sigmoid for outputs in two layouts, but where a tile leaves no registers for it: 256 rows would spill.
+        dg, du, s = _swiglu_grads(d_inner, gate, up, BM > 128)
+        dtype: tl.constexpr = d_gate_up.dtype
+        d_gate_up.store([row, 0, column], tl.permute(tl.join(round_to(dg, dtype), round_to(du, dtype)), (0, 2, 1)))
+        if inner is not None:
+            inner.store([row, column], round_to(s, inner.dtype))
+        if bias_sums is not None:
+            _store_sums(bias_sums, dg, du, tile_m, column + tl.arange(0, BN), N)
 
 
 @triton.jit(do_not_specialize=["M"])
 def dgated_tma(
     d_out, weight, gate_up, d_gate_up, inner, bias_sums, M, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, NUM_PROGRAMS: tl.constexpr,
-    PIECES: tl.constexpr, HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr,
+    PIECES: tl.constexpr,
 ):  # fmt: skip
     """d_out [M, K], weight [K, N], gate_up [M, 2, N] -> d_gate_up [M, 2, N], inner [M, N]; bias_sums [cdiv(M, BM), 2N].
 
-    All but ``bias_sums`` are descriptors; rows and columns past the end read as 0, and so add 0 to the bias sums.
+    All but ``bias_sums`` are descriptors; rows and columns past the end read as 0, and so add 0 to the bias sums. The
+    last two may be None.
     """
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, NUM_PROGRAMS):
-        tile_m, tile_n = _tile_of(index, tiles_m, tiles_n, GROUP)
+        tile_m, tile_n = tile_of(index, tiles_m, tiles_n, GROUP)
         row = tile_m * BM
         column = tile_n * BN
         acc = tl.zeros((BM, BN), tl.float32)
         for k in range(tl.cdiv(K, BK)):
             acc = matmul(d_out.load([row, k * BK]), weight.load([k * BK, column]), acc)
-        _dgated_epilogue(
-            acc, gate_up, d_gate_up, inner, bias_sums, tile_m, row, column, N, BM, BN, PIECES, HAS_BIAS, STORE_INNER
-        )
+        _grad_strips(acc, gate_up, d_gate_up, inner, bias_sums, tile_m, row, column, N, BM, BN, PIECES)
 
 
 @triton.jit
-def _store_grads(
-    d_inner, gate_up, d_gate_up, inner, bias_sums, tile_m, m, n, M, N, HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr
-):
-    """``_dgated_strip`` through pointers; ``d_inner`` is 0 wherever m >= M or n >= N."""
+def _store_grads(d_inner, gate_up, d_gate_up, inner, bias_sums, tile_m, m, n, M, N):
+    """``_grad_strips`` through pointers, in one piece."""
     inside = (m < M)[:, None] & (n < N)[None, :]
     row = m.to(tl.int64)[:, None] * N
     at = 2 * row + n[None, :]
     gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + at + N, mask=inside, other=0.0).to(tl.float32)
-    dg, du, s = _swiglu_grads(d_inner, gate, up)
+    dg, du, s = _swiglu_grads(d_inner, gate, up, False)
+    tl.debug_barrier()  # ``d_gate_up`` may be ``gate_up``: no thread overwrites what another has yet to read
     tl.store(d_gate_up + at, round_to(dg, d_gate_up.dtype.element_ty), mask=inside)
     tl.store(d_gate_up + at + N, round_to(du, d_gate_up.dtype.element_ty), mask=inside)
-    if STORE_INNER:
+    if inner is not None:
         tl.store(inner + row + n[None, :], round_to(s, inner.dtype.element_ty), mask=inside)
-    if HAS_BIAS:
-        sums_at = bias_sums + tile_m.to(tl.int64) * 2 * N + n
-        tl.store(sums_at, tl.sum(tl.where(inside, dg, 0.0), 0), mask=n < N)
-        tl.store(sums_at + N, tl.sum(tl.where(inside, du, 0.0), 0), mask=n < N)
+    if bias_sums is not None:
+        _store_sums(bias_sums, tl.where(inside, dg, 0.0), tl.where(inside, du, 0.0), tile_m, n, N)
 
 
 @triton.jit(do_not_specialize=["M"])
 def dgated_pointer(
     d_out, weight, gate_up, d_gate_up, inner, bias_sums, M, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr,
 ):  # fmt: skip
     """``dgated_tma`` through pointers: d_out [M, K], weight [K, N], gate_up [M, 2N] -> d_gate_up [M, 2N], inner [M, N]."""
-    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     m = tile_m * BM + tl.arange(0, BM)
     n = tile_n * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
@@ -302,7 +279,7 @@ def dgated_pointer(
         b = tl.load(b_at, mask=inside[:, None] & (n < N)[None, :], other=0.0)
         acc = matmul(a, b, acc)
         b_at += next_rows
-    _store_grads(acc, gate_up, d_gate_up, inner, bias_sums, tile_m, m, n, M, N, HAS_BIAS, STORE_INNER)
+    _store_grads(acc, gate_up, d_gate_up, inner, bias_sums, tile_m, m, n, M, N)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -320,8 +297,7 @@ def swiglu_rows(gate_up, inner, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr)
 
 @triton.jit(do_not_specialize=["M"])
 def swiglu_grad_rows(
-    d_inner, gate_up, d_gate_up, inner, bias_sums, M, N,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, STORE_INNER: tl.constexpr,
+    d_inner, gate_up, d_gate_up, inner, bias_sums, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """d_inner [M, N], gate_up [M, 2N] -> d_gate_up [M, 2N], inner [M, N], bias_sums [cdiv(M, ROWS), 2N]."""
     blocks = tl.cdiv(N, COLUMNS)
@@ -330,51 +306,48 @@ def swiglu_grad_rows(
     n = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     inside = (m < M)[:, None] & (n < N)[None, :]
     d = tl.load(d_inner + m.to(tl.int64)[:, None] * N + n[None, :], mask=inside, other=0.0).to(tl.float32)
-    _store_grads(d, gate_up, d_gate_up, inner, bias_sums, tile_m, m, n, M, N, HAS_BIAS, STORE_INNER)
+    _store_grads(d, gate_up, d_gate_up, inner, bias_sums, tile_m, m, n, M, N)
 
 
 def gated(
     tokens: Tensor, weight: Tensor, bias: Tensor | None, store_inner: bool, store_gate_up: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """silu(gate) * up [M, H] and the packed [gate | up] [M, 2H] of tokens [M, C] and weight [2H, C], as asked for."""
-    tokens, weight = _dense(tokens), _dense(weight)
+    """``reference.gated`` by the configuration chosen for its shape."""
+    tokens, weight = dense(tokens), dense(weight)
     num_rows, width, depth = tokens.shape[0], weight.shape[0] // 2, tokens.shape[1]
-    is_aligned = _is_aligned(width, depth, tokens, weight)
-    key = choose.key("gated", tokens, num_rows, depth, width, bias is not None, store_inner, store_gate_up, is_aligned)
-    with choose.on_device(tokens):
-        return choose.run(
-            key,
-            lambda: _candidates(GATED_CONFIGS, tokens, num_rows, width, is_aligned),
-            lambda config: launch_gated(config, tokens, weight, bias, store_inner, store_gate_up),
-        )
+    aligned = is_aligned(width, depth, tokens, weight)
+    key = choose.key("gated", tokens, num_rows, depth, width, bias is not None, store_inner, store_gate_up, aligned)
+    return choose.run(
+        key,
+        lambda: candidates(GATED_CONFIGS, tokens, num_rows, width, aligned),
+        lambda config: launch_gated(config, tokens, weight, bias, store_inner, store_gate_up),
+    )
 
 
 def dgated(
-    d_out: Tensor, weight: Tensor, gate_up: Tensor, sum_bias: bool, store_inner: bool
+    d_out: Tensor, weight: Tensor, gate_up: Tensor, sum_bias: bool, store_inner: bool, in_place: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """[dGate | dUp] [M, 2H], S [M, H] and the sum of [dGate | dUp] over M (float32 [2H]), the last two as asked for.
-
-    d_out [M, D], weight [D, H], gate_up [M, 2H].
-    """
-    d_out, weight = _dense(d_out), _dense(weight)
+    """``reference.dgated`` by the configuration chosen for its shape."""
+    d_out, weight = dense(d_out), dense(weight)
     num_rows, (depth, width) = d_out.shape[0], weight.shape
-    is_aligned = _is_aligned(width, depth, d_out, weight, gate_up)
-    key = choose.key("dgated", d_out, num_rows, depth, width, sum_bias, store_inner, is_aligned)
-    with choose.on_device(d_out):
-        return choose.run(
-            key,
-            lambda: _candidates(DGATED_CONFIGS, d_out, num_rows, width, is_aligned),
-            lambda config: launch_dgated(config, d_out, weight, gate_up, sum_bias, store_inner),
-        )
+    aligned = is_aligned(width, depth, d_out, weight, gate_up)
+    key = choose.key("dgated", d_out, num_rows, depth, width, sum_bias, store_inner, aligned)
+    operands = (d_out, weight, gate_up, sum_bias, store_inner)
+    return choose.run(
+        key,
+        lambda: candidates(DGATED_CONFIGS, d_out, num_rows, width, aligned),
+        lambda config: launch_dgated(config, *operands, in_place),
+        lambda config: launch_dgated(config, *operands),
+    )
 
 
-def _dense(matrix: Tensor) -> Tensor:
+def dense(matrix: Tensor) -> Tensor:
     """``matrix`` with rows one after another. A single row may call itself contiguous whatever its strides say."""
     matrix = matrix.contiguous()
     return matrix if matrix.stride(0) == matrix.shape[1] else matrix.as_strided(matrix.shape, (matrix.shape[1], 1))
 
 
-def _is_aligned(width: int, depth: int, *operands: Tensor) -> bool:
+def is_aligned(width: int, depth: int, *operands: Tensor) -> bool:
     """Whether every row starts at a multiple of 16 bytes, in half precision."""
     return width % 8 == 0 and depth % 8 == 0 and not any(t.data_ptr() % 16 for t in operands)
 
@@ -384,15 +357,15 @@ def configs_for(shipped: dict[str, tuple[TileConfig, ...]], path: str, capabilit
     return [config for config in shipped[path] if config.major in (0, capability // 10)]
 
 
-def _candidates(
-    shipped: dict[str, tuple[TileConfig, ...]], first: Tensor, rows: int, width: int, is_aligned: bool
+def candidates(
+    shipped: dict[str, tuple[TileConfig, ...]], first: Tensor, rows: int, width: int, aligned: bool
 ) -> list[choose.Candidate]:
     """The configurations that can run this shape, the rule's choice first."""
     unfused = choose.Candidate(UNFUSED, UNFUSED)
     if first.element_size() != 2:
         return [unfused]
     capability = target.capability(first.device)
-    has_tma = is_aligned and capability // 10 in target.TMA_CAPABILITIES
+    has_tma = aligned and capability // 10 in target.TMA_CAPABILITIES
     # The first configuration with a tile for every multiprocessor; short of that, the one with the most tiles.
     wanted, rows = target.num_processors(first.device), choose.bucket(rows)
     configs = sorted(
@@ -401,12 +374,35 @@ def _candidates(
     )
     fused = [choose.Candidate(name_of(config), config) for config in configs]
     # Rows that are no multiple of 16 bytes are read 2 bytes at a time: there cuBLAS comes first.
-    return [*fused, unfused] if is_aligned else [unfused, *fused]
+    return [*fused, unfused] if aligned else [unfused, *fused]
 
 
 def name_of(config: TileConfig) -> str:
     """How tables of choices call ``config``."""
     return f"{config.path}-{config.m}x{config.n}x{config.k}-w{config.num_warps}s{config.num_stages}"
+
+
+def options_of(config: TileConfig) -> dict:
+    """What every kernel of tiles is compiled with."""
+    return dict(
+        BM=config.m, BN=config.n, BK=config.k, GROUP=GROUP_M, num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS
+    )  # fmt: skip
+
+
+def grid_of(config: TileConfig, num_rows: int, width: int, device: torch.device) -> tuple[tuple[int], int]:
+    """(the grid of a persistent kernel, what NUM_PROGRAMS is compiled in): small batches launch fewer."""
+    programs = target.num_processors(device) * config.per_sm
+    return (min(_tiles(config, num_rows, width), programs),), programs
+
+
+def _tiles(config: TileConfig, num_rows: int, width: int) -> int:
+    return target.cdiv(num_rows, config.m) * target.cdiv(width, config.n)
+
+
+def _elementwise(kernel: triton.JITFunction, num_rows: int, width: int, *tensors: Tensor | None) -> None:
+    rows, columns, num_warps = ELEMENTWISE
+    grid = (target.cdiv(num_rows, rows) * target.cdiv(width, columns),)
+    kernel[grid](*tensors, num_rows, width, ROWS=rows, COLUMNS=columns, num_warps=num_warps, **OPTIONS)
 
 
 def launch_gated(
@@ -423,75 +419,66 @@ def launch_gated(
     if config == UNFUSED:
         gate_up = torch.mm(tokens, weight.T) if bias is None else torch.addmm(bias, tokens, weight.T)
         if inner is not None:
-            rows, columns, num_warps = ELEMENTWISE
-            grid = (target.cdiv(num_rows, rows) * target.cdiv(width, columns),)
-            swiglu_rows[grid](
-                gate_up, inner, num_rows, width, ROWS=rows, COLUMNS=columns, num_warps=num_warps, **OPTIONS
-            )
+            _elementwise(swiglu_rows, num_rows, width, gate_up, inner)
         return inner, gate_up if store_gate_up else None
     gate_up = tokens.new_empty(num_rows, 2 * width) if store_gate_up else None
-    tiles = target.cdiv(num_rows, config.m) * target.cdiv(width, config.n)
-    options = dict(
-        BM=config.m, BN=config.n, BK=config.k, GROUP=GROUP_M, HAS_BIAS=bias is not None,
-        STORE_INNER=store_inner, STORE_GATE_UP=store_gate_up, num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
-    )  # fmt: skip
+    sizes, options = (num_rows, width, depth), options_of(config)
     if config.path == "pointer":
-        gated_pointer[(tiles,)](tokens, weight, bias, inner, gate_up, num_rows, width, depth, **options)
+        gated_pointer[(_tiles(config, num_rows, width),)](tokens, weight, bias, inner, gate_up, *sizes, **options)
         return inner, gate_up
-    programs = target.num_processors(tokens.device) * config.per_sm  # compiled in; small batches launch fewer
-    gated_tma[(min(tiles, programs),)](
-        TensorDescriptor.from_tensor(tokens, [config.m, config.k]),
-        TensorDescriptor.from_tensor(weight.view(2, width, depth), [2, config.n, config.k]),
-        bias, _parts_of(inner, 1, config.m, 1, config.n), _parts_of(gate_up, 2, config.m, 1, config.n),
-        num_rows, width, depth, NUM_PROGRAMS=programs, **options,
+    grid, programs = grid_of(config, num_rows, width, tokens.device)
+    gated_tma[grid](
+        descriptor(tokens, config.m, config.k), weight_of(config, weight), bias,
+        parts_of(inner, 1, config.m, 1, config.n), parts_of(gate_up, 2, config.m, 1, config.n),
+        *sizes, NUM_PROGRAMS=programs, **options,
     )  # fmt: skip
     return inner, gate_up
 
 
 def launch_dgated(
-    config: TileConfig | str, d_out: Tensor, weight: Tensor, gate_up: Tensor, sum_bias: bool, store_inner: bool
+    config: TileConfig | str,
+    d_out: Tensor,
+    weight: Tensor,
+    gate_up: Tensor,
+    sum_bias: bool,
+    store_inner: bool,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``dgated`` by one configuration, on contiguous and non-empty operands."""
     num_rows, (depth, width) = d_out.shape[0], weight.shape
-    d_gate_up = torch.empty_like(gate_up)
+    d_gate_up = gate_up if in_place else torch.empty_like(gate_up)
     inner = d_out.new_empty(num_rows, width) if store_inner else None
-    tile_rows = ELEMENTWISE.rows if config == UNFUSED else config.m
+    tile_rows = ELEMENTWISE[0] if config == UNFUSED else config.m
     sums = None
     if sum_bias:
         sums = torch.empty(target.cdiv(num_rows, tile_rows), 2 * width, dtype=torch.float32, device=d_out.device)
-    options = dict(HAS_BIAS=sum_bias, STORE_INNER=store_inner, **OPTIONS)
     if config == UNFUSED:
-        rows, columns, num_warps = ELEMENTWISE
-        grid = (target.cdiv(num_rows, rows) * target.cdiv(width, columns),)
-        swiglu_grad_rows[grid](
-            torch.mm(d_out, weight), gate_up, d_gate_up, inner, sums, num_rows, width,
-            ROWS=rows, COLUMNS=columns, num_warps=num_warps, **options,
-        )  # fmt: skip
+        d_inner = torch.mm(d_out, weight)
+        _elementwise(swiglu_grad_rows, num_rows, width, d_inner, gate_up, d_gate_up, inner, sums)
         return d_gate_up, inner, None if sums is None else sums.sum(0)
-    tiles = target.cdiv(num_rows, config.m) * target.cdiv(width, config.n)
-    options |= {"BM": config.m, "BN": config.n, "BK": config.k, "GROUP": GROUP_M}
-    options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    sizes, options = (num_rows, width, depth), options_of(config)
     if config.path == "pointer":
-        dgated_pointer[(tiles,)](d_out, weight, gate_up, d_gate_up, inner, sums, num_rows, width, depth, **options)
+        grid = (_tiles(config, num_rows, width),)
+        dgated_pointer[grid](d_out, weight, gate_up, d_gate_up, inner, sums, *sizes, **options)
     else:
-        programs = target.num_processors(d_out.device) * config.per_sm
-        strip = config.n // config.pieces
-        dgated_tma[(min(tiles, programs),)](
-            TensorDescriptor.from_tensor(d_out, [config.m, config.k]),
-            TensorDescriptor.from_tensor(weight, [config.k, config.n]),
-            _parts_of(gate_up, 2, config.m, 2, strip), _parts_of(d_gate_up, 2, config.m, 2, strip),
-            _descriptor(inner, [config.m, strip]),
-            sums, num_rows, width, depth, NUM_PROGRAMS=programs, PIECES=config.pieces, **options,
+        (grid, programs), strip = grid_of(config, num_rows, width, d_out.device), config.n // config.pieces
+        dgated_tma[grid](
+            descriptor(d_out, config.m, config.k), descriptor(weight, config.k, config.n),
+            parts_of(gate_up, 2, config.m, 2, strip), parts_of(d_gate_up, 2, config.m, 2, strip),
+            descriptor(inner, config.m, strip), sums, *sizes, NUM_PROGRAMS=programs, PIECES=config.pieces, **options,
         )  # fmt: skip
     return d_gate_up, inner, None if sums is None else sums.sum(0)
 
 
-def _descriptor(tensor: Tensor | None, block: list[int]) -> TensorDescriptor | None:
-    return None if tensor is None else TensorDescriptor.from_tensor(tensor, block)
+def descriptor(tensor: Tensor | None, *block: int) -> TensorDescriptor | None:
+    return None if tensor is None else TensorDescriptor.from_tensor(tensor, list(block))
 
 
-def _parts_of(tensor: Tensor | None, parts: int, rows: int, at_once: int, columns: int) -> TensorDescriptor | None:
+def weight_of(config: TileConfig, weight: Tensor) -> TensorDescriptor | None:
+    """The descriptor of gate and up's weight [2H, C]."""
+    return descriptor(weight.view(2, -1, weight.shape[1]), 2, config.n, config.k)
+
+
+def parts_of(tensor: Tensor | None, parts: int, rows: int, at_once: int, columns: int) -> TensorDescriptor | None:
     """Boxes [rows, at_once, columns] of a [tokens, parts, H] view."""
-    if tensor is None:
-        return None
-    return TensorDescriptor.from_tensor(tensor.view(tensor.shape[0], parts, -1), [rows, at_once, columns])
+    return None if tensor is None else descriptor(tensor.view(tensor.shape[0], parts, -1), rows, at_once, columns)

@@ -1,14 +1,13 @@
 """Pooling, LayerNorm, SwiGLU and the down projection with their backward, written once over two back ends.
 
-The back end, kernels or plain torch, supplies ``pool`` (with the LayerNorm), ``gated`` and ``dgated``; the products
-around them are torch's (cuBLAS). Per token, training keeps one row of C values (the LayerNorm's rows before scale and
-shift, or the pooled ones where there is no LayerNorm) and the packed gate and up (2H); ``recompute`` keeps only the row.
-S = silu(gate) * up falls out of ``dgated`` once more.
+The back end is launches.py or reference.py, function for function; the products around it are torch's (cuBLAS). Per
+token, training keeps one row of C values (the LayerNorm's before scale and shift, or the pooled one where there is no
+LayerNorm) and the packed gate and up (2H); ``recompute`` keeps only the row. S = silu(gate) * up falls out of ``dgated``.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from . import reference, target
 from .geometry import PoolPlan
+from .reference import NormOf
 
 # Rows from which frozen features take the way round the product [T, 2H] x [2H, C]: that costs 2 T flops per weight, the
 # way round 6 bytes per weight, and a GPU does 230 flops in the time of a byte (690 TFLOP/s over 3 TB/s): from 690 rows.
@@ -61,23 +61,30 @@ def forward(
     ``Kept.rows`` is empty where they are the features themselves: no plan and no LayerNorm.
     """
     check(features, weights)
-    norm = (weights.norm_weight, weights.norm_bias, eps, keep) if has_norm else None
-    tokens, rows, rstd = _pooled(features, plan, norm)
-    if plan is not None and not has_norm:
-        rows = tokens
-    if tokens.shape[0] == 0:
+    norm = NormOf(weights.norm_weight, weights.norm_bias, eps, keep) if has_norm else None
+    num_rows = features.shape[0] if plan is None else plan.num_tokens
+    backend = _backend(features)
+    if num_rows == 0:
+        tokens, rows, rstd = backend.pooled(features, plan, norm=norm)
         out = tokens.new_empty(0, weights.down_weight.shape[0])
-        gate_up = None if recompute else tokens.new_empty(0, weights.gate_up_weight.shape[0])
+        gate_up = tokens.new_empty(0, weights.gate_up_weight.shape[0]) if keep and not recompute else None
     else:
-        inner, gate_up = _gated(tokens, weights.gate_up_weight, weights.gate_up_bias, True, keep and not recompute)
+        tokens, rows, rstd, inner, gate_up = backend.pooled_gated(
+            features, plan, norm, weights.gate_up_weight, weights.gate_up_bias, keep and not recompute
+        )
         out = F.linear(inner, weights.down_weight, weights.down_bias)
+    if keep and plan is not None and not has_norm:
+        rows = tokens
     return out, Kept(*(features.new_empty(0) if x is None else x for x in (rows, rstd, gate_up)))
 
 
 def backward(
-    d_out: Tensor, kept: Kept, plan: PoolPlan | None, weights: Weights, has_norm: bool, needs: Needs
+    d_out: Tensor, kept: Kept, plan: PoolPlan | None, weights: Weights, has_norm: bool, needs: Needs, in_place: bool
 ) -> tuple[Tensor | None, ...]:
-    """The gradients that ``needs`` asks for, None for the others. Of ``kept`` the rows must be there."""
+    """The gradients that ``needs`` asks for, None for the others. Of ``kept`` the rows must be there.
+
+    ``in_place``: those of gate and up are written over ``kept.gate_up``: 2H values a token less at the peak.
+    """
     rows, rstd, gate_up = kept
     if rows.shape[0] == 0:
         d_features = None
@@ -94,12 +101,13 @@ def backward(
     # product, without the product [T, 2H] x [2H, C] that would give d_tokens: a fifth of the projector's arithmetic.
     needs_norm = has_norm and (needs.norm_weight or needs.norm_bias)
     is_shortcut = needs_norm and not needs.features and rows.shape[0] >= SHORTCUT_ROWS
-    tokens = None
+    tokens, backend = None, _backend(rows)
+    affine = lambda: backend.affine(rows, weights.norm_weight, weights.norm_bias) if has_norm else rows  # noqa: E731
     if gate_up.numel() == 0:
-        tokens = _affine(rows, weights, has_norm)
-        gate_up = _gated(tokens, weights.gate_up_weight, weights.gate_up_bias, False, True)[1]
-    d_gate_up, inner, bias_sum = _dgated(
-        d_out, weights.down_weight, gate_up, needs.gate_up_bias or is_shortcut, needs.down_weight
+        tokens, in_place = affine(), True  # nobody else has what is made here
+        gate_up = backend.gated(tokens, weights.gate_up_weight, weights.gate_up_bias, False, True)[1]
+    d_gate_up, inner, bias_sum = backend.dgated(
+        d_out, weights.down_weight, gate_up, needs.gate_up_bias or is_shortcut, needs.down_weight, in_place
     )
     del gate_up
     if needs.down_weight:
@@ -110,17 +118,17 @@ def backward(
     if is_shortcut:
         return _finish(grads | _grads_of_frozen_features(d_gate_up.T @ rows, bias_sum, weights), needs)
     if needs.gate_up_weight:
-        tokens = _affine(rows, weights, has_norm) if tokens is None else tokens
+        tokens = affine() if tokens is None else tokens
         grads["gate_up_weight"] = d_gate_up.T @ tokens
     del tokens
     if needs.features or needs_norm:
         d_rows = d_gate_up @ weights.gate_up_weight
         if has_norm:
-            d_rows, sums = _norm_backward(d_rows, rows, rstd, weights.norm_weight, needs.features, needs_norm)
+            d_rows, sums = backend.norm_grad(d_rows, rows, rstd, weights.norm_weight, needs.features, needs_norm)
             if needs_norm:
                 grads |= _apart(sums, rows.dtype)
         if needs.features:
-            grads["features"] = d_rows if plan is None else _pooled(d_rows, plan, None, transposed=True)[0]
+            grads["features"] = backend.pooled(d_rows, plan, transposed=True)[0]
     return _finish(grads, needs)
 
 
@@ -139,109 +147,18 @@ def _grads_of_frozen_features(product: Tensor, bias_sum: Tensor, weights: Weight
     tokens = hat * scale + shift and G = hat (scale * W)' + W shift', so with E = dG' hat and e = sum of dG over rows:
     dW = E * scale + e (x) shift; dscale = sum over W's rows of W * E; dshift = e W. ``product`` (E) becomes dW.
     """
-    scale, shift, weight = weights.norm_weight, weights.norm_bias, weights.gate_up_weight
-    dtype = product.dtype
-    if target.runs_kernels(product):
-        from . import frozen
-
-        product, sums = frozen.grads(weight, product, bias_sum, scale, shift)
-        return {"gate_up_weight": product} | _apart(sums, dtype)
-    exact = torch.promote_types(dtype, torch.float32)
-    weight, product, sums = weight.to(exact), product.to(exact), bias_sum.to(exact)
-    grads = {"norm_weight": (weight * product).sum(0).to(dtype), "norm_bias": (sums @ weight).to(dtype)}
-    if scale is not None:
-        product = product * scale.to(exact)
-    if shift is not None:
-        product = torch.addcmul(product, sums[:, None], shift.to(exact)[None, :])
-    return grads | {"gate_up_weight": product.to(dtype)}
+    weight, dtype = weights.gate_up_weight, product.dtype
+    product, sums = _backend(product).weight_grads(weight, product, bias_sum, weights.norm_weight, weights.norm_bias)
+    return {"gate_up_weight": product} | _apart(sums, dtype)
 
 
-def _pooled(
-    source: Tensor, plan: PoolPlan | None, norm: tuple | None, transposed: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(tokens, their rows before scale and shift, 1 / standard deviations); the last two as far as ``norm`` says."""
-    if plan is None and norm is None:
-        return source, None, None
-    if target.runs_kernels(source):
-        from . import pool
+def _backend(tensor: Tensor) -> Any:
+    """The module that computes on tensors like ``tensor``."""
+    if not target.runs_kernels(tensor):
+        return reference
+    from . import launches
 
-        if norm is None or pool.fits_norm(source.shape[1]):
-            return pool.pool(source, plan, transposed, None if norm is None else pool.NormOf(*norm))
-        rows = source if plan is None else pool.pool(source, plan)[0]
-    else:
-        rows = source if plan is None else reference.pool(source, plan, transposed)
-    if norm is None:
-        return rows, None, None
-    scale, shift, eps, keep = norm
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    tokens = F.layer_norm(rows, rows.shape[-1:], scale, shift, eps)
-    if not keep:
-        return tokens, None, None
-    hat, rstd = reference.normalise(wide, eps)
-    return tokens, hat.to(rows.dtype), rstd
-
-
-def _affine(rows: Tensor, weights: Weights, has_norm: bool) -> Tensor:
-    """The tokens of the rows that were kept."""
-    if not has_norm:
-        return rows
-    if target.runs_kernels(rows):
-        from . import pool
-
-        if pool.fits_norm(rows.shape[1]):
-            return pool.affine_of(rows, weights.norm_weight, weights.norm_bias)
-    return reference.affine(rows, weights.norm_weight, weights.norm_bias)
-
-
-def _norm_backward(
-    d_tokens: Tensor, hat: Tensor, rstd: Tensor, scale: Tensor | None, need_rows: bool, need_sums: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """(gradient of the rows before the LayerNorm, [2, C] gradients of its scale and shift) from its rows ``hat``."""
-    if target.runs_kernels(hat):
-        from . import pool
-
-        if pool.fits_norm(hat.shape[1]):
-            return pool.norm_grad(d_tokens, hat, rstd, scale, need_rows, need_sums)
-    exact = torch.promote_types(hat.dtype, torch.float32)
-    d, x = d_tokens.to(exact), hat.to(exact)
-    sums = torch.stack(((d * x).sum(0), d.sum(0))) if need_sums else None
-    if not need_rows:
-        return None, sums
-    if scale is not None:
-        d = d * scale.to(exact)
-    d = (d - d.mean(1, keepdim=True) - x * (d * x).mean(1, keepdim=True)) * rstd[:, None]
-    return d.to(hat.dtype), sums
-
-
-def _gated(
-    tokens: Tensor, weight: Tensor, bias: Tensor | None, store_inner: bool, store_gate_up: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """silu(gate) * up and the packed gate and up of ``tokens``."""
-    if target.runs_kernels(tokens):
-        from . import gated
-
-        return gated.gated(tokens, weight, bias, store_inner, store_gate_up)
-    gate_up = F.linear(tokens, weight, bias)
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up if store_inner else None, gate_up if store_gate_up else None
-
-
-def _dgated(
-    d_out: Tensor, weight: Tensor, gate_up: Tensor, sum_bias: bool, store_inner: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """[dGate | dUp], silu(gate) * up, and the column sums of the first in float32 or wider."""
-    if target.runs_kernels(d_out):
-        from . import gated
-
-        return gated.dgated(d_out, weight, gate_up, sum_bias, store_inner)
-    exact = torch.promote_types(d_out.dtype, torch.float32)
-    d_inner = (d_out @ weight).to(exact)
-    gate, up = gate_up.to(exact).chunk(2, -1)
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
-    d_gate_up = torch.cat((d_inner * up * (sigmoid + silu * (1 - sigmoid)), d_inner * silu), -1)
-    inner = (silu * up).to(d_out.dtype) if store_inner else None
-    return d_gate_up.to(d_out.dtype), inner, d_gate_up.sum(0) if sum_bias else None
+    return launches
 
 
 def check(features: Tensor, weights: Weights) -> None:

@@ -9,6 +9,7 @@ the forward pass and gathers before the backward pass is found again through its
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -128,9 +129,7 @@ def splice_rows(text: Tensor, visual: Tensor, positions: Tensor) -> Tensor:
     return _OPS.splice(text, visual, positions)
 
 
-_PROJECTOR = (
-    "features", "norm_weight", "norm_bias", "gate_up_weight", "gate_up_bias", "down_weight", "down_bias",
-)  # fmt: skip
+_PROJECTOR = mlp.Needs._fields
 _NO_PLAN = (None, 0, 0, 0, 0, False)
 
 
@@ -177,7 +176,7 @@ _WEIGHTS = (
 
 
 def _operator(name: str, schema: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """Register a function as an operator that changes none of its inputs, for CPU and CUDA tensors alike.
+    """Register a function as an operator for CPU and CUDA tensors alike.
 
     ``fake`` makes empty outputs of the same arguments. Under autocast the function runs with autocast off: its own
     products must not be cast again.
@@ -212,7 +211,7 @@ def _pool(source, table, num_patches, num_tokens, cells, patch_cells, is_resize,
         return reference.pool(source, plan, transposed)
     from . import pool
 
-    return pool.pool(source, plan, transposed)[0]
+    return pool.pooled(source, plan, transposed)[0]
 
 
 def _parts(arguments: tuple) -> tuple[mlp.Weights, PoolPlan | None, tuple]:
@@ -267,18 +266,22 @@ def _project_backward_like(grad, rows, rstd, gate_up, *arguments):
     return tuple(rows.new_empty(size if needs >> i & 1 else (0,)) for i, size in enumerate(sizes))
 
 
-@_operator(
-    "project_backward",
-    f"(Tensor grad, Tensor rows, Tensor rstd, Tensor gate_up, {_WEIGHTS}, Tensor? table, {_PLAN}, bool has_norm, "
-    "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _project_backward_like,
-)
-def _project_backward(grad, rows, rstd, gate_up, *arguments):
+def _project_backward(grad, rows, rstd, gate_up, *arguments, in_place=False):
     """``needs`` has bit i for the i-th of the seven inputs; the gradients of the others are empty."""
     weights, plan, (has_norm, needs) = _parts(arguments)
     wanted = mlp.Needs(*(bool(needs >> i & 1) for i in range(7)))
-    grads = mlp.backward(grad, mlp.Kept(rows, rstd, gate_up), plan, weights, has_norm, wanted)
+    grads = mlp.backward(grad, mlp.Kept(rows, rstd, gate_up), plan, weights, has_norm, wanted, in_place)
     return tuple(rows.new_empty(0) if x is None else x for x in grads)
+
+
+# The second writes over ``gate_up``, and says so.
+for _name, _kept in (("project_backward", "Tensor gate_up"), ("project_backward_", "Tensor(a!) gate_up")):
+    _operator(
+        _name,
+        f"(Tensor grad, Tensor rows, Tensor rstd, {_kept}, {_WEIGHTS}, Tensor? table, {_PLAN}, bool has_norm, "
+        "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _project_backward_like,
+    )(functools.partial(_project_backward, in_place=_name.endswith("_")))
 
 
 @_operator(
@@ -330,11 +333,27 @@ def _refuse_second_derivative() -> None:
         raise RuntimeError("the projector and the splice have no second derivative: do without create_graph=True")
 
 
+def _is_last_reader(kept: Tensor) -> bool:
+    """Whether nothing reads ``kept`` after this backward pass.
+
+    Not where autograd keeps the graph (torch asks itself the same for what it donates); not in a CUDA graph, whose
+    backward pass may be replayed twice; not under torch.compile, which lays out memory itself.
+    """
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return False
+    return not (kept.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def _bits(flags: tuple[bool, ...]) -> int:
     bits = 0
     for i, flag in enumerate(flags):
         bits |= flag << i
     return bits
+
+
+def _wanted(grads: tuple[Tensor, ...], needs: int) -> list[Tensor | None]:
+    """Those whose bit is set; an operator has no None to return for the others."""
+    return [x if needs >> i & 1 else None for i, x in enumerate(grads)]
 
 
 class _Pool(torch.autograd.Function):
@@ -368,33 +387,22 @@ class _Project(torch.autograd.Function):
     def backward(ctx, grad):
         _refuse_second_derivative()
         needs = _bits(ctx.needs_input_grad[:7])
-        grads = _OPS.project_backward(grad, *ctx.saved_tensors, *ctx.numbers, needs)
-        return (*(x if needs >> i & 1 else None for i, x in enumerate(grads)), *(None,) * 9)
+        saved, operator = ctx.saved_tensors, _OPS.project_backward
+        if _is_last_reader(saved[2]):
+            operator = _OPS.project_backward_
+            torch.autograd.graph.increment_version(saved[2])  # whoever else got hold of it is told by autograd
+        grads = operator(grad, *saved, *ctx.numbers, needs)
+        return (*_wanted(grads, needs), *(None,) * 9)
 
 
-def _with_gradient(name: str, num_inputs: int, kept: tuple[int, ...]) -> type[torch.autograd.Function]:
-    """The operator ``name``, whose first ``num_inputs`` arguments have gradients.
+class _Splice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, text, visual, positions):
+        ctx.save_for_backward(positions)
+        return _OPS.splice(text, visual, positions)
 
-    They come from the operator ``{name}_backward(grad, *kept, needs)``: ``kept`` are the numbers of the arguments that it
-    reads, ``needs`` has bit i where the i-th gradient is asked for, the others are empty.
-    """
-    forward_of, backward_of = getattr(_OPS, name), getattr(_OPS, f"{name}_backward")
-
-    class WithGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *args):
-            ctx.save_for_backward(*(args[i] for i in kept))
-            ctx.num_others = len(args) - num_inputs
-            return forward_of(*args)
-
-        @staticmethod
-        def backward(ctx, grad):
-            _refuse_second_derivative()
-            needs = _bits(ctx.needs_input_grad[:num_inputs])
-            grads = backward_of(grad, *ctx.saved_tensors, needs)
-            return (*(x if needs >> i & 1 else None for i, x in enumerate(grads)), *(None,) * ctx.num_others)
-
-    return WithGradient
-
-
-_Splice = _with_gradient("splice", 2, kept=(2,))
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_second_derivative()
+        needs = _bits(ctx.needs_input_grad[:2])
+        return (*_wanted(_OPS.splice_backward(grad, *ctx.saved_tensors, needs), needs), None)

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import choose, reference, target
 from .choose import UNFUSED
 from .geometry import PoolPlan
+from .reference import NormOf
 from .rounding import OPTIONS, round_to
 
 
@@ -122,44 +123,38 @@ def _centre(x, mean, c, channels):
 
 @triton.jit
 def _store_piece(
-    x, factor, r, num_rows, c, channels, out, hat, scale, shift,
-    NORM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, STORE_HAT: tl.constexpr,
+    x, factor, r, num_rows, c, channels, scale, shift, out, hat
 ):  # fmt: skip
-    """Store x * factor; with NORM that is the normalised row, and ``out`` gets what scale and shift make of it."""
+    """Store x * factor in ``hat``, unless that is None or ``out``, and what scale and shift make of it in ``out``."""
     at = r.to(tl.int64)[:, None] * channels + c[None, :]
     inside = (r < num_rows)[:, None] & (c < channels)[None, :]
     y = round_to(x * factor[:, None], out.dtype.element_ty)
-    if NORM and (HAS_SCALE or HAS_SHIFT):
-        if STORE_HAT:
+    if scale is not None or shift is not None:
+        if hat is not None:
             tl.store(hat + at, y, mask=inside)
-        y = affine(y, scale, shift, c, channels, HAS_SCALE, HAS_SHIFT)
+        y = _affine(y, scale, shift, c, channels)
     tl.store(out + at, y, mask=inside)
 
 
 @triton.jit
-def affine(hat, scale, shift, c, channels, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr):
+def _affine(hat, scale, shift, c, channels):
     """hat * scale + shift in its dtype: from the rounded row, so that the backward pass makes the very same tokens."""
     y = hat.to(tl.float32)
-    if HAS_SCALE:
+    if scale is not None:
         y = y * tl.load(scale + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
-    if HAS_SHIFT:
+    if shift is not None:
         y = y + tl.load(shift + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
     return round_to(y, hat.dtype)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_images", "halvings"])
-def pool_rows(
-    source, stride, table, out, hat, rstd, scale, shift, num_rows, num_images, halvings, channels, eps,
-    ROWS: tl.constexpr, SPAN: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, CELLS: tl.constexpr,
-    POOL: tl.constexpr, RESIZE: tl.constexpr, TRANSPOSED: tl.constexpr,
-    NORM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, STORE_HAT: tl.constexpr,
+@triton.jit
+def pool_tile(
+    source, stride, table, num_images, halvings, scale, shift, eps, out, hat, rstd, num_rows, channels, first_row, begin,
+    ROWS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, CELLS: tl.constexpr,
+    RESIZE: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """out [num_rows, channels] from source rows ``stride`` apart: pooled by ``table`` (POOL) or as they are.
-
-    NORM: out = LayerNorm of that, ``hat`` the rows before scale and shift, ``rstd`` float32 [num_rows] for STORE_HAT.
-    """
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    begin = tl.program_id(1) * SPAN
+    """``pool_rows`` for the ROWS rows from ``first_row`` on and the channels from ``begin`` on."""
+    r = first_row + tl.arange(0, ROWS)
     # of the 2^31 rows that there may be, the last block's numbers past the end must not wrap
     in_rows = (r >= 0) & (r < num_rows)
     c0 = begin + tl.arange(0, P0)
@@ -169,7 +164,7 @@ def pool_rows(
     a1 = tl.zeros((ROWS, P1 if P1 > 0 else 1), tl.float32)
     a2 = tl.zeros((ROWS, P2 if P2 > 0 else 1), tl.float32)
     factor = tl.full((ROWS,), 1.0, tl.float32)
-    if POOL:
+    if table is not None:
         WEIGHTED: tl.constexpr = RESIZE or TRANSPOSED
         OUT: tl.constexpr = 0 if TRANSPOSED else 1  # the table's column of output rows
         row = tl.where(in_rows, r, 0)
@@ -222,7 +217,7 @@ def pool_rows(
             a1 = _add_piece(a1, at, in_rows, factor, c1, channels, False)
         if P2 > 0:
             a2 = _add_piece(a2, at, in_rows, factor, c2, channels, False)
-    if NORM:
+    if eps is not None:
         # Mean and variance of the row before rounding, in registers, one after the other: no cancellation.
         mean = tl.sum(a0, 1)
         if P1 > 0:
@@ -240,31 +235,43 @@ def pool_rows(
             squares += tl.sum(a2 * a2, 1)
         variance = squares * factor * factor / channels
         inverse = 1.0 / tl.sqrt(variance + eps)
-        if STORE_HAT:
+        if rstd is not None:
             tl.store(rstd + r, inverse, mask=in_rows)
         factor = factor * inverse
     rows = tl.where(in_rows, r, num_rows)
-    _store_piece(
-        a0, factor, rows, num_rows, c0, channels, out, hat, scale, shift, NORM, HAS_SCALE, HAS_SHIFT, STORE_HAT
-    )
+    _store_piece(a0, factor, rows, num_rows, c0, channels, scale, shift, out, hat)
     if P1 > 0:
-        _store_piece(
-            a1, factor, rows, num_rows, c1, channels, out, hat, scale, shift, NORM, HAS_SCALE, HAS_SHIFT, STORE_HAT
-        )
+        _store_piece(a1, factor, rows, num_rows, c1, channels, scale, shift, out, hat)
     if P2 > 0:
-        _store_piece(
-            a2, factor, rows, num_rows, c2, channels, out, hat, scale, shift, NORM, HAS_SCALE, HAS_SHIFT, STORE_HAT
-        )
+        _store_piece(a2, factor, rows, num_rows, c2, channels, scale, shift, out, hat)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_images", "halvings"])
+def pool_rows(
+    source, stride, table, num_images, halvings, scale, shift, eps, out, hat, rstd, num_rows, channels,
+    ROWS: tl.constexpr, SPAN: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, CELLS: tl.constexpr,
+    RESIZE: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """out [num_rows, channels] from source rows ``stride`` apart: pooled by ``table``, or as they are where it is None.
+
+    Unless ``eps`` is None, out = LayerNorm of that; ``hat``, the rows before scale and shift, and ``rstd``, float32
+    [num_rows], are stored unless None.
+    """
+    pool_tile(
+        source, stride, table, num_images, halvings, scale, shift, eps, out, hat, rstd, num_rows, channels,
+        tl.program_id(0) * ROWS, tl.program_id(1) * SPAN, ROWS, P0, P1, P2, CELLS, RESIZE, TRANSPOSED,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows"])
 def norm_grad_rows(
     d_tokens, hat, rstd, scale, d_source, sums, num_rows, rows, channels,
-    WIDTH: tl.constexpr, HAS_SCALE: tl.constexpr, STORE_GRAD: tl.constexpr, SUMS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The LayerNorm's backward pass from its normalised rows: d_source [num_rows, channels], which may be ``d_tokens``.
 
-    ``sums`` is float32 [programs, 2, channels]: each program's column sums of d_tokens * hat and of d_tokens.
+    ``sums`` is float32 [programs, 2, channels]: each program's column sums of d_tokens * hat and of d_tokens. None for
+    what is not wanted.
     """
     c = tl.arange(0, WIDTH)
     inside = c < channels
@@ -275,16 +282,16 @@ def norm_grad_rows(
         at = r * channels + c
         d = tl.load(d_tokens + at, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(hat + at, mask=inside, other=0.0).to(tl.float32)
-        if SUMS:
+        if sums is not None:
             d_scale += d * x
             d_shift += d
-        if STORE_GRAD:
-            if HAS_SCALE:
+        if d_source is not None:
+            if scale is not None:
                 d = d * tl.load(scale + c, mask=inside, other=0.0).to(tl.float32)
             along = tl.sum(d * x, 0) / channels
             d = (d - tl.sum(d, 0) / channels - x * along) * tl.load(rstd + r)
             tl.store(d_source + at, round_to(d, d_source.dtype.element_ty), mask=inside)
-    if SUMS:
+    if sums is not None:
         at = sums + tl.program_id(0).to(tl.int64) * 2 * channels + c
         tl.store(at, d_scale, mask=inside)
         tl.store(at + channels, d_shift, mask=inside)
@@ -292,25 +299,15 @@ def norm_grad_rows(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def affine_rows(
-    hat, scale, shift, out, num_rows, channels,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    hat, scale, shift, out, num_rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """out = hat * scale + shift, all [num_rows, channels]: the LayerNorm's rows once more."""
     r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     at = r[:, None] * channels + c[None, :]
     inside = (r < num_rows)[:, None] & (c < channels)[None, :]
-    y = affine(tl.load(hat + at, mask=inside, other=0.0), scale, shift, c, channels, HAS_SCALE, HAS_SHIFT)
+    y = _affine(tl.load(hat + at, mask=inside, other=0.0), scale, shift, c, channels)
     tl.store(out + at, y, mask=inside)
-
-
-class NormOf(NamedTuple):
-    """A LayerNorm to follow the pooling, and whether the backward pass will want its normalised rows."""
-
-    scale: Tensor | None
-    shift: Tensor | None
-    eps: float
-    keep: bool
 
 
 @functools.cache
@@ -328,41 +325,52 @@ def pieces_of(width: int) -> tuple[int, int, int]:
     return tuple(pieces)
 
 
-def fits_norm(width: int) -> bool:
-    """Whether a program can hold a row of ``width`` channels, so that the LayerNorm can be fused."""
-    return width <= SHARED_ROW_WIDTH
+def rows_of(source: Tensor, plan: PoolPlan | None, transposed: bool) -> int:
+    """How many rows come out."""
+    if plan is None:
+        return source.shape[0]
+    return plan.num_patches if transposed else plan.num_tokens
+
+
+def prepare(
+    source: Tensor, plan: PoolPlan | None, transposed: bool, norm: NormOf | None, span: int
+) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], tuple, dict]:
+    """(what ``launch`` returns, unwritten; what ``pool_rows`` reads; its constants for programs of ``span`` channels)."""
+    out = source.new_empty(rows_of(source, plan, transposed), source.shape[1])
+    scale, shift, eps, keep = norm or (None, None, None, False)
+    hat, rstd = None, None
+    if keep:
+        rstd = torch.empty(out.shape[0], dtype=torch.float32, device=source.device)
+        hat = out if scale is None and shift is None else torch.empty_like(out)
+    table, num_images, cells, is_resize = None, 0, 1, False
+    if plan is not None:
+        table, num_images, is_resize = plan.table, plan.table.shape[0] - 1, plan.is_resize
+        cells = min(plan.patch_cells if transposed else plan.cells, CELLS_UNROLLED)
+    constants = dict(
+        zip(("P0", "P1", "P2"), pieces_of(span)),
+        CELLS=8 if cells == 7 else cells,
+        RESIZE=is_resize,
+        TRANSPOSED=transposed,
+    )
+    read = (source, source.stride(0), table, num_images, num_images.bit_length(), scale, shift, eps)
+    return (out, hat, rstd), read, constants
 
 
 def launch(
     config: PoolConfig | str, source: Tensor, plan: PoolPlan | None, transposed: bool, norm: NormOf | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``pool`` by one configuration, on rows that lie close or ``stride(0)`` apart."""
+    """``pooled`` by one configuration, on rows that lie close or ``stride(0)`` apart."""
     if config == UNFUSED:
         return _unfused(source, plan, transposed, norm)
-    channels, num_rows = source.shape[1], source.shape[0]
-    if plan is not None:
-        num_rows = plan.num_patches if transposed else plan.num_tokens
-    out = source.new_empty(num_rows, channels)
-    hat, rstd, scale, shift, eps = None, None, None, None, 0.0
-    if norm is not None:
-        scale, shift, eps, keep = norm
-        if keep:
-            rstd = torch.empty(num_rows, dtype=torch.float32, device=source.device)
-            hat = out if scale is None and shift is None else torch.empty_like(out)
+    channels = source.shape[1]
     span = channels if norm is not None else min(config.span or SHARED_ROW_WIDTH, channels)
-    p0, p1, p2 = pieces_of(span)
-    table, num_images, cells, is_resize = None, 0, 1, False
-    if plan is not None:
-        table, num_images, is_resize = plan.table, plan.table.shape[0] - 1, plan.is_resize
-        cells = min(plan.patch_cells if transposed else plan.cells, CELLS_UNROLLED)
+    made, read, constants = prepare(source, plan, transposed, norm, span)
+    num_rows = made[0].shape[0]
     pool_rows[target.cdiv(num_rows, config.rows), target.cdiv(channels, span)](
-        source, source.stride(0), table, out, hat, rstd, scale, shift, num_rows, num_images, num_images.bit_length(),
-        channels, eps, ROWS=config.rows, SPAN=span, P0=p0, P1=p1, P2=p2, CELLS=8 if cells == 7 else cells,
-        POOL=plan is not None, RESIZE=is_resize, TRANSPOSED=transposed, NORM=norm is not None,
-        HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, STORE_HAT=rstd is not None,
+        *read, *made, num_rows, channels, ROWS=config.rows, SPAN=span, **constants,
         num_warps=config.num_warps, maxnreg=MAX_REGISTERS, **OPTIONS,
     )  # fmt: skip
-    return out, hat, rstd
+    return made
 
 
 def _unfused(
@@ -370,27 +378,27 @@ def _unfused(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The same in plain torch, the LayerNorm from rows that were not rounded in between."""
     if norm is None:
-        return reference.pool(source, plan, transposed), None, None
-    rows = source.float() if plan is None else reference.pool(source.float(), plan)
-    hat, rstd = reference.normalise(rows, norm.eps)
+        return reference.pooled(source, plan, transposed)
+    hat, rstd = reference.normalise(reference.pooled(source.float(), plan)[0], norm.eps)
     hat = hat.to(source.dtype)
-    tokens = reference.affine(hat, norm.scale, norm.shift)
-    return tokens, hat if norm.keep else None, rstd if norm.keep else None
+    return reference.affine(hat, norm.scale, norm.shift), hat if norm.keep else None, rstd if norm.keep else None
 
 
-def pool(
+def strided(source: Tensor) -> Tensor:
+    """``source``, or a copy where the values of a row do not lie side by side, or rows overlap."""
+    return source if source.stride(1) == 1 and source.stride(0) >= source.shape[1] else source.contiguous()
+
+
+def pooled(
     source: Tensor, plan: PoolPlan | None, transposed: bool = False, norm: NormOf | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(rows, normalised rows, 1 / standard deviations) of ``source`` [any, C] pooled by ``plan``, or as it is.
-
-    Rows are [tokens, C], or with ``transposed`` the gradient [patches, C] of [tokens, C]. With ``norm`` they are the
-    LayerNorm of the pooled rows; the other two are None unless it says keep.
-    """
-    if source.stride(1) != 1 or source.stride(0) < source.shape[1]:
-        source = source.contiguous()
-    num_rows, width = source.shape
-    if plan is not None:
-        num_rows = plan.num_patches if transposed else plan.num_tokens
+    """``reference.pooled`` by the configuration chosen for its shape."""
+    if plan is None and norm is None:
+        return source, None, None
+    width = source.shape[1]
+    if norm is not None and width > SHARED_ROW_WIDTH:  # no program holds such a row
+        return reference.pooled(pooled(source, plan)[0], None, norm=norm)
+    source, num_rows = strided(source), rows_of(source, plan, transposed)
     if num_rows == 0 or width == 0:
         empty = source.new_empty(num_rows, width)
         keep = norm is not None and norm.keep
@@ -398,12 +406,15 @@ def pool(
     shape = (width, 0, False, False)
     if plan is not None:
         shape = (width, plan.patch_cells if transposed else plan.cells, plan.is_resize, transposed)
-    flags = (0,) if norm is None else (1, norm.scale is not None, norm.shift is not None, norm.keep)
-    key = choose.key("pool", source, num_rows, *shape, *flags)
-    with choose.on_device(source):
-        return choose.run(
-            key, lambda: candidates(width, norm is not None), lambda c: launch(c, source, plan, transposed, norm)
-        )
+    key = choose.key("pool", source, num_rows, *shape, *flags_of(norm))
+    return choose.run(
+        key, lambda: candidates(width, norm is not None), lambda c: launch(c, source, plan, transposed, norm)
+    )
+
+
+def flags_of(norm: NormOf | None) -> tuple:
+    """What of ``norm`` a choice depends on."""
+    return (0,) if norm is None else (1, norm.scale is not None, norm.shift is not None, norm.keep)
 
 
 def candidates(width: int, has_norm: bool) -> list[choose.Candidate]:
@@ -426,7 +437,9 @@ def name_of(config: PoolConfig) -> str:
 def norm_grad(
     d_tokens: Tensor, hat: Tensor, rstd: Tensor, scale: Tensor | None, need_grad: bool, need_sums: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(gradient of the rows, written over ``d_tokens``; float32 [2, C] gradients of scale and shift), as asked for."""
+    """``reference.norm_grad``; the gradient of the rows is written over ``d_tokens``."""
+    if hat.shape[1] > SHARED_ROW_WIDTH:
+        return reference.norm_grad(d_tokens, hat, rstd, scale, need_grad, need_sums)
     num_rows, channels = hat.shape
     programs = min(num_rows, 4 * target.num_processors(hat.device))
     rows = target.cdiv(num_rows, programs)
@@ -434,23 +447,21 @@ def norm_grad(
     sums = None
     if need_sums:
         sums = torch.empty(programs, 2, channels, dtype=torch.float32, device=hat.device)
-    with choose.on_device(hat):
+    with choose.on_device(hat.device):
         norm_grad_rows[(programs,)](
-            d_tokens, hat, rstd, scale, d_tokens, sums, num_rows, rows, channels,
-            WIDTH=triton.next_power_of_2(channels), HAS_SCALE=scale is not None, STORE_GRAD=need_grad, SUMS=need_sums,
-            num_warps=4 if channels <= 4096 else 8, **OPTIONS,
+            d_tokens, hat, rstd, scale, d_tokens if need_grad else None, sums, num_rows, rows, channels,
+            WIDTH=triton.next_power_of_2(channels), num_warps=4, **OPTIONS,
         )  # fmt: skip
     return d_tokens if need_grad else None, None if sums is None else sums.sum(0)
 
 
-def affine_of(hat: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """hat * scale + shift, to the same bits as the forward pass made them."""
+def affine(hat: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """``reference.affine``, to the same bits as the forward pass made them."""
     if scale is None and shift is None:
         return hat
     out = torch.empty_like(hat)
-    with choose.on_device(hat):
+    with choose.on_device(hat.device):
         affine_rows[target.cdiv(hat.shape[0], 8), target.cdiv(hat.shape[1], 128)](
-            hat, scale, shift, out, *hat.shape, ROWS=8, COLUMNS=128,
-            HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, num_warps=4, **OPTIONS,
-        )  # fmt: skip
+            hat, scale, shift, out, *hat.shape, ROWS=8, COLUMNS=128, num_warps=4, **OPTIONS
+        )
     return out

@@ -80,16 +80,18 @@ def normalise(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return hat, rstd.flatten()
 
 
+def _wide(*tensors: Tensor | None) -> list[Tensor | None]:
+    """In float32 or wider."""
+    return [None if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
+
+
 def affine(hat: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     """hat * scale + shift, computed in float32 or wider; ``hat`` itself without either."""
-    if scale is None and shift is None:
-        return hat
-    wide = torch.promote_types(hat.dtype, torch.float32)
-    y = hat.to(wide)
+    y, wide_scale, wide_shift = _wide(hat, scale, shift)
     if scale is not None:
-        y = y * scale.to(wide)
+        y = y * wide_scale
     if shift is not None:
-        y = y + shift.to(wide)
+        y = y + wide_shift
     return y.to(hat.dtype)
 
 
@@ -115,3 +117,94 @@ def splice_rows(text: Tensor, visual: Tensor, positions: Tensor) -> Tensor:
     Raises ``IndexError`` (CPU) if a position is outside [0, T).
     """
     return text.index_copy(0, positions, visual)
+
+
+# ----------------------------------------------------------------------- what mlp asks a back end for; see launches.py
+
+
+class NormOf(NamedTuple):
+    """A LayerNorm to follow the pooling, and whether the backward pass will want its normalised rows."""
+
+    scale: Tensor | None
+    shift: Tensor | None
+    eps: float
+    keep: bool
+
+
+def pooled(
+    source: Tensor, plan: PoolPlan | None, transposed: bool = False, norm: NormOf | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(rows, normalised rows, 1 / standard deviations) of ``source`` [any, C] pooled by ``plan``, or as it is.
+
+    Rows are [tokens, C], or with ``transposed`` the gradient [patches, C] of [tokens, C]. With ``norm`` they are the
+    LayerNorm of the pooled rows; the other two are None unless it says keep.
+    """
+    rows = source if plan is None else pool(source, plan, transposed)
+    if norm is None:
+        return rows, None, None
+    tokens = F.layer_norm(rows, rows.shape[-1:], norm.scale, norm.shift, norm.eps)
+    if not norm.keep:
+        return tokens, None, None
+    hat, rstd = normalise(*_wide(rows), norm.eps)
+    return tokens, hat.to(rows.dtype), rstd
+
+
+def norm_grad(
+    d_tokens: Tensor, hat: Tensor, rstd: Tensor, scale: Tensor | None, need_grad: bool, need_sums: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(gradient of the rows; float32 or wider [2, C] gradients of scale and shift), as asked for."""
+    d, x, wide_scale = _wide(d_tokens, hat, scale)
+    sums = torch.stack(((d * x).sum(0), d.sum(0))) if need_sums else None
+    if not need_grad:
+        return None, sums
+    if scale is not None:
+        d = d * wide_scale
+    d = (d - d.mean(1, keepdim=True) - x * (d * x).mean(1, keepdim=True)) * rstd[:, None]
+    return d.to(hat.dtype), sums
+
+
+def gated(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, store_inner: bool, store_gate_up: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """silu(gate) * up [M, H] and the packed [gate | up] [M, 2H] of tokens [M, C] and weight [2H, C], as asked for."""
+    gate_up = F.linear(tokens, weight, bias)
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up if store_inner else None, gate_up if store_gate_up else None
+
+
+def pooled_gated(
+    source: Tensor, plan: PoolPlan | None, norm: NormOf | None, weight: Tensor, bias: Tensor | None, store_gate_up: bool
+) -> tuple[Tensor | None, ...]:
+    """What ``pooled`` gives, then what ``gated`` makes of its rows."""
+    made = pooled(source, plan, norm=norm)
+    return (*made, *gated(made[0], weight, bias, True, store_gate_up))
+
+
+def dgated(
+    d_out: Tensor, weight: Tensor, gate_up: Tensor, sum_bias: bool, store_inner: bool, in_place: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """[dGate | dUp] [M, 2H], S = silu(gate) * up [M, H] and the sum of [dGate | dUp] over M, float32 or wider [2H].
+
+    d_out [M, D], weight [D, H], gate_up [M, 2H]; the last two as asked for; ``in_place`` writes the first over gate_up.
+    """
+    d_inner, wide = _wide(d_out @ weight, gate_up)
+    gate, up = wide.chunk(2, -1)
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    grad = torch.cat((d_inner * up * (sigmoid + silu * (1 - sigmoid)), d_inner * silu), -1)
+    inner = (silu * up).to(d_out.dtype) if store_inner else None
+    return gate_up.copy_(grad) if in_place else grad.to(d_out.dtype), inner, grad.sum(0) if sum_bias else None
+
+
+def weight_grads(
+    weight: Tensor, product: Tensor, row_sums: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(dW [2H, C]; [2, C] gradients of scale and shift); see ``mlp.backward``."""
+    dtype = product.dtype
+    weight, product, row_sums, scale, shift = _wide(weight, product, row_sums, scale, shift)
+    sums = torch.stack(((weight * product).sum(0), row_sums @ weight))
+    if scale is not None:
+        product = product * scale
+    if shift is not None:
+        product = torch.addcmul(product, row_sums[:, None], shift[None, :])
+    return product.to(dtype), sums

@@ -27,8 +27,12 @@ def matmul(a, b, acc):
 
 
 @triton.jit
-def fast_reciprocal(x):
-    """1 / x for float32 1 <= x, infinity included, by the hardware's approximation (one unit in the last place)."""
+def fast_reciprocal(x, PURE: tl.constexpr):
+    """1 / x for float32 1 <= x, infinity included, by the hardware's approximation (one unit in the last place).
+
+    A pure one the compiler computes anew, its argument's exponential and all, in every layout that it is wanted in; one
+    that is not stays where it is written, between stores.
+    """
     if INTERPRETED:
         return 1.0 / x
-    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=PURE, pack=1)

@@ -15,8 +15,7 @@ ROWS, COLUMN_BYTES, NUM_WARPS = 4, 512, 4  # 16 bytes per thread
 
 @triton.jit
 def route_rows(
-    text, visual, source, out, num_rows, width,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_TEXT: tl.constexpr, HAS_VISUAL: tl.constexpr,
+    text, visual, source, out, num_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """out[r] = visual[source[r]] where source[r] >= 0, else text[r]; a source that is not there counts as zeros."""
     blocks = tl.cdiv(width, COLUMNS)
@@ -27,9 +26,9 @@ def route_rows(
     is_visual = (from_row >= 0)[:, None] & inside
     is_text = (from_row < 0)[:, None] & inside
     row = tl.zeros((ROWS, COLUMNS), out.dtype.element_ty)
-    if HAS_TEXT:
+    if text is not None:
         row = tl.load(text + r[:, None] * width + c[None, :], mask=is_text, other=0.0)
-    if HAS_VISUAL:
+    if visual is not None:
         visual_row = tl.load(visual + from_row[:, None] * width + c[None, :], mask=is_visual, other=0.0)
         row = tl.where(is_visual, visual_row, row)
     tl.store(out + r[:, None] * width + c[None, :], row, mask=inside)
@@ -41,10 +40,9 @@ def _route(text: Tensor | None, visual: Tensor | None, source: Tensor, num_rows:
         return out
     columns = COLUMN_BYTES // like.element_size()
     grid = (target.cdiv(num_rows, ROWS) * target.cdiv(like.shape[1], columns),)
-    with choose.on_device(like):
+    with choose.on_device(like.device):
         route_rows[grid](
-            text, visual, source, out, num_rows, like.shape[1], ROWS=ROWS, COLUMNS=columns,
-            HAS_TEXT=text is not None, HAS_VISUAL=visual is not None, num_warps=NUM_WARPS, **OPTIONS,
+            text, visual, source, out, num_rows, like.shape[1], ROWS=ROWS, COLUMNS=columns, num_warps=NUM_WARPS, **OPTIONS
         )  # fmt: skip
     return out
 

@@ -8,7 +8,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-OLDEST_CAPABILITY = (8, 0)  # bfloat16 matrix units and asynchronous copies
+OLDEST_CAPABILITY = 80  # bfloat16 matrix units and asynchronous copies
 TMA_CAPABILITIES = (9, 10)  # major versions whose kernels read through tensor descriptors
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -31,17 +31,12 @@ def is_interpreted() -> bool:
 
 def is_available() -> bool:
     """Whether the kernels run on this process's current CUDA device: Triton, NVIDIA, compute capability 8.0 or newer."""
-    return _has_cuda() and _is_supported(torch.cuda.current_device())
+    return _has_cuda() and capability(torch.device("cuda", torch.cuda.current_device())) >= OLDEST_CAPABILITY
 
 
 @functools.cache
 def _has_cuda() -> bool:
     return has_triton() and torch.version.cuda is not None and torch.cuda.is_available()
-
-
-@functools.cache
-def _is_supported(index: int) -> bool:
-    return torch.cuda.get_device_capability(index) >= OLDEST_CAPABILITY
 
 
 @functools.cache
@@ -70,9 +65,7 @@ def runs_kernels(tensor: Tensor) -> bool:
     if tensor.dtype not in KERNEL_DTYPES:
         return False
     if tensor.is_cuda:
-        return (
-            has_triton() and torch.version.cuda is not None and capability(tensor.device) >= 10 * OLDEST_CAPABILITY[0]
-        )
+        return has_triton() and torch.version.cuda is not None and capability(tensor.device) >= OLDEST_CAPABILITY
     return tensor.device.type == "cpu" and is_interpreted()
 
 

@@ -17,7 +17,7 @@ def test_every_case_is_right(kernel):
 def test_the_list_has_every_configuration():
     """Of this path, and the pointers' beside it; a fault planted in a case is found."""
     kernels = {case.kernel for case in CASES}
-    assert kernels == {"pool", "gated", "dgated", "norm_grad", "weight_grads", "splice"}
+    assert kernels == {"pool", "gated", "dgated", "pooled_gated", "norm_grad", "weight_grads", "splice"}
     assert {case.pattern.split()[0] for case in CASES if case.kernel == "gated"} == {"T=1", "T=50"}
     case = next(case for case in CASES if case.kernel == "gated")
     what, got, exact, roundings = case.run()[0]

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from kernel_checks import DTYPES, RAGGED, ROUNDING, SINGLE, num_rows, poison_allocations, relative_error, same_bits
+from kernel_checks import (
+    DTYPES,
+    RAGGED,
+    ROUNDING,
+    SINGLE,
+    num_rows,
+    pinned,
+    poison_allocations,
+    relative_error,
+    same_bits,
+)
 from tokenflex_kernels import adaptive_pool, choose, pool, pool_plan, reference, target
 from tokenflex_kernels.geometry import MODES
 
@@ -48,7 +58,7 @@ def test_every_configuration_and_width(config):
     grids, sides = [(3, 5), (1, 1), (2, 2)], [(2, 3), (1, 1), (3, 2)]
     for dtype, channels in ((torch.float32, 1), (torch.bfloat16, 3), (torch.float16, 141)):
         features, grad = random_case(grids, sides, channels, dtype)
-        with choose.pinned("pool", pool.name_of(config)):
+        with pinned("pool", pool.name_of(config)):
             out, d_features = forward_backward(features, grids, sides, "adaptive", grad)
         wide = forward_backward(features.double(), grids, sides, "adaptive", grad.double(), reference.adaptive_pool)
         assert relative_error(out, wide[0]) <= ROUNDING[dtype]
@@ -143,12 +153,12 @@ def test_pooling_and_layer_norm_in_one_pass(width, has_plan):
             exact = rows.double() if plan is None else reference.pool(rows.double(), plan)
             hat, rstd = reference.normalise(exact, 1e-5)
             tokens = reference.affine(hat, *(None if x is None else x.double() for x in affine))
-            got = pool.pool(rows, plan, norm=pool.NormOf(*affine, 1e-5, True))
+            got = pool.pooled(rows, plan, norm=pool.NormOf(*affine, 1e-5, True))
             for ours, wanted in zip(got, (tokens, hat, rstd), strict=True):
                 bound = 2e-6 * 30 if dtype == torch.float32 else 2 * ROUNDING[dtype]
                 assert relative_error(ours, wanted) <= bound if width > 1 else not ours.isnan().any()
-            assert same_bits(pool.affine_of(got[1], *affine), got[0])
-            only = pool.pool(rows, plan, norm=pool.NormOf(*affine, 1e-5, False))
+            assert same_bits(pool.affine(got[1], *affine), got[0])
+            only = pool.pooled(rows, plan, norm=pool.NormOf(*affine, 1e-5, False))
             assert same_bits(only[0], got[0]) and only[1] is only[2] is None
             unfused = pool.launch(choose.UNFUSED, rows, plan, False, pool.NormOf(*affine, 1e-5, True))
             assert width == 1 or choose.difference(got, unfused) is None
@@ -163,7 +173,7 @@ def test_the_layer_norms_gradient_is_torchs(num_rows, width):
         torch.nn.functional.layer_norm(leaves[0], (width,), *leaves[1:]), leaves, grad.double()
     )
     scale, shift = (x.detach().float() for x in leaves[1:])
-    _, hat, rstd = pool.pool(source, None, norm=pool.NormOf(scale, shift, 1e-5, True))
+    _, hat, rstd = pool.pooled(source, None, norm=pool.NormOf(scale, shift, 1e-5, True))
     d_source, sums = pool.norm_grad(grad.clone(), hat, rstd, scale, True, True)
     for ours, exact in zip((d_source, *sums), wanted, strict=True):
         assert relative_error(ours, exact) < 5e-6

@@ -2,8 +2,20 @@
 
 import pytest
 import torch
-from kernel_checks import DTYPES, ROUNDING, num_rows, poison_allocations, relative_error, same_bits
-from tokenflex_kernels import Linear, Norm, choose, gated, mlp, pool_plan, pooled_swiglu, reference, target
+from kernel_checks import DTYPES, ROUNDING, num_rows, pinned, poison_allocations, relative_error, same_bits
+from tokenflex_kernels import (
+    Linear,
+    Norm,
+    choose,
+    fused,
+    gated,
+    mlp,
+    pool_plan,
+    pooled_swiglu,
+    reference,
+    set_one_launch,
+    target,
+)
 
 NAMES = ("features", "norm_weight", "norm_bias", "gate_up_weight", "gate_up_bias", "down_weight", "down_bias")
 GRIDS, SIDES = [(7, 13), (5, 5), (9, 4)], [(3, 5), (8, 8), (2, 2)]
@@ -78,7 +90,7 @@ def random_grad(dtype, out=40, sides=SIDES):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_no_worse_than_eager_with_exact_pooling(dtype, paths, monkeypatch):
     tensors, grad = inputs(dtype), random_grad(dtype)
-    with choose.pinned("gated", paths[0]), choose.pinned("dgated", paths[1]):
+    with pinned("gated", paths[0]), pinned("dgated", paths[1]):
         for frozen, shortcut_rows in ((False, 0), (True, 0), (True, 10**9)):
             monkeypatch.setattr(mlp, "SHORTCUT_ROWS", shortcut_rows)
             results = against_exact(tensors, grad, frozen=frozen)
@@ -122,6 +134,44 @@ def test_twice_the_same_bits_and_recompute_agrees():
         assert same_bits(first[name], again[name]), name
 
 
+@pytest.fixture
+def one_launch():
+    set_one_launch(True)
+    yield
+    set_one_launch(False)
+
+
+@pytest.mark.parametrize("config", fused.CONFIGS, ids=gated.name_of)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_one_launch_is_no_worse_than_eager_either(dtype, config, one_launch):
+    """By the rule that two launches are held to; twice the same bits, also where it is recomputed, and by inference."""
+    tensors, grad = inputs(dtype), random_grad(dtype)
+    with pinned("pooled_gated", gated.name_of(config)), pinned("gated", gated.name_of(config)):
+        ours, wide, eager = against_exact(tensors, grad)
+        check(ours, wide, eager, dtype)
+        again, recomputed = run(tensors, grad), run(tensors, grad, recompute=True)
+        features, scale, shift, *weights = tensors
+        plan, linears = pool_plan(GRIDS, SIDES), (Linear(*weights[:2]), Linear(*weights[2:]))
+        out = pooled_swiglu(features, plan, Norm(scale, shift, 1e-5), *linears)
+    assert all(same_bits(got[name], ours[name]) for got in (again, recomputed) for name in ours)
+    assert same_bits(out, ours["out"])
+
+
+def test_one_launch_is_off_until_asked_for_and_then_wants_a_timing(monkeypatch):
+    launched, launch = [], fused.launch
+    monkeypatch.setattr(fused, "launch", lambda config, *rest: (launched.append(config), launch(config, *rest))[1])
+    tensors, grad = inputs(torch.bfloat16), random_grad(torch.bfloat16)
+    chosen = lambda: {name for key, name in choose.export_choices()["chosen"].items() if key.startswith("pooled_gated")}  # noqa: E731
+    wanted = run(tensors, grad)
+    assert not chosen()
+    set_one_launch(True)
+    try:
+        got = run(tensors, grad)  # on the CPU nothing is timed
+    finally:
+        set_one_launch(False)
+    assert chosen() == set(launched) == {gated.UNFUSED} and all(same_bits(got[name], wanted[name]) for name in wanted)
+
+
 def test_rows_do_not_see_each_other():
     tensors = inputs(torch.float32)
     out = run(tensors, random_grad(torch.float32))["out"]
@@ -158,7 +208,7 @@ def test_widths_off_the_16_byte_grid_leave_the_descriptors():
     check(*against_exact(tensors, grad), dtype)
     chosen = [name for key, name in choose.export_choices()["chosen"].items() if "|47|93|" in key or "|39|93|" in key]
     assert chosen and set(chosen) == {gated.UNFUSED}
-    with choose.pinned("gated", gated.name_of(gated.GATED_CONFIGS["pointer"][0])):
+    with pinned("gated", gated.name_of(gated.GATED_CONFIGS["pointer"][0])):
         check(*against_exact(tensors, grad), dtype)
 
 

@@ -7,14 +7,15 @@ with and without bias, what training stores and what inference stores. Outputs s
     python tests/kernels/kernel_cases.py KERNEL CONFIGURATION   on a GPU: a JSON line per pattern
 """
 
+import functools
 import json
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from kernel_checks import RAGGED, ROUNDING, poisoned_allocations, relative_error
-from tokenflex_kernels import choose, frozen, gated, pool, pool_plan, reference, splice, target
+from kernel_checks import RAGGED, ROUNDING, poisoned_allocations, relative_error, same_bits
+from tokenflex_kernels import choose, frozen, fused, gated, pool, pool_plan, reference, splice, target
 
 UNFUSED = choose.UNFUSED
 
@@ -67,6 +68,8 @@ def all_cases(size, device):
     for way in dict.fromkeys((path, "pointer")):
         yield from gated_cases(size, device, gated.configs_for(gated.GATED_CONFIGS, way, capability))
         yield from dgated_cases(size, device, gated.configs_for(gated.DGATED_CONFIGS, way, capability))
+    if path == "tma":
+        yield from fused_cases(size, device)
     yield from other_cases(size, device)
 
 
@@ -103,19 +106,61 @@ def gated_cases(size, device, configs):
                     yield Case("gated", name, f"T={num_rows} bias={has_bias} stores={stores}", run)
 
 
+def fused_cases(size, device):
+    """Pooling, LayerNorm and ``gated`` in one launch: what training and inference store, no bias, no LayerNorm, x rows."""
+    batches = [([(1, 1)], [(1, 1)]), RAGGED]  # 1 and 104 rows
+    if not size.is_small:
+        batches.append(([(27, 27)] * 13, [(16, 16), (12, 12)] * 6 + [(16, 16)]))  # 2656
+    for config in fused.CONFIGS:
+        for grids, sides in batches:
+            plan = pool_plan(grids, sides, device=device)
+            for way in ("training", "inference", "no bias", "no norm"):
+                run = _fused_run(size, device, _tile(config, size), plan, way)
+                yield Case("pooled_gated", gated.name_of(config), f"T={plan.num_tokens} {way}", run)
+
+
+def _fused_run(size, device, tile, plan, way):
+    def run():
+        source = randn(device, plan.num_patches, size.width + 8)[:, 8:]
+        weight = randn(device, 2 * size.inner, size.width, scale=size.width**-0.5)
+        bias = None if way == "no bias" else randn(device, 2 * size.inner)
+        scale, shift = randn(device, 2, size.width)
+        norm = None if way == "no norm" else reference.NormOf(scale, shift, 1e-5, way != "inference")
+        tokens, hat, rstd, inner, gate_up = fused.launch(tile, source, plan, norm, weight, bias, way != "inference")
+        wanted = reference.pool(source.double(), plan)
+        outputs = []
+        if norm is not None:
+            exact, exact_rstd = reference.normalise(wanted, 1e-5)
+            wanted = reference.affine(exact, scale.double(), shift.double())
+            outputs = [("hat", hat, exact, 1), ("rstd", rstd, exact_rstd, 1)]
+        product = tokens.double() @ weight.double().T + (0 if bias is None else bias.double())
+        gate, up = product.chunk(2, -1)
+        outputs += [("tokens", tokens, wanted, 2), ("inner", inner, torch.nn.functional.silu(gate) * up, 2)]
+        outputs.append(("gate_up", gate_up, product, 2))
+        assert [x is None for x in (hat, gate_up)] == [way in ("inference", "no norm"), way == "inference"]
+        return [output for output in outputs if output[1] is not None]
+
+    return run
+
+
 def dgated_cases(size, device, configs):
-    """Their gradient: {bias gradient} x {S for a trained down projection, without} x rows."""
+    """Their gradient: {bias gradient} x {S for a trained down projection, without} x rows, and once in place."""
     for config in (*configs, UNFUSED):
         tile = config if config == UNFUSED else _tile(config, size)
         for num_rows in size.rows:
             for has_bias in (True, False):
                 for stores in (True, False):
 
-                    def run(tile=tile, num_rows=num_rows, has_bias=has_bias, stores=stores):
+                    def run(tile=tile, num_rows=num_rows, has_bias=has_bias, stores=stores, in_place=False):
                         d_out = randn(device, num_rows, size.out)
                         weight = randn(device, size.out, size.inner, scale=size.out**-0.5)
                         gate_up = randn(device, num_rows, 2 * size.inner)
-                        d_gate_up, inner, sums = gated.launch_dgated(tile, d_out, weight, gate_up, has_bias, stores)
+                        options, read = (has_bias, stores, in_place), gate_up.clone()
+                        d_gate_up, inner, sums = gated.launch_dgated(tile, d_out, weight, read, *options)
+                        assert (d_gate_up is read) is in_place
+                        if in_place:
+                            apart = gated.launch_dgated(tile, d_out, weight, gate_up, has_bias, stores)
+                            assert all(map(same_bits, (d_gate_up, inner, sums), apart)), "in place differs"
                         leaf = gate_up.double().requires_grad_()
                         gate, up = leaf.chunk(2, -1)
                         exact = torch.nn.functional.silu(gate) * up
@@ -130,6 +175,8 @@ def dgated_cases(size, device, configs):
 
                     name = config if config == UNFUSED else gated.name_of(config)
                     yield Case("dgated", name, f"T={num_rows} bias={has_bias} inner={stores}", run)
+                    if has_bias and stores:
+                        yield Case("dgated", name, f"T={num_rows} in place", functools.partial(run, in_place=True))
 
 
 def pool_cases(size, device):
@@ -163,7 +210,9 @@ def _pool_run(size, device, config, plan, way):
             out = pool.launch(config, source, plan, way == "backward", None)[0]
             return [("rows", out, reference.pool(source.double(), plan, way == "backward"), 1)]
         scale, shift = (None, None) if way == "no affine" else randn(device, 2, size.width)
-        out, hat, rstd = pool.launch(config, source, plan, False, pool.NormOf(scale, shift, 1e-5, way != "inference"))
+        out, hat, rstd = pool.launch(
+            config, source, plan, False, reference.NormOf(scale, shift, 1e-5, way != "inference")
+        )
         rows = source.double() if plan is None else reference.pool(source.double(), plan)
         exact, exact_rstd = reference.normalise(rows, 1e-5)
         wide = [None if x is None else x.double() for x in (scale, shift)]
@@ -182,7 +231,7 @@ def other_cases(size, device):
         def norm_grad(num_rows=num_rows):
             source, grad = (randn(device, num_rows, size.width, scale=scale) for scale in (1.0, 2.0))
             scale = randn(device, size.width)
-            _, hat, rstd = pool.launch(UNFUSED, source, None, False, pool.NormOf(scale, None, 1e-5, True))
+            _, hat, rstd = pool.launch(UNFUSED, source, None, False, reference.NormOf(scale, None, 1e-5, True))
             g = grad.double() * scale.double()
             x = hat.double()
             wanted = (g - g.mean(1, keepdim=True) - x * (g * x).mean(1, keepdim=True)) * rstd.double()[:, None]
@@ -196,7 +245,7 @@ def other_cases(size, device):
             w, e, total = weight.double(), product.double(), sums.double()
             wanted = torch.stack(((w * e).sum(0), total @ w))
             fine = e * scale.double() + total[:, None] * shift.double()
-            got, got_sums = frozen.grads(weight, product.clone(), sums, scale, shift)
+            got, got_sums = frozen.weight_grads(weight, product.clone(), sums, scale, shift)
             return [("weight", got, fine, 1), ("scale and shift", got_sums, wanted, 5)]
 
         def splicing(num_rows=num_rows):

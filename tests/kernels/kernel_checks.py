@@ -4,6 +4,7 @@ import contextlib
 import types
 
 import torch
+from tokenflex_kernels import choose
 
 # (grids, sides): the release's grids at its three budgets, grids below the side, non-square, one cell, wide windows.
 SINGLE = [
@@ -66,3 +67,32 @@ def same_bits(a, b):
         and a.dtype == b.dtype
         and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
     )
+
+
+@contextlib.contextmanager
+def pinned(kernel, name):
+    """Within the block, ``kernel`` (pool, gated, dgated) runs the candidate called ``name``, compared with nothing."""
+    choosing = choose.run
+
+    def run(key, candidates, launch, trial=None):
+        if key[0] != kernel:
+            return choosing(key, candidates, launch, trial)
+        return launch(dict(candidates())[name])
+
+    choose.run = run
+    try:
+        yield
+    finally:
+        choose.run = choosing
+
+
+def leave_out(kernel, name):
+    """Never run ``kernel``'s configuration ``name`` in this process, unless it is pinned."""
+    assert name != choose.UNFUSED, "that is what the others are compared with"
+    choosing = choose.run
+
+    def run(key, candidates, launch, trial=None):
+        some = lambda: [c for c in candidates() if (key[0], c.name) != (kernel, name)]  # noqa: E731
+        return choosing(key, some, launch, trial)
+
+    choose.run = run

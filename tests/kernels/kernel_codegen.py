@@ -66,11 +66,33 @@ def measure(compiled):
         "descriptor_loads": count(r"\bUTMALDG"),
         "descriptor_stores": count(r"\bUTMASTG"),
         "hmma": count(r"\bHMMA"),
-        "atomics": count(r"\b(?:ATOM|ATOMG|RED)\b"),
+        "exponentials": count(r"\bMUFU\.EX2"),
+        "reciprocals": count(r"\bMUFU\.RCP"),
+        "atomics": count(r"\b(?:ATOM|RED)G?\b"),
+        "order": order(ptx),
         "wgmma": sorted(set(re.findall(r"wgmma\.mma_async\S*?\.(m64n\d+k\d+)", ptx))),
         "tcgen05": "tcgen05.mma" in ptx,
         "pipelined": "wgmma.wait_group.sync.aligned 1" in ptx,
     }
+
+
+ORDERED = {
+    "ticket": r"\batom\S*\.relaxed\S*\.add",
+    "release": r"\b(?:red|atom)\S*\.release\S*\.add",
+    "acquire": r"\b(?:ld|atom)\S*\.acquire",
+    "fence": r"\bfence\.proxy\.async\.global",
+    "barrier": r"\bbar(?:rier)?\.(?:cta\.)?sync",
+    "store": r"\bst\.global",
+    "descriptor": r"\bcp\.async\.bulk\.tensor\S*\.shared\S*\.global",
+}
+
+
+def order(ptx):
+    """In the order of the text, what programs that wait for each other do, by the names of ``ORDERED``; none without atomics."""
+    if not re.search(ORDERED["release"], ptx):
+        return []
+    found = [next((name for name, way in ORDERED.items() if re.search(way, line)), None) for line in ptx.splitlines()]
+    return [name for name in found if name]
 
 
 def call(name, *arguments):
@@ -81,8 +103,19 @@ def call(name, *arguments):
     return done.stdout
 
 
-def _descriptor(dtype, *block):
-    return f"tensordesc<{dtype}[{', '.join(map(str, block))}]>"
+NORM = {"scale": "*bf16", "shift": "*bf16", "eps": "fp32"}
+KEPT = {"hat": "*bf16", "rstd": "*fp32"}
+
+
+def pool_types(dtype, **more):
+    types = {"source": f"*{dtype}", "out": f"*{dtype}", "stride": "i32:16", "num_rows": "i32", "channels": "i32:16"}
+    return types | {"num_images": "i32", "halvings": "i32", "table": "*i32"} | more
+
+
+def pieces(width):
+    from tokenflex_kernels import pool
+
+    return dict(zip(("P0", "P1", "P2"), pool.pieces_of(width)))
 
 
 def pool_cases():
@@ -90,99 +123,97 @@ def pool_cases():
     from tokenflex_kernels import pool
 
     ways = {  # training's forward pass, inference's, pooling alone, its backward pass, LayerNorm alone
-        "pool+norm": {"POOL": True, "TRANSPOSED": False, "NORM": True, "STORE_HAT": True, "CELLS": 5},
-        "pool+norm-inference": {"POOL": True, "TRANSPOSED": False, "NORM": True, "STORE_HAT": False, "CELLS": 5},
-        "pool": {"POOL": True, "TRANSPOSED": False, "NORM": False, "STORE_HAT": False, "CELLS": 5},
-        "backward": {"POOL": True, "TRANSPOSED": True, "NORM": False, "STORE_HAT": False, "CELLS": 2},
-        "norm": {"POOL": False, "TRANSPOSED": False, "NORM": True, "STORE_HAT": True, "CELLS": 1},
+        "pool+norm": (5, NORM | KEPT),
+        "pool+norm-inference": (5, NORM),
+        "pool": (5, {}),
+        "backward": (2, {}),
+        "norm": (1, NORM | KEPT),
     }
-    for way, constants in ways.items():
-        for name, config in pool.candidates(1152, constants["NORM"])[:-1]:
+    for way, (cells, more) in ways.items():
+        for name, config in pool.candidates(1152, bool(more))[:-1]:
             for dtype, is_resize in (("bf16", False), ("fp32", False), ("bf16", True)):
-                if (dtype, is_resize) != ("bf16", False) and (config != pool.CONFIGS[0] or constants["NORM"]):
+                if (dtype, is_resize) != ("bf16", False) and (config != pool.CONFIGS[0] or more):
                     continue
                 span = min(config.span or 1152, 1152)
-                values = {"ROWS": config.rows, "SPAN": span, "RESIZE": is_resize and constants["POOL"]}
-                values |= dict(zip(("P0", "P1", "P2"), pool.pieces_of(span)))
-                values |= {"HAS_SCALE": constants["NORM"], "HAS_SHIFT": constants["NORM"]}
-                signature = {
-                    "source": f"*{dtype}",
-                    "stride": "i32:16",
-                    "out": f"*{dtype}",
-                    "num_rows": "i32",
-                    "channels": "i32:16",
-                }
-                signature |= {"num_images": "i32", "halvings": "i32", "eps": "fp32"}
-                if constants["POOL"]:
-                    signature["table"] = "*i32"
-                if constants["NORM"]:
-                    signature |= {"scale": f"*{dtype}", "shift": f"*{dtype}"}
-                if constants["STORE_HAT"]:
-                    signature |= {"hat": f"*{dtype}", "rstd": "*fp32"}
+                constants = {"ROWS": config.rows, "SPAN": span, "CELLS": cells, "RESIZE": is_resize}
+                types = pool_types(dtype, **more)
+                if way == "norm":
+                    del types["table"]
                 yield (
-                    f"pool {way} {name} {dtype} resize={is_resize}",
-                    pool.pool_rows, signature, constants | values, {"num_warps": config.num_warps, "maxnreg": pool.MAX_REGISTERS},
+                    f"pool {way} {name} {dtype} resize={is_resize}", pool.pool_rows, types,
+                    constants | pieces(span) | {"TRANSPOSED": way == "backward"},
+                    {"num_warps": config.num_warps, "maxnreg": pool.MAX_REGISTERS},
                 )  # fmt: skip
+
+
+def tile_case(name, kernel, config, types, **constants):
+    """A case of a kernel of tiles. ``types`` has what a descriptor's boxes are as (dtype, sizes)."""
+    from tokenflex_kernels import gated
+
+    options = gated.options_of(config)
+    constants |= {name: options[name] for name in ("BM", "BN", "BK", "GROUP")}
+    if config.path == "tma":
+        constants |= {"NUM_PROGRAMS": 132 * config.per_sm}
+    types = types | {"M": "i32", "N": "i32:16", "K": "i32:16"}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "programs_per_sm": config.per_sm}
+    return name, kernel, types, constants, options
+
+
+def operand(config, dtype, *block):
+    """The type of a tensor that ``config``'s kernel takes as a descriptor of ``block``s, or by pointer."""
+    return f"tensordesc<{dtype}[{', '.join(map(str, block))}]>" if config.path == "tma" else f"*{dtype}"
+
+
+def gated_types(config, dtype, training):
+    types = {"bias": f"*{dtype}", "tokens": operand(config, dtype, config.m, config.k)}
+    types |= {"weight": operand(config, dtype, 2, config.n, config.k)}
+    types |= {"inner": operand(config, dtype, config.m, 1, config.n)}
+    return types | ({"gate_up": types["inner"]} if training else {})
 
 
 def gated_cases(path, dtype, capability):
     """Every shipped configuration of ``gated``, with and without what training stores; for float16 only the first."""
     from tokenflex_kernels import gated
 
+    kernel = gated.gated_tma if path == "tma" else gated.gated_pointer
     for config in gated.configs_for(gated.GATED_CONFIGS, path, capability)[: None if dtype == "bf16" else 1]:
         for training in (True, False):
-            sizes = {"bias": f"*{dtype}", "M": "i32", "N": "i32:16", "K": "i32:16"}
-            constants = {"BM": config.m, "BN": config.n, "BK": config.k, "GROUP": gated.GROUP_M, "HAS_BIAS": True, "STORE_INNER": True,
-                             "STORE_GATE_UP": training}  # fmt: skip
-            if path == "tma":
-                kernel = gated.gated_tma
-                constants["NUM_PROGRAMS"] = 132 * config.per_sm
-                signature = dict(sizes, tokens=_descriptor(dtype, config.m, config.k),
-                                 weight=_descriptor(dtype, 2, config.n, config.k),
-                                 inner=_descriptor(dtype, config.m, 1, config.n))  # fmt: skip
-                if training:
-                    signature["gate_up"] = _descriptor(dtype, config.m, 1, config.n)
-            else:
-                kernel = gated.gated_pointer
-                signature = dict(sizes, tokens=f"*{dtype}", weight=f"*{dtype}", inner=f"*{dtype}")
-                if training:
-                    signature["gate_up"] = f"*{dtype}"
-            options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "programs_per_sm": config.per_sm}
-            yield f"gated {gated.name_of(config)} {dtype} training={training}", kernel, signature, constants, options
+            name = f"gated {gated.name_of(config)} {dtype} training={training}"
+            yield tile_case(name, kernel, config, gated_types(config, dtype, training))
+
+
+def fused_cases(dtype):
+    """Pooling, LayerNorm and ``gated`` in one launch, likewise; at a width of 1152, and at 3200 in the other mode."""
+    from tokenflex_kernels import fused, gated
+
+    for config in fused.CONFIGS[: None if dtype == "bf16" else 1]:
+        for training, is_resize, width in ((True, False, 1152), (False, False, 1152), (True, True, 3200)):
+            norm = {name: kind.replace("bf16", dtype) for name, kind in (NORM | (KEPT if training else {})).items()}
+            types = pool_types(dtype, rows=f"*{dtype}", counters="*i32", **norm) | gated_types(config, dtype, training)
+            for absent in ("out", "num_rows", "channels"):
+                del types[absent]
+            constants = pieces(width) | {"CELLS": 5, "RESIZE": is_resize, "TRANSPOSED": False}
+            constants |= {"ROWS": fused.rows_per_ticket(config, width)}
+            name = f"fused {gated.name_of(config)} {dtype} training={training} width={width}"
+            yield tile_case(name, fused.pooled_gated_tma, config, types, **constants)
 
 
 def dgated_cases(path, dtype, capability):
     """Every shipped configuration of ``dgated``, with and without what a trained down projection needs; likewise."""
     from tokenflex_kernels import gated
 
+    kernel = gated.dgated_tma if path == "tma" else gated.dgated_pointer
     for config in gated.configs_for(gated.DGATED_CONFIGS, path, capability)[: None if dtype == "bf16" else 1]:
         for inner in (True, False):
-            halves = _descriptor(dtype, config.m, 2, config.n // config.pieces)
-            sizes = {"bias_sums": "*fp32", "M": "i32", "N": "i32:16", "K": "i32:16"}
-            constants = {
-                "BM": config.m,
-                "BN": config.n,
-                "BK": config.k,
-                "GROUP": gated.GROUP_M,
-                "HAS_BIAS": True,
-                "STORE_INNER": inner,
-            }
-            if path == "tma":
-                kernel = gated.dgated_tma
-                constants |= {"NUM_PROGRAMS": 132 * config.per_sm, "PIECES": config.pieces}
-                signature = dict(sizes, d_out=_descriptor(dtype, config.m, config.k), weight=_descriptor(dtype, config.k, config.n),
-                                 gate_up=halves, d_gate_up=halves)  # fmt: skip
-                if inner:
-                    signature["inner"] = _descriptor(dtype, config.m, config.n // config.pieces)
-            else:
-                kernel = gated.dgated_pointer
-                signature = dict(
-                    sizes, d_out=f"*{dtype}", weight=f"*{dtype}", gate_up=f"*{dtype}", d_gate_up=f"*{dtype}"
-                )
-                if inner:
-                    signature["inner"] = f"*{dtype}"
-            options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "programs_per_sm": config.per_sm}
-            yield f"dgated {gated.name_of(config)} {dtype} inner={inner}", kernel, signature, constants, options
+            strip = config.n // config.pieces
+            types = {"bias_sums": "*fp32", "d_out": operand(config, dtype, config.m, config.k)}
+            types |= {"weight": operand(config, dtype, config.k, config.n)}
+            types |= dict.fromkeys(("gate_up", "d_gate_up"), operand(config, dtype, config.m, 2, strip))
+            if inner:
+                types["inner"] = operand(config, dtype, config.m, strip)
+            constants = {"PIECES": config.pieces} if path == "tma" else {}
+            name = f"dgated {gated.name_of(config)} {dtype} inner={inner}"
+            yield tile_case(name, kernel, config, types, **constants)
 
 
 def elementwise_cases():
@@ -191,7 +222,7 @@ def elementwise_cases():
 
     rows, columns, num_warps = gated.ELEMENTWISE
     sizes, options = {"M": "i32", "N": "i32:16"}, {"num_warps": num_warps}
-    constants = {"ROWS": rows, "COLUMNS": columns, "HAS_BIAS": True, "STORE_INNER": True}
+    constants = {"ROWS": rows, "COLUMNS": columns}
     yield "elementwise swiglu_rows", gated.swiglu_rows, dict(sizes, gate_up="*bf16", inner="*bf16"), constants, options
     signature = dict(sizes, d_inner="*bf16", gate_up="*bf16", d_gate_up="*bf16", inner="*bf16", bias_sums="*fp32")
     yield "elementwise swiglu_grad_rows", gated.swiglu_grad_rows, signature, constants, options
@@ -203,7 +234,7 @@ def elementwise_cases():
         "num_rows": "i32",
         "width": "i32:16",
     }
-    constants = {"ROWS": splice.ROWS, "COLUMNS": splice.COLUMN_BYTES // 2, "HAS_TEXT": True, "HAS_VISUAL": True}
+    constants = {"ROWS": splice.ROWS, "COLUMNS": splice.COLUMN_BYTES // 2}
     yield "elementwise route_rows", splice.route_rows, signature, constants, {"num_warps": splice.NUM_WARPS}
 
     sizes = {"num_rows": "i32", "channels": "i32:16"}
@@ -211,18 +242,11 @@ def elementwise_cases():
         sizes, weight="*bf16", product="*bf16", row_sums="*fp32", scale="*bf16", shift="*bf16", sums="*fp32"
     )
     constants = {"ROWS": frozen.ROWS, "COLUMNS": frozen.COLUMNS, "TURNS": frozen.ROWS_PER_PROGRAM // frozen.ROWS}
-    affine = {"HAS_SCALE": True, "HAS_SHIFT": True}
-    yield (
-        "elementwise weight_grads",
-        frozen.weight_grads,
-        signature,
-        constants | affine,
-        {"num_warps": frozen.NUM_WARPS},
-    )
+    yield "elementwise weight_grads", frozen.weight_grad_rows, signature, constants, {"num_warps": frozen.NUM_WARPS}
     signature = dict(sizes, hat="*bf16", scale="*bf16", shift="*bf16", out="*bf16")
-    yield "elementwise affine_rows", pool.affine_rows, signature, {"ROWS": 8, "COLUMNS": 128} | affine, {"num_warps": 4}
+    yield "elementwise affine_rows", pool.affine_rows, signature, {"ROWS": 8, "COLUMNS": 128}, {"num_warps": 4}
     signature = dict(sizes, d_tokens="*bf16", hat="*bf16", rstd="*fp32", scale="*bf16", d_source="*bf16", sums="*fp32")
-    constants = {"WIDTH": 2048, "HAS_SCALE": True, "STORE_GRAD": True, "SUMS": True}
+    constants = {"WIDTH": 2048}
     yield "elementwise norm_grad_rows", pool.norm_grad_rows, signature | {"rows": "i32"}, constants, {"num_warps": 4}
 
 
@@ -234,6 +258,8 @@ def cases(capability):
     for dtype in ("bf16", "fp16"):
         yield from gated_cases(path, dtype, capability)
         yield from dgated_cases(path, dtype, capability)
+        if path == "tma":
+            yield from fused_cases(dtype)
 
 
 def main(capability, wanted=""):

@@ -8,7 +8,7 @@ short of the launch. Prints how many kernels it compiled.
 import sys
 
 import torch
-from tokenflex_kernels import frozen, gated, geometry, pool, splice
+from tokenflex_kernels import frozen, fused, gated, geometry, pool, splice
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -59,9 +59,12 @@ def main(capability):
     for scale, keep in ((zeros(64), True), (None, True), (None, False)):
         pool.launch(pool.CONFIGS[1], zeros(116, 64), plan, False, pool.NormOf(scale, scale, 1e-5, keep))
         pool.launch(pool.CONFIGS[1], zeros(9, 64), None, False, pool.NormOf(scale, scale, 1e-5, keep))
+    for config in fused.CONFIGS if path == "tma" else ():
+        for norm in (pool.NormOf(zeros(64), None, 1e-5, True), pool.NormOf(None, None, 1e-5, False), None):
+            fused.launch(config, zeros(116, 64), plan, norm, zeros(256, 64), zeros(256) if norm else None, norm is None)
     pool.norm_grad(zeros(9, 64), zeros(9, 64), zeros(9).float(), zeros(64), True, True)
-    pool.affine_of(zeros(9, 64), zeros(64), None)
-    frozen.grads(zeros(96, 64), zeros(96, 64), zeros(96).float(), zeros(64), zeros(64))
+    pool.affine(zeros(9, 64), zeros(64), None)
+    frozen.weight_grads(zeros(96, 64), zeros(96, 64), zeros(96).float(), zeros(64), zeros(64))
     splice.splice(zeros(9, 64), zeros(5, 64), torch.arange(5))
     splice.splice_backward(zeros(9, 64), torch.arange(5), True, True)
 

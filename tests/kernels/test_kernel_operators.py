@@ -1,5 +1,6 @@
 """The operators as torch sees them: schema, gradients, compilation, checkpointing, autocast, errors. On the CPU."""
 
+import contextlib
 import functools
 import subprocess
 import sys
@@ -112,6 +113,38 @@ def test_what_is_kept_for_backward():
         assert project(*inputs).grad_fn is None
 
 
+@pytest.mark.parametrize("is_hooked", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_are_written_over_what_was_kept_by_its_last_reader_alone(recompute, is_hooked):
+    """Equal to the bit; a graph that is kept goes back as often as asked, one that is not is refused by autograd."""
+    inputs = leaves(torch.float32)
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x)
+    with hooks if is_hooked else contextlib.nullcontext():  # autograd looks at no version behind a hook
+        out = project(*inputs, recompute=recompute)
+    gate_up = kept[2] if is_hooked else out.grad_fn.saved_tensors[2]
+    before = gate_up.clone()
+    wanted = torch.autograd.grad(out.sum(), inputs, retain_graph=True)
+    for _ in range(2):
+        again = torch.autograd.grad(out.sum(), inputs, retain_graph=True)
+        assert all(same_bits(a, b) for a, b in zip(again, wanted, strict=True)) and same_bits(gate_up, before)
+    last = torch.autograd.grad(out.sum(), inputs)
+    assert all(same_bits(a, b) for a, b in zip(last, wanted, strict=True))
+    assert same_bits(gate_up, before) is (gate_up.numel() == 0) is recompute
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out.sum(), inputs)
+
+
+def test_whoever_else_uses_what_was_kept_is_told():
+    inputs = leaves(torch.float32)
+    out = project(*inputs)
+    factor = torch.ones((), requires_grad=True)
+    other = (out.grad_fn.saved_tensors[2] * factor).sum()
+    out.sum().backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
 def test_a_second_derivative_is_refused_in_words():
     inputs = leaves()
     with pytest.raises(RuntimeError, match="no second derivative"):
@@ -146,7 +179,8 @@ def test_opcheck():
             out, kept, rstd, gate_up = OPS.project_training(rows, *some, *plan, has_norm, 1e-5, False)
             kept = kept if kept.numel() else rows
             for needs in (127, 126, 64) if has_norm else (0b0101001, 0b0001000):
-                check(OPS.project_backward.default, (grad, kept, rstd, gate_up, *some, *plan, has_norm, needs))
+                for op in (OPS.project_backward, OPS.project_backward_):
+                    check(op.default, (grad, kept, rstd, gate_up.clone(), *some, *plan, has_norm, needs))
     text, visual = torch.randn(5, 4), torch.randn(2, 4)
     check(OPS.splice.default, (text, visual, torch.tensor([3, 1])))
     check(OPS.splice_backward.default, (torch.randn(5, 4), torch.tensor([3, 1]), 1))

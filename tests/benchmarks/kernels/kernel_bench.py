@@ -27,7 +27,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tokenflex_kernels import Linear, Norm, adaptive_pool, choose, pool_plan, pooled_swiglu
+from kernel_checks import leave_out, pinned
+from tokenflex_kernels import Linear, Norm, adaptive_pool, choose, pool_plan, pooled_swiglu, set_one_launch
 
 NUM_ROUNDS = 5
 WRONG = 0.03  # relative Frobenius error to float32 past which nothing is timed
@@ -208,13 +209,22 @@ def ours(case, tensors):
     return pooled_swiglu(tensors.features, plan, tensors.norm, tensors.gate_up, tensors.down)
 
 
+def one_launch(case, tensors):
+    """Ours where pooling and the gated product may be one launch; which it was is among the choices."""
+    set_one_launch(True)
+    try:
+        return ours(case, tensors)
+    finally:
+        set_one_launch(False)
+
+
 def eager(case, tensors):
     return plain_swiglu(eager_pool(tensors.features, case), tensors)
 
 
 def peers(case):
     """Name -> function(case, tensors) of every peer that this machine and case allow."""
-    found = {"eager": eager, "compile": _compiled(case)}
+    found = {"eager": eager, "compile": _compiled(case), "ours, one launch": one_launch}
     found["our pool, eager"] = lambda case, tensors: plain_swiglu(our_pool(tensors.features, case), tensors)
     if len(case.sides) > 1:
         found["loop"] = lambda case, tensors: plain_swiglu(loop_pool(tensors.features, case), tensors)
@@ -461,11 +471,11 @@ def _pinned_each(kernel, call):
     call()
     (text,) = [text for text in choose.export_choices()["timings_ms"] if text.startswith(f"{kernel}|")][-1:]
 
-    def pinned(name):
-        with choose.pinned(kernel, name):
+    def run_pinned(name):
+        with pinned(kernel, name):
             return call()
 
-    return {name: functools.partial(pinned, name) for name in choose.export_choices()["timings_ms"][text]}
+    return {name: functools.partial(run_pinned, name) for name in choose.export_choices()["timings_ms"][text]}
 
 
 def bench_splice(num_rows, num_visual, width, device, dtype, ceilings, num_rounds=NUM_ROUNDS, timer=time_ms):
@@ -628,5 +638,5 @@ if __name__ == "__main__":
         print("\n".join(case_names()))
     else:
         for kernel, config in zip(sys.argv[3::2], sys.argv[4::2]):
-            choose.leave_out(kernel, config)
+            leave_out(kernel, config)
         print(json.dumps(run_case(sys.argv[1])))

@@ -8,13 +8,13 @@ import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-import kernel_bench
 import pytest
 import torch
-from kernel_bench import Case, Ceilings
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
-import gpu_run  # noqa: E402  beside the kernels' tests
+sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))  # the kernels' tests, whose helpers are shared
+import gpu_run  # noqa: E402
+import kernel_bench  # noqa: E402
+from kernel_bench import Case, Ceilings  # noqa: E402
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(copy_bytes_per_s=1e12, flops_per_s=1e14)
