@@ -184,7 +184,7 @@ RECORDS = [name for name in ("paper", "paper-x4", "paper-many") if (ROOT / f"doc
 @pytest.mark.parametrize("target", RECORDS)
 def test_the_page_is_made_of_the_committed_records(target):
     """Each record is of the protocol that stands beside it, and the page's tables are those of its whole seeds."""
-    command = re.search(rf"^{target}: .*\n\t(.*(?:\\\n.*)*)", (ROOT / "Makefile").read_text(), re.M)[1]
+    command = re.search(rf"^{target}: .*\n\t((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.M)[1]
     overrides = tuple(re.findall(r"[\w.]+=\S+", command.replace("\\\n", " ")))
     protocol = protocol_version(ROOT / "docs/paper-protocol.md", ROOT / "configs/paper.yaml", overrides)
     record = Record.open(ROOT / f"docs/results/{target}.json", protocol)
