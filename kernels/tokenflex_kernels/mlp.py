@@ -102,7 +102,10 @@ def backward(
     needs_norm = has_norm and (needs.norm_weight or needs.norm_bias)
     is_shortcut = needs_norm and not needs.features and rows.shape[0] >= SHORTCUT_ROWS
     tokens, backend = None, _backend(rows)
-    affine = lambda: backend.affine(rows, weights.norm_weight, weights.norm_bias) if has_norm else rows  # noqa: E731
+
+    def affine() -> Tensor:
+        return backend.affine(rows, weights.norm_weight, weights.norm_bias) if has_norm else rows
+
     if gate_up.numel() == 0:
         tokens, in_place = affine(), True  # nobody else has what is made here
         gate_up = backend.gated(tokens, weights.gate_up_weight, weights.gate_up_bias, False, True)[1]

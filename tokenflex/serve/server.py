@@ -28,8 +28,7 @@ def serve(
     say: Callable[[str], None] = print,
 ) -> None:
     """Serve an exported model until a signal ends it; port 0 takes a free one. `hosts` are those that images and videos may be
-    fetched from;
-    with `has_page`, `/` is a page to try it on.
+    fetched from; with `has_page`, `/` is a page to try it on.
 
     Raises:
         UserError: no exported model, an address that cannot be had, or packages that are missing; before any weight is read.

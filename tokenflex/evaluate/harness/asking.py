@@ -50,9 +50,8 @@ class Asker:
                 add_generation_prompt=True,
                 num_visual_tokens=None if self.num_visual_tokens == "auto" else self.num_visual_tokens,
             ).to(model.device)
-            if (
-                self.num_visual_tokens is not None
-            ):  # "auto" is the model's to choose, and no prompt tells a rectangle's sides
+            # "auto" is the model's to choose, and no prompt tells a rectangle's sides
+            if self.num_visual_tokens is not None:
                 inputs["num_visual_tokens"] = self.num_visual_tokens
         except ValueError as error:
             raise UserError(f"evaluation: {error}") from None
