@@ -114,7 +114,7 @@ def index(corpus, processor):
 @pytest.fixture(scope="session")
 def forge(cache_dir, corpus, tmp_path_factory):
     """Starts real training jobs fast; see `tests/reliability/jobs.py` and `forge.py`."""
-    sys.path.append(str(ROOT / "tests" / "reliability"))  # whatever folder the test is in
+    sys.path.insert(0, str(ROOT / "tests" / "reliability"))  # first: tests/slurm has a file of that name too
     from jobs import Forge
 
     with open(tmp_path_factory.mktemp("forge") / "log", "w") as log, Forge(cache_dir, log) as forge:

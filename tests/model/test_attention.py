@@ -62,7 +62,7 @@ def torch_2_12(
     return torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
 
 
-VERSIONS = {"2.10": torch_2_10, "2.11": torch_2_11, "2.12": torch_2_12, "2.13": torch_2_12, "2.15": torch_2_12}
+VERSIONS = {"2.10": torch_2_10, "2.11": torch_2_11} | dict.fromkeys(("2.12", "2.13", "2.14", "2.15"), torch_2_12)
 
 
 def tensors(num_kv_heads, device="cpu", dtype=torch.float32, width=8):
