@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tokenflex.model.image_processing_tokenflex import TokenFlexImageProcessor, upright_rgb
-from tokenflex.model.processing_tokenflex import TokenFlexProcessor
+from tokenflex.model.processing_tokenflex import TokenFlexProcessor, TokenFlexProcessorKwargs
 
 IMAGE = Image.new("RGB", (40, 30), "blue")
 
@@ -102,6 +102,10 @@ def test_keywords_of_the_image_processor_are_honoured(processor):
     assert processor(IMAGE, text, size={"height": 24, "width": 32})["pixel_values"].shape == (1, 3, 24, 32)
     assert processor(IMAGE, text, return_tensors="np")["pixel_values"].__class__ is np.ndarray
     assert processor(IMAGE, text)["pixel_values"].equal(plain)  # a call's settings are the call's alone
+
+
+def test_every_transformers_within_the_bounds_finds_what_it_reads():
+    assert TokenFlexProcessorKwargs._defaults == {}  # before 5.23 every call reads it, and a TypedDict inherits none
 
 
 @pytest.mark.parametrize("call, error, part", [

@@ -62,6 +62,7 @@ class TokenFlexProcessorKwargs(ProcessingKwargs, total=False):
     """What may be given to a call of the processor."""
 
     images_kwargs: TokenFlexImageProcessorKwargs
+    _defaults = {}  # read by transformers before 5.23
 
 
 class TokenFlexProcessor(ProcessorMixin):
