@@ -10,8 +10,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from tokenflex.errors import UserError
 from tokenflex.model.build import _check_values, _part_config
 
-TYPES = sorted({*sorted(CONFIG_MAPPING)[::25], "aria"})
-"""A spread over all of transformers' model types, and one with numbers as names; all of them passed when this was written."""
+TYPES = sorted({*sorted(CONFIG_MAPPING)[::25], "aria", "glm5_next"})
+"""A spread over all of transformers' model types, one with numbers as names and one that hands what it does not know to its text
+part; all of them passed when this was written."""
 
 
 @pytest.fixture(autouse=True)

@@ -461,10 +461,21 @@ def _part_config(key, part, trust_remote_code):
             # older names of a setting change another one; a name that is not known is kept, and nobody would read it
             others = {other: value for other, value in values.items() if other != name}
             without = _made(key, model_type, lambda: make(**others))  # noqa: B023
-            if {**without.to_dict(), name: config.to_dict().get(name)} == config.to_dict():
+            if _without(name, config.to_dict(), without.to_dict()) == without.to_dict():
                 raise _unknown_name(key, name, config)
     _check_values(key, values, default.to_dict())
     return config
+
+
+def _without(name, values, others):
+    """`values` less `name`, wherever `others` has none: a configuration may hand what it does not know to those within it."""
+    return {
+        key: _without(name, value, others[key])
+        if isinstance(value, dict) and isinstance(others.get(key), dict)
+        else value
+        for key, value in values.items()
+        if key != name or key in others
+    }
 
 
 def _check_values(key, values, defaults):
