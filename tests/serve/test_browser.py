@@ -26,7 +26,9 @@ def picture(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(thrifty_export, tmp_path_factory):
-    server = Server(thrifty_export, tmp_path_factory.mktemp("log") / "log", "--max-body-bytes", "100000", command="demo")
+    server = Server(
+        thrifty_export, tmp_path_factory.mktemp("log") / "log", "--max-body-bytes", "100000", command="demo"
+    )
     yield server
     server.stop()
 
