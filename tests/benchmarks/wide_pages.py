@@ -1,17 +1,19 @@
-"""What sides by the image's aspect gain on wide pages: two arms that differ in `budget.sides` alone, each trained at four counts.
+"""What sides by the image's aspect gain on wide pages: two arms that differ in `budget.sides` alone.
 
-python tests/benchmarks/wide_pages.py DIR [--steps 400] [--seeds 0]   (DIR: an empty folder; some 6 minutes of a free CPU core)
+python tests/benchmarks/wide_pages.py DIR [--steps 400] [--seeds 0]   (DIR: an empty folder; 7 minutes of a CPU core)
 
-A page is four times as wide as high and shows a row of handwritten digits over a photograph; a question asks for one of them, or
-for all. At 9, 16, 36 and 64 visual tokens it is seen as 3 x 3, 4 x 4, 6 x 6 and 8 x 8, or as 1 x 9, 2 x 8, 3 x 12 and 4 x 16.
+A page is four times as wide as high and shows a row of handwritten digits over a photograph; a question asks for one of
+them, or for all. At 9, 16, 36 and 64 visual tokens, all of which are trained, it is seen as 3 x 3, 4 x 4, 6 x 6 and 8 x 8,
+or as 1 x 9, 2 x 8, 3 x 12 and 4 x 16.
 
-Both arms begin with parts that have learned their own trade, since from scratch they differ most in when each leaves the plateau
-on which nothing is read: the language model of configs/paper.yaml, and its encoder pretrained on labelled patches of such pages, frozen. So
-features are made once, and the arms train projector and language model on the same pages in the same order.
+Both arms begin with parts that have learned their own trade, since from scratch they differ most in when each leaves the
+plateau on which nothing is read: the language model of configs/paper.yaml, and its encoder, frozen, pretrained on labelled
+patches of such pages. So features are made once, and the arms train projector and language model on the same pages in the
+same order.
 
-Digits and photographs of the questions are in no page that is trained on. An answer counts where each of its tokens is the likeliest
-behind those before it, which is what greedy decoding writes. The record goes to docs/results/wide-pages.json, and as a table into
-docs/training.md.
+Digits and photographs of the questions are in no page that is trained on. An answer counts where each of its tokens is the
+likeliest behind those before it, which is what greedy decoding writes. The record goes to docs/results/wide-pages.json, and
+as a table into docs/training.md.
 """
 
 import argparse
@@ -50,7 +52,7 @@ LOG_EVERY = 50
 
 
 class Pages(NamedTuple):
-    """Pages: features [N, P, C] of their patches, the digits of each from left to right, and which of them are asked for singly."""
+    """features [N, P, C] of the patches of pages, the digits of each from left to right, which are asked for singly."""
 
     features: torch.Tensor
     digits: list[list[int]]
@@ -58,7 +60,7 @@ class Pages(NamedTuple):
 
 
 def page(rng, sources, num_digits):
-    """(pixels [48, 192, 3], digits from left to right, the digit at each of 16 x 16 patches) of a page that is drawn at random."""
+    """A page that is drawn at random: pixels [48, 192, 3], digits from left to right, the digit at each of 16 x 16 patches."""
     digits, cell = rng.integers(10, size=num_digits), WIDTH / num_digits
     ink, boxes = np.zeros(SIZE, np.uint8), np.full(SIZE, encoder.BACKGROUND)
     for column, digit in enumerate(digits):
@@ -95,7 +97,7 @@ def turns(digits, columns, reads_all):
 
 
 def seeing_encoder(folder, images):
-    """Folder of the frozen encoder: pretrained to name the digit at each patch of wide pages, squeezed to squares as every image is."""
+    """Folder of an encoder that names the digit at each patch of wide pages, squeezed to squares as every image is."""
     rng, sources = np.random.default_rng(2), load_sources("train")
     drawn = [page(rng, sources, int(rng.choice(EASY_DIGITS + DIGITS))) for _ in range(ENCODER_PAGES)]
     pixels = np.concatenate([images.tiled(shown) for shown, _, _ in drawn])
@@ -120,7 +122,7 @@ def drawn_pages(split, number, model, images):
 
 
 def answered(model, processor, features, conversations, count):
-    """Of conversations about pages at a count: (logits, token to predict, whether it is learned), each [B, T - 1, ...]."""
+    """Of conversations about pages at a count: logits, tokens to predict, whether they are learned; [B, T - 1, ...]."""
     encoded = [processor.encode([parse_message(turn) for turn in talk], [count]) for talk in conversations]
     padded = torch.nn.utils.rnn.pad_sequence
     ids = padded([torch.tensor(one.input_ids) for one in encoded], True, processor.tokenizer.pad_token_id)
@@ -199,7 +201,8 @@ def table(record):
         return "Not measured."
     seeds = len(record["accuracy"]["square"])
     lines = [
-        f"Exact answers in percent, {record['date']}, one CPU core: {record['steps']} steps, {record['pages']:,} pages, {record['questions']} others asked about, "
+        f"Exact answers in percent, {record['date']}, one CPU core: {record['steps']} steps, {record['pages']:,} pages, "
+        f"{record['questions']} others asked about, "
         + (f"means of {seeds} seeds with the lowest and the highest." if seeds > 1 else "one seed."),
         "", f"| asked for | sides | {' | '.join(map(str, COUNTS))} |", "|---|---|" + "---:|" * len(COUNTS),
     ]  # fmt: skip
