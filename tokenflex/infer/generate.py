@@ -93,10 +93,10 @@ class Generator:
         for path in videos:
             content += [{"type": "image", "image": frame} for frame in self._frames(path)]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
-        entries = num_visual_tokens if isinstance(num_visual_tokens, list) else [num_visual_tokens]
-        for entry in entries:  # before a prompt of as many placeholders is made
-            if entry is not None and entry != AUTO and content:
-                self.check_room(math.prod(entry) if isinstance(entry, tuple) else int(entry), "--num-visual-tokens")
+        for entry in num_visual_tokens if isinstance(num_visual_tokens, list) else [num_visual_tokens]:
+            count = math.prod(entry) if isinstance(entry, tuple) else entry
+            if isinstance(count, int) and content:  # before a prompt of as many placeholders is made
+                self.check_room(count, "--num-visual-tokens")
         inputs = self.inputs(messages, num_visual_tokens, effort, total_visual_tokens, share)
         length = inputs["input_ids"].shape[1]
         self.check_room(length, "--prompt")
