@@ -136,6 +136,24 @@ def tiny_export(tiny_config, processor, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def thrifty_export(tiny_export, tmp_path_factory):
+    """The same model under the same name, with a router that gives every image its smallest count, below the effort 1."""
+    from tokenflex.export import export_router
+    from tokenflex.infer import Generator
+    from tokenflex.model.router import NUM_PRICES
+
+    generator = Generator(tiny_export)
+    model = generator.model
+    counts = list(model.config.trained_num_visual_tokens)
+    model.config.router = {"num_visual_tokens": counts, "hidden_size": 4, "turn_end_ids": [], "effort": 0.5}
+    model.router = model.new_router()
+    model.router.prices.copy_(model.router.prices.new_full((NUM_PRICES,), 1e6))
+    folder = tmp_path_factory.mktemp("thrifty") / "tiny"
+    export_router(model, generator.processor, tiny_export, folder)
+    return folder
+
+
 class OneRank:
     """The part of `Ranks` that metrics use, where there is one rank."""
 

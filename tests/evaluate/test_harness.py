@@ -138,6 +138,12 @@ def test_lmms_eval_gets_the_generators_answers(count, batch_size, lmms_model, ti
     assert model.generate_until(requests) == expected and any(expected)
 
 
+def test_lmms_eval_has_the_routers_count(lmms_model, thrifty_export, generator, pictures):
+    model = lmms_model(pretrained=str(thrifty_export), num_visual_tokens="auto", batch_size=2)
+    model.task_dict, (*choices, _) = requests_of(pictures)
+    assert model.generate_until(choices) == [generator(QUESTIONS[0], [picture], 4, 8) for picture in pictures]
+
+
 def test_lmms_eval_is_told_what_is_not_done(lmms_model, tiny_export, pictures):
     for wrong, message in (
         ({"num_visual_tokens": "auto"}, "no router"),
@@ -164,7 +170,7 @@ def test_a_stop_text_ends_an_answer(tiny_export, generator, pictures):
     assert asker.answers([talk, talk], 40, stop=["\u2603", stop]) == [whole[: whole.find(stop)].rstrip()] * 2
 
 
-def test_vlmevalkit_runs_its_program_on_every_count(tiny_export, generator, pictures, tmp_path, monkeypatch):
+def test_vlmevalkit_runs_its_program_on_every_count(thrifty_export, generator, pictures, tmp_path, monkeypatch):
     """Two of its formats: an image before its question, and texts and images in turn."""
     from tokenflex.evaluate.harness import vlmevalkit
 
@@ -194,11 +200,11 @@ def test_vlmevalkit_runs_its_program_on_every_count(tiny_export, generator, pict
     )
     out = tmp_path / "answers.json"
     monkeypatch.setattr(sys, "argv", ["python"])
-    counts = ["--pretrained", str(tiny_export), "--num-visual-tokens", "4,2x3", "--max-new-tokens", "8"]
+    counts = ["--pretrained", str(thrifty_export), "--num-visual-tokens", "4,2x3,auto", "--max-new-tokens", "8"]
     vlmevalkit.main([str(program), *counts, "--", "--data", str(out), json.dumps(messages)])
     answers = json.loads(out.read_text())
-    assert list(answers) == ["tokenflex-4", "tokenflex-2x3"] == list(supported)
-    for name, count in (("tokenflex-4", 4), ("tokenflex-2x3", (2, 3))):
+    assert list(answers) == ["tokenflex-4", "tokenflex-2x3", "tokenflex-auto"] == list(supported)
+    for name, count in (("tokenflex-4", 4), ("tokenflex-2x3", (2, 3)), ("tokenflex-auto", 4)):
         first = generator(QUESTIONS[0], pictures[:1], count, 8)
         turns = [{"type": item["type"], item["type"]: item["value"]} for item in messages[1]]
         inputs = generator.inputs([{"role": "user", "content": turns}], count)

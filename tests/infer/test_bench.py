@@ -55,6 +55,7 @@ def test_medians_are_of_the_rounds_after_the_warm_up(tiny_export, monkeypatch):
     [
         (["--new-tokens", "1"], "wanted 2 or more tokens"),
         (["--counts", "0"], "argument --counts: invalid"),
+        (["--counts", "4,100000000"], "error: --counts: a prompt of 100000031 tokens, images included"),
     ],
 )
 def test_workloads_that_cannot_be_timed_are_refused(tiny_export, arguments, message, capsys):

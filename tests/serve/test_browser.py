@@ -9,28 +9,12 @@ from browser import CHROMIUM, ask, opened, set_stop
 from PIL import Image
 from servers import Server
 
-from tokenflex.export import export_router
 from tokenflex.infer import Generator
-from tokenflex.model.router import NUM_PRICES
 
 pytest.importorskip("playwright", reason="needs playwright: make test-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a chromium on the PATH: apt-get install chromium")
 
 HOSTILE = "<img src=x onerror=alert(1)><script>document.title = 'broken'</script>"
-
-
-@pytest.fixture(scope="module")
-def routed(tiny_export, tmp_path_factory):
-    """An export whose router gives every image its smallest count."""
-    generator = Generator(tiny_export)
-    model = generator.model
-    counts = list(model.config.trained_num_visual_tokens)
-    model.config.router = {"num_visual_tokens": counts, "hidden_size": 4, "turn_end_ids": [], "effort": 0.5}
-    model.router = model.new_router()
-    model.router.prices.copy_(model.router.prices.new_full((NUM_PRICES,), 1e6))
-    folder = tmp_path_factory.mktemp("routed") / "tiny"
-    export_router(model, generator.processor, tiny_export, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +25,10 @@ def picture(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(routed, tmp_path_factory):
-    server = Server(routed, tmp_path_factory.mktemp("log") / "log", "--max-body-bytes", "100000", command="demo")
+def server(thrifty_export, tmp_path_factory):
+    server = Server(
+        thrifty_export, tmp_path_factory.mktemp("log") / "log", "--max-body-bytes", "100000", command="demo"
+    )
     yield server
     server.stop()
 
@@ -67,14 +53,14 @@ def not_blue(page, side):
     )
 
 
-def test_two_counts_side_by_side(server, routed, picture):
+def test_two_counts_side_by_side(server, thrifty_export, picture):
     """Answers are `Generator`'s at both counts, a finer grid is more lines, and nobody but the server is asked."""
     with opened(server.url) as (page, asked, complaints):
         kept(page, "empty")
         set_stop(page, 0, 1)
         answers = ask(page, "What is written?", picture)
         kept(page, "answers")
-        generator = Generator(routed)
+        generator = Generator(thrifty_export)
         last = generator.model.config.trained_num_visual_tokens[-1]
         first = generator.model.config.trained_num_visual_tokens[0]
         wanted = [generator("What is written?", [picture], count) for count in (first, last)]
@@ -130,8 +116,8 @@ def test_a_wrong_file_is_one_line(name, data, words, server, tmp_path):
         kept(page, name)
 
 
-def test_a_key_is_asked_for_where_one_is_wanted(routed, picture, tmp_path):
-    server = Server(routed, tmp_path / "log", command="demo", TOKENFLEX_API_KEY="secret")
+def test_a_key_is_asked_for_where_one_is_wanted(thrifty_export, picture, tmp_path):
+    server = Server(thrifty_export, tmp_path / "log", command="demo", TOKENFLEX_API_KEY="secret")
     try:
         from playwright.sync_api import sync_playwright
 

@@ -195,6 +195,36 @@ def test_a_drawn_answer_is_drawn_again_from_its_seed(server, pictures):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@pytest.fixture
+def routed_server(thrifty_export, tmp_path):
+    server = Server(thrifty_export, tmp_path / "log")
+    yield server
+    server.stop()
+
+
+def test_auto_in_a_request_is_the_routers_count(routed_server, generator, pictures):
+    """At an effort and within a total too; what is no effort is one line."""
+    asked = lambda **fields: ask(routed_server, asking(pictures[:2]), extra_body=fields)  # noqa: E731
+    for fields, wanted in (
+        ({"num_visual_tokens": "auto"}, [4, 4]),
+        ({"num_visual_tokens": "auto", "effort": 1}, [12, 12]),
+        ({"num_visual_tokens": "auto", "total_visual_tokens": 16, "effort": 1}, [4, 4]),
+    ):
+        answer = asked(**fields)
+        assert answer.usage.prompt_tokens_details.image_tokens == sum(wanted)
+        assert answer.choices[0].message.content == generator(QUESTION, pictures[:2], wanted, max_new_tokens=12)
+    for fields, message in (
+        ({"num_visual_tokens": "auto", "effort": 1.5}, "effort"),
+        ({"num_visual_tokens": "auto", "effort": "high"}, "effort"),
+        ({"num_visual_tokens": 4, "effort": 0.5}, "effort"),
+        ({"num_visual_tokens": [7, "auto"]}, r'\[7, "auto"\]: wanted a positive number'),
+        ({"num_visual_tokens": "auto", "total_visual_tokens": 7}, "total_visual_tokens=7: 2 images"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=message) as caught:
+            asked(**fields)
+        assert "\n" not in caught.value.body["message"]
+
+
 def test_a_conversation_goes_on(server, generator, pictures):
     first = asking(pictures[:1], "Which colour?")
     talk = [{"role": "system", "content": "Be short."}, *first, {"role": "assistant", "content": "red"}]

@@ -44,7 +44,7 @@ def add_to(commands: Commands) -> None:
         choices=("even", "size", "router"),
         help="how the images share the total: evenly, by their pixels, or as the model's router chooses (default: as in training)",
     )
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="length of the answer at most (default 64)")
+    add("--max-new-tokens", type=positive, default=64, metavar="N", help="length of the answer at most (default 64)")
     add_debug(command)
     command.set_defaults(run=run)
 

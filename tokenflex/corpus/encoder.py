@@ -48,7 +48,7 @@ def build_encoder(
     if directory.exists():
         return directory
     pixels, digits, inks = _labelled_patches(seed, num_scenes, num_workers)
-    tower = _pretrain(pixels, digits, inks, seed, num_steps)
+    tower = pretrain(pixels, digits, inks, seed, num_steps)
     with staged_folder(directory, replaces=False) as staging:
         tower.save_pretrained(staging)
     return directory
@@ -89,7 +89,8 @@ def patch_labels(boxes: list[Box], rows: int, columns: int) -> np.ndarray:
     return labels
 
 
-def _pretrain(pixels: torch.Tensor, digits: torch.Tensor, inks: torch.Tensor, seed: int, num_steps: int) -> BitModel:
+def pretrain(pixels: torch.Tensor, digits: torch.Tensor, inks: torch.Tensor, seed: int, num_steps: int) -> BitModel:
+    """An encoder that has learned to name the digit at every patch, and the ink, of images as `_labelled_patches` gives them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tower = BitModel(BitConfig(**ARCHITECTURE))

@@ -59,7 +59,8 @@ def bench(folder: str | PathLike, workload: Workload, say: Callable[[str], None]
     """Time an exported model; cases take turns, so that what disturbs the machine disturbs all.
 
     Raises:
-        UserError: no exported model, or a workload without counts, batch sizes, answers or rounds.
+        UserError: no exported model, a count that its context does not hold, or a workload without counts, batch sizes, answers
+            or rounds.
     """
     if (
         workload.new_tokens < 2
@@ -72,6 +73,7 @@ def bench(folder: str | PathLike, workload: Workload, say: Callable[[str], None]
             f"{list(workload.batch_sizes)}; wanted 2 or more tokens and at least one of each of the others"
         )
     generator = Generator(folder, cached_images=0)
+    generator.check_room(max(workload.counts) + workload.new_tokens - 1, "--counts")
     cases = list(itertools.product(workload.counts, workload.batch_sizes, workload.caches))
     inputs = {case: _inputs(generator, workload.prompt, *case[:2]) for case in cases}
     longest = max(its["input_ids"].shape[1] for its in inputs.values()) + workload.new_tokens

@@ -1,6 +1,7 @@
 """Load an exported model once and ask it about images, each at its own number of visual tokens."""
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from os import PathLike
@@ -50,6 +51,23 @@ class Generator:
         self._features: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self._conversations = Conversations(self.model, cache_bytes)
 
+    @property
+    def context(self) -> int:
+        """Tokens of a prompt and its answer together that the language model takes."""
+        return getattr(self.model.config.text_config, "max_position_embeddings", None) or 2**31
+
+    def check_room(self, num_tokens: int, where: str) -> None:
+        """See that a prompt of as many tokens leaves room for an answer; `where` says what made it so long.
+
+        Raises:
+            UserError: it leaves none.
+        """
+        if num_tokens >= self.context:
+            raise UserError(
+                f"{where}: a prompt of {num_tokens} tokens, images included, where the model takes {self.context} with the answer; "
+                "give fewer visual tokens, or less text"
+            )
+
     def __call__(
         self,
         prompt: str,
@@ -68,15 +86,22 @@ class Generator:
         have together at most, shared `even`ly, by `size`, or by the `router`.
 
         Raises:
-            UserError: an image or a video that cannot be read, a count or total that does not fit, or "auto" where the model has no
-                router.
+            UserError: an image or a video that cannot be read, a count or total that does not fit, a prompt that the model's context
+                does not hold, or "auto" where the model has no router.
         """
         content = [{"type": "image", "image": _read_image(path)} for path in images]
         for path in videos:
             content += [{"type": "image", "image": frame} for frame in self._frames(path)]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+        for entry in num_visual_tokens if isinstance(num_visual_tokens, list) else [num_visual_tokens]:
+            count = math.prod(entry) if isinstance(entry, tuple) else entry
+            if isinstance(count, int) and content:  # before a prompt of as many placeholders is made
+                self.check_room(count, "--num-visual-tokens")
         inputs = self.inputs(messages, num_visual_tokens, effort, total_visual_tokens, share)
-        answer, _ = self.generate(inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        length = inputs["input_ids"].shape[1]
+        self.check_room(length, "--prompt")
+        num_new = min(max_new_tokens, self.context - length)
+        answer, _ = self.generate(inputs, max_new_tokens=num_new, do_sample=False)
         return self.processor.decode(answer, skip_special_tokens=True).strip()
 
     def generate(self, inputs: BatchFeature, **options: Any) -> tuple[torch.Tensor, int]:

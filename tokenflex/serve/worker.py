@@ -161,7 +161,7 @@ class Worker:
         Raises:
             RequestRefused: the prompt leaves no room.
         """
-        context = getattr(self._generator.model.config.text_config, "max_position_embeddings", None) or 2**31
+        context = self._generator.context
         most = min(self._limits.max_prompt_tokens, context - 1)
         if num_prompt > most:
             raise RequestRefused(
