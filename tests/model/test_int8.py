@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenflex.config import load_config
@@ -22,6 +22,7 @@ from tokenflex.train.optimizer import parameter_groups
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+@settings(deadline=None)
 @given(
     m=st.integers(1, 9),
     n=st.integers(1, 33),
