@@ -8,7 +8,7 @@ import json
 import kernel_process
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 # What a thread block may use; on 8.0 the tighter limit of 8.6 and 8.9, which run the same configurations.
 SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -129,13 +129,18 @@ def test_one_launch_orders_what_it_writes_before_what_it_reads(generation):
 
 
 def test_a_sigmoid_is_computed_once(generation):
-    """One exponential and one reciprocal per element, but for those of the persistent loop's integer divisions."""
+    """One exponential and one reciprocal per element, but for those of the persistent loop's integer divisions.
+
+    Triton before 3.9 computes again what two layouts need, so there the gradient that also stores S has two.
+    """
     _, compiled = generation
+    keeps = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
     for kind in kinds(generation):
         for entry in of(compiled, kind):
             rows, columns = map(int, entry["name"].split()[1].split("-")[1].split("x")[:2])
             per_thread = rows * columns // (32 * entry["num_warps"])
-            if rows == 256:  # no registers to keep it in
+            if kind == "dgated" and "inner=True" in entry["name"] and (rows == 256 or not keeps):
+                # of 256 rows there are no registers to keep it in
                 assert per_thread <= entry["exponentials"] <= 2 * per_thread, entry
                 continue
             assert entry["exponentials"] == per_thread, entry
