@@ -134,7 +134,7 @@ def test_compiled_blocks_are_refused_at_stage_3():
 
 
 def test_frozen_weights_in_8_bit_are_refused_at_stage_3():
-    with pytest.raises(UserError, match="stage=3: .*wants whole rows; set stage 2, or same"):
+    with pytest.raises(UserError, match="stage=3: .*wants whole rows: set stage 2, or same"):
         check_zero({"zero_optimization": {"stage": 3}}, 1, has_int8=True)
     check_zero({"zero_optimization": {"stage": 2}}, 1, has_int8=True)
 

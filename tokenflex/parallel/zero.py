@@ -33,7 +33,7 @@ def check_zero(ds_config: dict[str, Any], num_ranks: int, *, is_compiled: bool =
             "gathers weights inside the blocks that train.compile=blocks compiles; set stage 2, or compile off",
         )
     if stage == 3 and has_int8:
-        refuse("stage=3", "cuts weights as they come, and model.*_frozen_dtype=int8 wants whole rows; set stage 2, or same")
+        refuse("stage=3", "cuts weights as they load; model.*_frozen_dtype=int8 wants whole rows: set stage 2, or same")
     for key, why in REFUSED.items():
         if zero.get(key) not in (None, -1, False):
             refuse(key, why)
