@@ -74,7 +74,9 @@ def main(arguments: argparse.Namespace, say: Say) -> int:
     grad_accum_steps(
         recipe, launch.num_ranks
     )  # ranks that cannot share the packs are told before they wait for each other
-    parallel.check_zero(ds_config, launch.num_ranks, recipe.train.compile != "off")
+    has_int8 = "int8" in (recipe.model.text_frozen_dtype, recipe.model.vision_frozen_dtype)
+    is_compiled = recipe.train.compile != "off"
+    parallel.check_zero(ds_config, launch.num_ranks, is_compiled=is_compiled, has_int8=has_int8)
     config = resolve_embedded(recipe, say)
     with stage("join", "the other ranks", say):
         ranks = parallel.join_ranks(launch)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from tokenflex import cli
 from tokenflex.cli.launching import entry_point
+from tokenflex.config import load_config
 from tokenflex.errors import UserError
 from tokenflex.estimate.room import free_memory
 from tokenflex.infer import parse_num_visual_tokens
@@ -130,6 +131,22 @@ def test_compiled_blocks_are_refused_at_stage_3():
     with pytest.raises(UserError, match="stage=3: gathers weights inside the blocks .*set stage 2, or compile off"):
         check_zero({"zero_optimization": {"stage": 3}}, 1, is_compiled=True)
     check_zero({"zero_optimization": {"stage": 2}}, 1, is_compiled=True)
+
+
+def test_frozen_weights_in_8_bit_are_refused_at_stage_3():
+    with pytest.raises(UserError, match="stage=3: .*wants whole rows: set stage 2, or same"):
+        check_zero({"zero_optimization": {"stage": 3}}, 1, has_int8=True)
+    check_zero({"zero_optimization": {"stage": 2}}, 1, has_int8=True)
+
+
+@pytest.mark.parametrize("part", ["text", "vision"])
+def test_8_bit_of_a_part_that_is_trained_whole_is_refused(part):
+    ours = f"model.{part}_frozen_dtype=int8"
+    with pytest.raises(UserError, match=f"{ours}, but the {part} part is trained whole.*; set it to same") as error:
+        load_config(None, [ours])
+    assert "\n" not in str(error.value)
+    load_config(None, [ours, f"optimizer.{part}.train=false"])
+    load_config(None, [ours, f"model.{part}_adapter.rank=2"])
 
 
 def test_shipped_ds_configs_are_not_refused():

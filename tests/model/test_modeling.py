@@ -65,6 +65,19 @@ def test_every_encoder_gives_its_grid_row_by_row(encoder, size, tiny_config, pro
         assert change.argmax() == rows * columns + 2 * columns + 5
 
 
+@pytest.mark.parametrize("encoder", [name for name in ENCODERS if name != "bit"])  # it has convolutions alone
+def test_every_encoder_sees_the_same_in_8_bit(encoder, tiny_config, processor):
+    """Also one that asks its first layer for its weight's format, and would cut pixels to whole numbers if it were told of bytes."""
+    section = {"vision": ENCODERS[encoder], "image_size": (64, 64)}
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    plain, ours = (
+        patch_features(build(tiny_config, processor, vision_frozen_dtype=dtype, **section).vision_tower, pixels)
+        for dtype in ("same", "int8")
+    )
+    off = (ours - plain).norm() / plain.norm()
+    assert 0 < off < 0.02
+
+
 @pytest.mark.parametrize("num_stages, stride", [(1, 4), (2, 8), (3, 16)])
 def test_an_encoder_in_stages_halves_its_map_after_the_first(num_stages, stride):
     """A single stage too, as the quick start's encoder has it: the stem alone takes a factor of 4."""

@@ -10,7 +10,8 @@ HANG = "found after {found_within_s:.1f} s, the right rank named: {culprit_right
 ROWS = {
     "crash matrix": (
         "Killed at 16 named points: rank 0, rank 1 or both, with 1 and with 4 micro-steps",
-        "{kills} kills, {failures} runs that differ from an unbroken one in any bit; {seconds:.0f} s",
+        "{kills} kills, {with_frozen_part} of them with a frozen part, {failures} runs that differ from an unbroken one in any bit; "
+        "{seconds:.0f} s",
     ),
     "random kills": (
         "Killed at random times",

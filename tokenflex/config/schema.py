@@ -190,6 +190,11 @@ class ModelConfig(Section):
     """LoRA on the language model."""
     vision_adapter: AdapterConfig = AdapterConfig()
     """LoRA on the vision encoder."""
+    text_frozen_dtype: Literal["same", "int8"] = "same"
+    """Number format of the language model's linear layers where they are frozen, alone or under an adapter: `same` as everything, or
+    `int8`, half of bf16, with a scale per row; the output layer stays as it is. At ZeRO 0 to 2; the export is in full."""
+    vision_frozen_dtype: Literal["same", "int8"] = "same"
+    """The same of the vision encoder."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     trust_remote_code: bool = False
@@ -455,6 +460,7 @@ class RunConfig(Section):
                     f"model.{part}_adapter is trained in the place of the {part} part, but optimizer.{part}.train=false; set it "
                     f"to true, or model.{part}_adapter.rank=0"
                 )
+        self._check_frozen_dtypes()
         parts = (self.optimizer.vision, self.optimizer.projector, self.optimizer.text)
         if not (any(part.train for part in parts) or self.optimizer.train_image_tokens):
             raise ValueError(
@@ -481,6 +487,15 @@ class RunConfig(Section):
                 "train.export_average=true, but train.ema_decay is 0: no average is kept; set it to 0.999, say"
             )
         return self
+
+    def _check_frozen_dtypes(self) -> None:
+        for part in ("text", "vision"):
+            is_trained = getattr(self.optimizer, part).train and not getattr(self.model, f"{part}_adapter").rank
+            if is_trained and getattr(self.model, f"{part}_frozen_dtype") != "same":
+                raise ValueError(
+                    f"model.{part}_frozen_dtype=int8, but the {part} part is trained whole, and 8 bit cannot be; set it to same, "
+                    f"optimizer.{part}.train=false, or an adapter (model.{part}_adapter.rank=16)"
+                )
 
     @model_validator(mode="after")
     def _check_views(self) -> "RunConfig":

@@ -15,6 +15,7 @@ from ..data.loader import num_micro_steps
 from ..errors import UserError
 from ..model import TokenFlexForConditionalGeneration
 from ..model.build import recompute_activations, shaped_model, tokenizer_size
+from ..model.int8 import SCALE
 from ..parallel import zero_stage
 from ..train.loss import fused_loss_head
 from ..train.optimizer import ADAPTER, parameter_groups
@@ -147,7 +148,7 @@ def estimate(
         memory=tuple(stage_memory(sizes, ds_config, stage, num_gpus, held, **average) for stage in STAGES),
         flops=costs.of(**work),
         checkpoint_bytes=checkpoint_bytes(sizes, **average),
-        export_bytes=sizes.itemsize * (sizes.total - _adapter_size(model)),
+        export_bytes=sizes.itemsize * (sizes.total - _size_of_additions(model)),
         assumptions=assumptions,
         notes=tuple(_notes(config)),
     )
@@ -182,9 +183,9 @@ def _traced(config: RunConfig, run: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _adapter_size(model):
-    """Parameters of adapters, which an export has merged into what they stand on."""
-    return sum(p.numel() for name, p in model.named_parameters() if ADAPTER in name)
+def _size_of_additions(model):
+    """Parameters of adapters and scales of rows, which an export has merged into what they stand beside."""
+    return sum(p.numel() for name, p in model.named_parameters() if ADAPTER in name or name.endswith(SCALE))
 
 
 def _notes(config):

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
-
 from ..model import TokenFlexForConditionalGeneration
 from ..train.optimizer import PARTS
 
@@ -39,10 +37,11 @@ def part_sizes(model: TokenFlexForConditionalGeneration) -> dict[str, PartSize]:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes:
-    """What memory depends on. largest: parameters of the largest single weight. small: in weights below the stage 3 threshold,
-    which every rank keeps whole. itemsize: bytes of a weight."""
+    """What memory depends on. num_bytes: of all weights. largest: parameters of the largest single weight. small: in weights below the
+    stage 3 threshold, which every rank keeps whole. itemsize: bytes of a weight that is not in 8 bit."""
 
     total: int
+    num_bytes: int
     trained: int
     largest: int
     small: int
@@ -55,10 +54,11 @@ class ModelSizes:
         sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
         return cls(
             total=sum(size for size, _ in sizes),
+            num_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
             trained=sum(size for size, trained in sizes if trained),
             largest=max(size for size, _ in sizes),
             small=sum(size for size, _ in sizes if size < threshold),
-            itemsize=torch.empty(0, dtype=next(model.parameters()).dtype).element_size(),
+            itemsize=model.dtype.itemsize,
         )
 
 
@@ -120,7 +120,7 @@ def stage_memory(
     share = {0: 1, 1: num_ranks, 2: num_ranks, 3: num_ranks}[stage]
     has_master = stage > 0 or b == 2  # stages 1 to 3 copy their share of the weights, fp32 or not
     numbers: dict[str, float] = {
-        "weights": b * (sizes.total / num_ranks + sizes.small if stage == 3 else sizes.total),
+        "weights": sizes.num_bytes / num_ranks + b * sizes.small if stage == 3 else sizes.num_bytes,
         "gradients": b * sizes.trained / (num_ranks if stage > 1 else 1),
         "master": has_master * MASTER * sizes.trained / share,
         "moments": MOMENTS * sizes.trained / share,
@@ -139,7 +139,7 @@ def stage_memory(
 def checkpoint_bytes(sizes: ModelSizes, *, with_average: bool = False) -> float:
     """Of a checkpoint: masters, moments and average of what is trained, the weights of what is not."""
     trained = MASTER + MOMENTS + with_average * AVERAGE
-    return trained * sizes.trained + sizes.itemsize * (sizes.total - sizes.trained)
+    return trained * sizes.trained + sizes.num_bytes - sizes.itemsize * sizes.trained
 
 
 def _zero(ds_config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -171,7 +171,7 @@ def unit_costs(model: TokenFlexForConditionalGeneration) -> UnitCosts:
     Raises:
         RuntimeError, NotImplementedError: a part that cannot run without weights (a mixture of experts whose router is read).
     """
-    config, dtype = model.config, next(model.parameters()).dtype
+    config, dtype = model.config, model.dtype
     trains = {
         name: any(p.requires_grad for p in getattr(model, name).parameters()) for name in ("vision_tower", "projector")
     }

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..errors import UserError
+from .int8 import ROWS, SCALE, whole_rows
 from .modeling_tokenflex import TokenFlexForConditionalGeneration
 
 if TYPE_CHECKING:
@@ -67,16 +68,31 @@ def add_adapters(built: TokenFlexForConditionalGeneration, model: "ModelConfig")
 
 
 def merged(state: Mapping[str, torch.Tensor], model: "ModelConfig") -> dict[str, torch.Tensor]:
-    """Whole weights by their plain names, each with its adapter added: W + (alpha / rank) B A, in fp32, rounded once."""
+    """Whole weights by their plain names: W + (alpha / rank) B A where there is an adapter, W of its rows where it is in 8 bit.
+
+    In fp32, rounded once.
+    """
     scales = {f"{MODULES[part]}.": adapter.alpha / adapter.rank for part, adapter in adapters(model).items()}
     plain = {name.replace(BASE, "."): tensor for name, tensor in state.items() if DOWN not in name and UP not in name}
-    for name, down in state.items():
-        if DOWN in name:
-            (scale,) = (scale for prefix, scale in scales.items() if name.startswith(prefix))
-            target = name.replace(DOWN, ".")
-            delta = scale * (state[name.replace(DOWN, UP)].float() @ down.float())
-            plain[target] = (plain[target].float() + delta).to(plain[target].dtype)
+    downs = {name.replace(DOWN, "."): name for name in state if DOWN in name}
+    in_int8 = [name.removesuffix(ROWS) + ".weight" for name in plain if name.endswith(ROWS)]
+    for target in dict.fromkeys([*in_int8, *downs]):
+        weight, dtype = _plain_weight(plain, target)
+        if target in downs:
+            (scale,) = (scale for prefix, scale in scales.items() if target.startswith(prefix))
+            down, up = state[downs[target]], state[downs[target].replace(DOWN, UP)]
+            weight = weight + scale * (up.float() @ down.float())
+        plain[target] = weight.to(dtype)
     return plain
+
+
+def _plain_weight(plain, target):
+    """(a weight in fp32, the format that it is to have); what it had in 8 bit is taken out of `plain`."""
+    if target in plain:
+        return plain[target].float(), plain[target].dtype
+    layer = target.removesuffix(".weight")
+    rows, scale = plain.pop(layer + ROWS), plain.pop(layer + SCALE)
+    return whole_rows(rows, scale), scale.dtype
 
 
 def save_adapters(

@@ -25,13 +25,14 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import UserError
-from .adapters import add_adapters
+from .adapters import MODULES, add_adapters
 from .attention import PACKED, register_packed_attention
 from .configuration_tokenflex import TokenFlexConfig
 from .generation import generation_settings
 from .grow import grow_vocabulary
 from .hub import hub_options
 from .image_processing_tokenflex import TokenFlexImageProcessor
+from .int8 import hold_in_int8
 from .liger import apply_liger
 from .modeling_tokenflex import TokenFlexForConditionalGeneration
 from .pooling import sides_of
@@ -215,6 +216,7 @@ def build_model(
     built.language_model.set_attn_implementation(PACKED)
     apply_liger(built.language_model, model.liger)
     add_adapters(built, model)
+    _hold_in_int8(built, model)
     if model.gradient_checkpointing:
         recompute_activations(built)
     return built
@@ -277,7 +279,16 @@ def shaped_model(model: "ModelConfig", budget: "BudgetConfig", dtype: torch.dtyp
     built.language_model.set_attn_implementation(PACKED)
     with torch.device("meta"):
         add_adapters(built, model)
-    return built.to(dtype)
+    built.to(dtype)
+    _hold_in_int8(built, model)
+    return built
+
+
+def _hold_in_int8(built, model):
+    """Hold the frozen parts that a recipe says so of in 8 bit; their adapters are there, and stay as they are."""
+    for part, module in MODULES.items():
+        if getattr(model, f"{part}_frozen_dtype") == "int8":
+            hold_in_int8(getattr(built, module), f"model.{part}_frozen_dtype")
 
 
 def _check_at_hand(key, part, trust_remote_code):

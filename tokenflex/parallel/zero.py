@@ -12,10 +12,10 @@ REFUSED = {
 """Keys of `zero_optimization` that do not work here, and why."""
 
 
-def check_zero(ds_config: dict[str, Any], num_ranks: int, is_compiled: bool = False) -> None:
+def check_zero(ds_config: dict[str, Any], num_ranks: int, *, is_compiled: bool = False, has_int8: bool = False) -> None:
     """See that the ZeRO settings of a DeepSpeed configuration are ones that a run survives under, on so many ranks.
 
-    is_compiled: blocks of the model are (`train.compile`).
+    is_compiled: blocks of the model are (`train.compile`). has_int8: frozen parts are in 8 bit (`model.*_frozen_dtype`).
 
     Raises:
         UserError: they are not; the key is named, with what to set instead.
@@ -32,6 +32,8 @@ def check_zero(ds_config: dict[str, Any], num_ranks: int, is_compiled: bool = Fa
             "stage=3",
             "gathers weights inside the blocks that train.compile=blocks compiles; set stage 2, or compile off",
         )
+    if stage == 3 and has_int8:
+        refuse("stage=3", "cuts weights as they load; model.*_frozen_dtype=int8 wants whole rows: set stage 2, or same")
     for key, why in REFUSED.items():
         if zero.get(key) not in (None, -1, False):
             refuse(key, why)
