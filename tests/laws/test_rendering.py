@@ -15,7 +15,7 @@ import jinja2
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tokenflex.corpus.tokenizer import build_tokenizer
@@ -356,6 +356,23 @@ def test_an_image_token_that_is_not_special_is_not_spelled_by_texts():
     encoded = processor.encode([{"role": "user", "content": [IMAGE, {"type": "text", "text": "a <image> of"}]}], [3])
     assert encoded.input_ids.count(processor.image_token_id) == 3
     assert "a <image> of" in tokenizer.decode(encoded.input_ids)
+
+
+@pytest.mark.parametrize("lost", [" ", "\n", "[ \n]", "[^a-zA-Z]", None])
+def test_a_tokenizer_that_joins_words_is_refused_by_name(lost):
+    """As one does whose class the installed transformers gets wrong; one that knows no capital letters is none."""
+    tokenizer = build_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = (
+        normalizers.Replace(Regex(lost), "") if lost is not None else normalizers.Lowercase()
+    )
+    processor = TokenFlexProcessor(
+        TokenFlexImageProcessor(8, 8), tokenizer, chat_template=CHATML, patch_grid=(2, 2), num_visual_tokens=4
+    )
+    if lost is None:
+        assert check_template(processor) == []
+        return
+    with pytest.raises(UserError, match=r"words are joined.*another release of transformers.*; name another tokenizer"):
+        check_template(processor)
 
 
 @pytest.mark.parametrize("scheme", ["first", "never"])
