@@ -126,6 +126,7 @@ gpu bench:
 
 # Packing beside other packers; writes docs/results/packing.json and .svg. ARGS="--lengths FILE.npz" takes your lengths
 bench-packing: $(VENV)/installed build/peers/installed
+	$(BIN)/python -m pytest -q tests/benchmarks/packing/test_packing_bench.py --no-skips -rs
 	$(BIN)/python tests/benchmarks/packing/bench.py $(ARGS)
 
 build/peers/installed: tests/benchmarks/packing/peers.txt

@@ -3,15 +3,9 @@
 import io
 import json
 import tarfile
-from importlib.util import find_spec
 
 import numpy as np
-import pytest
 from PIL import Image
-
-needs_av = pytest.mark.skipif(
-    find_spec("av") is None, reason="needs PyAV, which set-up installs: pip install 'tokenflex[video]'"
-)
 
 CONTAINERS = {"mp4": "mpeg4", "mkv": "mpeg4", "avi": "mpeg4"}
 

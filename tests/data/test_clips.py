@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from clip_files import CONTAINERS, needs_av, numbers, picture, png, shard, talk, video
+from clip_files import CONTAINERS, numbers, picture, png, shard, talk, video
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,7 +46,6 @@ def test_sampled_frames_are_those_shown_at_the_rate_and_never_more(gaps, rate, m
     assert sampled([], rate, most) == []
 
 
-@needs_av
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_a_file_is_sampled_at_the_rate_in_every_container(container):
     data = video(13, rate=4, container=container)  # 3.25 s
@@ -57,7 +56,6 @@ def test_a_file_is_sampled_at_the_rate_in_every_container(container):
     assert all(frame.shape == (32, 40, 3) and frame.dtype == np.uint8 for frame in clip_frames(data))
 
 
-@needs_av
 def test_bad_files_are_refused_in_one_line(tmp_path, monkeypatch):
     data = video(13)
     cut = video(40, rate=4, container="mkv", size=(160, 128))
@@ -80,7 +78,6 @@ def test_bad_files_are_refused_in_one_line(tmp_path, monkeypatch):
         clip_frames(cut, 4.0, 16)
 
 
-@needs_av
 def test_a_damaged_file_never_ends_otherwise(tmp_path):
     """Bytes lost or flipped anywhere: frames, or a refusal of one line."""
     data, rng = video(9, container="mp4"), np.random.default_rng(0)
@@ -98,7 +95,6 @@ def test_a_damaged_file_never_ends_otherwise(tmp_path):
     assert outcomes == {True, "refused"}
 
 
-@needs_av
 def test_a_frame_larger_than_its_header_says_is_not_decoded():
     """A stream of JPEGs, of which each says its own size: the third is 1,500 times as large as the header's."""
     import av
@@ -121,7 +117,6 @@ def test_a_frame_larger_than_its_header_says_is_not_decoded():
         clip_frames(file.getvalue(), 4.0, max_pixels=10_000)
 
 
-@needs_av
 def test_decoding_is_broken_off_when_it_shall_be():
     """Asked before each of 13 packets and each of 13 frames, and at none of these times is there a way around it."""
     data, asked = video(13), []
@@ -222,7 +217,6 @@ def test_frames_of_a_sample_share_a_total(share, clips, tmp_path, tiny_config):
         assert inputs["input_ids"][0].tolist() == prepared.input_ids
 
 
-@needs_av
 def test_a_file_is_the_same_clip_in_a_shard_and_in_a_prompt(tmp_path, processor):
     data = video(13)
     path = shard(
@@ -244,7 +238,6 @@ def test_a_file_is_the_same_clip_in_a_shard_and_in_a_prompt(tmp_path, processor)
         )
 
 
-@needs_av
 def test_bad_clips_of_a_shard_are_left_out_each_with_its_line(tmp_path, processor):
     image = png(picture(0))
     samples = {

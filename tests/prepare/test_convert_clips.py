@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from clip_files import needs_av, numbers, picture, png, shard, video
+from clip_files import numbers, picture, png, shard, video
 
 from tokenflex.data import Limits
 from tokenflex.data.clips import with_frames
@@ -105,7 +105,6 @@ def test_what_is_no_clip_is_left_out_with_a_line(media, tmp_path):
     assert all(line["detail"] and "\n" not in line["detail"] for line in skipped)
 
 
-@needs_av
 def test_files_keep_their_bytes_and_damaged_ones_are_left_out(media, tmp_path):
     (media / "a.mp4").write_bytes(video(9))
     (media / "b.webm").write_bytes(video(5, container="mkv"))
@@ -122,7 +121,6 @@ def test_files_keep_their_bytes_and_damaged_ones_are_left_out(media, tmp_path):
     assert [line["reason"] for line in skipped] == ["clip", "image-missing"]
 
 
-@needs_av
 def test_plain_shards_with_videos_and_captions(tmp_path, media):
     import tarfile
 

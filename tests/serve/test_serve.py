@@ -11,7 +11,7 @@ import time
 
 import openai
 import pytest
-from clip_files import needs_av, video
+from clip_files import video
 from PIL import Image
 from servers import Server, data_url
 
@@ -113,7 +113,6 @@ def watching(*clips, text=QUESTION):
     return [{"role": "user", "content": [*items, {"type": "text", "text": text}]}]
 
 
-@needs_av
 @pytest.mark.parametrize("with_picture", [False, True])
 @pytest.mark.parametrize(
     "asked, each, others",
@@ -374,7 +373,6 @@ def test_a_wrong_request_is_told_in_one_line(name, server):
     assert len(text) < 1000
 
 
-@needs_av
 def test_a_wrong_video_is_told_in_one_line(server):
     """Nothing but the containers of videos is opened, whatever its URL calls it."""
     long, large = video(40, rate=4), video(2, size=(160, 128))

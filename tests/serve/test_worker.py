@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from clip_files import needs_av, numbers, video
+from clip_files import numbers, video
 
 from tokenflex import cli
 from tokenflex.infer import Generator
@@ -94,7 +94,6 @@ def about(clip, counts=None):
     return replace(request(), messages=[{"role": "user", "content": items}], num_visual_tokens=counts)
 
 
-@needs_av
 @pytest.mark.parametrize("counts, wanted", [([4, 12], [4, 4, 4, 4, 12]), (7, 7), ("auto", "auto"), (None, None)])
 def test_a_video_becomes_its_frames_and_its_count_that_of_each(counts, wanted, processor):
     framed = with_frames(about(video(13), counts), processor, ServeLimits(), lambda: False)
@@ -104,7 +103,6 @@ def test_a_video_becomes_its_frames_and_its_count_that_of_each(counts, wanted, p
     assert numbers(image["image"] for image in images) == [0, 4, 8, 12]
 
 
-@needs_av
 @pytest.mark.parametrize("seconds, is_over", [(0, False), (10, True)])
 def test_decoding_ends_when_its_time_is_up_or_nobody_waits(seconds, is_over, processor):
     with pytest.raises(
@@ -120,7 +118,6 @@ def test_without_pyav_a_video_is_refused_with_what_to_do(processor, monkeypatch)
     assert caught.value.http_status == 400 and "\n" not in str(caught.value)
 
 
-@needs_av
 def test_frames_that_were_asked_about_before_are_not_encoded_again(generator):
     """Nor are frames of other videos taken for them."""
     encoded = []

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from clip_files import moving_shard, needs_av
+from clip_files import moving_shard
 from conftest import run_ranks, train_ranks
 
 SMALL = ["data.pack_length=256", "data.max_images_per_pack=16", "evaluate.at_end=true", "data.max_bad_fraction=0"]
@@ -22,7 +22,6 @@ def settings(folder, corpus):
     return [*shards, f"model.tokenizer={corpus}/tokenizer", *SMALL]
 
 
-@needs_av
 def test_a_run_on_lists_of_frames_and_files_trains_and_answers(tmp_path, cache_dir, corpus):
     """Every sample is trained on at its planned length, half of them files; the export is asked about held-out clips."""
     moving_shard(tmp_path / "train.tar", 24, "train", 0, as_files=True)

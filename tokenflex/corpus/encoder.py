@@ -90,7 +90,10 @@ def patch_labels(boxes: list[Box], rows: int, columns: int) -> np.ndarray:
 
 
 def pretrain(pixels: torch.Tensor, digits: torch.Tensor, inks: torch.Tensor, seed: int, num_steps: int) -> BitModel:
-    """An encoder that has learned to name the digit at every patch, and the ink, of images as `_labelled_patches` gives them."""
+    """An encoder that has learned to name the digit at every patch, and the ink.
+
+    pixels: [N, 64, 64, 3] of uint8. digits: [N, 16, 16] of int64, what `patch_labels` says. inks: [N], places in `scenes.INKS`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tower = BitModel(BitConfig(**ARCHITECTURE))
