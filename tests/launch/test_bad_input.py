@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import socket
 import subprocess
 import sys
 
@@ -239,6 +241,24 @@ def test_an_error_is_said_once_by_many_ranks(tmp_path, cache_dir, corpus):
     assert [end.status for end in ends] == [2, 2]
     assert sum("error: " in end.output for end in ends) == 1
     assert not any("Traceback" in end.output for end in ends)
+
+
+def test_a_port_that_another_job_has_taken_is_one_line(tmp_path, cache_dir, corpus):
+    """And the run has not begun: the same command with another port is the first."""
+    with socket.socket() as another:
+        another.bind(("127.0.0.1", 0))
+        another.listen()
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(another.getsockname()[1])}
+        arguments = ["--config", TINY, f"data.cache_dir={cache_dir}", f"output_dir={tmp_path}"]
+        end = subprocess.run(
+            [sys.executable, ROOT / "launch" / "train.py", *map(str, arguments)],
+            env={**os.environ, **where, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    (line,) = (line for line in end.stderr.splitlines() if "error: " in line)
+    assert end.returncode == 2 and "Traceback" not in end.stderr
+    assert f"127.0.0.1:{where['MASTER_PORT']}" in line and "set MASTER_PORT" in line
+    assert not (tmp_path / "tiny" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(
