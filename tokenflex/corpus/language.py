@@ -24,7 +24,7 @@ from .questions import GRID_CELLS, draw_train_sample
 from .scenes import IMAGE_SIDE, INKS, grid_layout
 from .tokenizer import IMAGE_CONTEXT, build_tokenizer
 
-LANGUAGE_VERSION = 1
+LANGUAGE_VERSION = 2
 ARCHITECTURE = {
     "model_type": "qwen3", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 4, "head_dim": 32, "tie_word_embeddings": True, "max_position_embeddings": 2048,
@@ -121,7 +121,8 @@ def _pretrain(told: list[Told], tokenizer: PreTrainedTokenizerFast, seed: int, n
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**ARCHITECTURE, vocab_size=len(tokenizer)))
         symbols = _Symbols(model.config.hidden_size)
     parameters = [*model.parameters(), *symbols.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
+    # Fused: its square root is the processor's; MKL's differs between processors.
+    optimizer = torch.optim.AdamW(parameters, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=num_steps, pct_start=0.05)
     for step in range(num_steps):
         batch = told[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]

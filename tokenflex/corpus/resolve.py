@@ -11,6 +11,7 @@ from types import ModuleType
 from ..config import DataConfig, RunConfig
 from ..errors import UserError
 from ..files import only_one_inside, staged_folder
+from .apart import pretrain_apart
 
 EMBEDDED = "embedded"
 
@@ -107,25 +108,25 @@ def _tokenizer(data: DataConfig) -> Path:
 def _encoder(data: DataConfig, say: Callable[[str], None]) -> Path:
     _, encoder = _builders("model.vision")
     told = "encoder   pretraining on labelled patches, about half a minute"
-    return _pretrained(f"encoder-v{encoder.ENCODER_VERSION}", told, encoder.build_encoder, data, say)
+    return _pretrained("encoder", encoder.ENCODER_VERSION, told, data, say)
 
 
 def _language_model(data: DataConfig, say: Callable[[str], None]) -> Path:
     _builders("model.text")
     from . import language
 
-    told = "language  pretraining on scenes told in symbols, about two minutes"
-    return _pretrained(f"language-v{language.LANGUAGE_VERSION}", told, language.build_language_model, data, say)
+    told = "language  pretraining on scenes told in symbols, about four minutes"
+    return _pretrained("language", language.LANGUAGE_VERSION, told, data, say)
 
 
-def _pretrained(name: str, told: str, build: Callable[..., Path], data: DataConfig, say: Callable[[str], None]) -> Path:
-    """Folder of a part that `build(folder, seed=...)` pretrains where it is missing; one process of the machine does it."""
-    folder = Path(data.cache_dir).expanduser() / f"embedded-{name}-{data.embedded.seed}"
+def _pretrained(part: str, version: int, told: str, data: DataConfig, say: Callable[[str], None]) -> Path:
+    """Folder of a part, pretrained where it is missing; one process of the machine sees to it."""
+    folder = Path(data.cache_dir).expanduser() / f"embedded-{part}-v{version}-{data.embedded.seed}"
     if folder.exists():
         return folder
     say(f"{told}, into {folder}")
     with only_one_inside(folder.with_name(f"{folder.name}.lock")):
-        return build(folder, seed=data.embedded.seed)
+        return pretrain_apart(part, folder, data.embedded.seed)
 
 
 def _builders(key: str) -> tuple[ModuleType, ModuleType]:

@@ -1,5 +1,6 @@
 """What a study found, as one JSON: every run's answers and costs, under the protocol, code and corpus that made them."""
 
+import ast
 import hashlib
 import json
 import platform
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import tokenflex_kernels
 
 from ..config import RunConfig
 from ..data.index import file_sha256
@@ -17,23 +19,42 @@ from ..files import write_whole
 from ..layout import RunLayout
 from .jobs import Job
 
-PACKAGE = Path(__file__).parent.parent
+PACKAGES = (Path(__file__).parent.parent, Path(tokenflex_kernels.__file__).parent)
+NOT_OF_A_RUN = ("infer", "prepare", "serve", "slurm", "study")
+"""Rooms that no run of a study enters."""
 
 
 def code_version() -> str:
-    """16 hex digits over every source file of the package: two runs with the same were trained and asked by the same code."""
+    """16 hex digits over the code that trains and asks: two runs with the same were made by the same, as one Python reads it.
+
+    What is read is the syntax without comments and docstrings, of both packages but for `NOT_OF_A_RUN`.
+    """
     digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        if PACKAGE / "study" not in path.parents:  # what judges does not train
-            digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes())
+    for package in PACKAGES:
+        for path in sorted(package.rglob("*.py")):
+            place = path.relative_to(package)
+            if place.parts[0] not in NOT_OF_A_RUN:
+                digest.update(f"{package.name}/{place}\0{meaning(path.read_text(encoding='utf-8'))}".encode())
     return digest.hexdigest()[:16]
+
+
+def meaning(source: str) -> str:
+    """The syntax tree of a file, without what only people read: comments, docstrings, and strings that stand for themselves."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [  # type: ignore[attr-defined]  # it has one
+                line for line in body if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
+            ]
+    return ast.dump(tree)
 
 
 class MadeBy(NamedTuple):
     """What a run's answers hang on, beside its recipe and samples; runs that differ in it are not averaged.
 
-    code: `code_version`. parts: 16 hex digits over the weights that every run starts from. Two machines pretrain the embedded
-    parts to other bits.
+    code: `code_version`. parts: 16 hex digits over the weights that every run starts from. The embedded ones are the same on every
+    x86 machine (`tokenflex.corpus.apart`), so that runs of several machines make up one record.
     """
 
     code: str
