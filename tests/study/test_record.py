@@ -6,14 +6,14 @@ import re
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY, run_ranks
 
 from tokenflex.config import load_config
 from tokenflex.errors import UserError
 from tokenflex.layout import RunLayout
 from tokenflex.study.arms import FLEXIBLE, chosen, core_arms, further_arms
 from tokenflex.study.jobs import Job
-from tokenflex.study.record import MadeBy, Record, protocol_version
+from tokenflex.study.record import NOT_OF_A_RUN, MadeBy, Record, meaning, protocol_version
 from tokenflex.study.report import PLOTS, TABLES, Findings, filled
 from tokenflex.study.shards import without_images
 from tokenflex.study.times import predicted, times_table
@@ -252,3 +252,28 @@ def test_time_is_predicted_image_by_image_from_the_specialists_of_the_same_round
     assert predicted(times, "flexible").tolist() == [20, 40]
     assert "| flexible | 3.6 | 0.700 | 0.667 | 1.050 (1.000 to 1.100) |" in times_table(times)
     assert times_table({}) == "not measured yet"
+
+
+def test_code_is_compared_by_what_it_means():
+    code = 'class A:\n    """Doc."""\n    x = "kept"  # why\n\n    def f(self):\n        """Doc."""\n        return 1\n'
+    said_otherwise = (
+        'class A:\n    x = (\n        "kept"\n    )\n    """What x is."""\n    def f(self):\n        return 1\n'
+    )
+    assert meaning(code) == meaning(said_otherwise)
+    for change in (code.replace("return 1", "return 2"), code.replace("kept", "other"), code.replace("def f", "def g")):
+        assert meaning(change) != meaning(code)
+    assert meaning('def f(a="x"): ...') != meaning('def f(a="y"): ...')
+
+
+def test_what_a_run_never_enters_is_no_part_of_its_code(cache_dir, tmp_path):
+    """A whole run with its questions, and which of the package's modules it ended with."""
+    tell = "import atexit, runpy, sys; sys.argv = sys.argv[1:]; "
+    tell += "atexit.register(lambda: print('\\nmodules', *(name for name in sys.modules if 'tokenflex' in name))); "
+    tell += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    settings = [f"output_dir={tmp_path}", f"data.cache_dir={cache_dir}", "evaluate.at_end=true", "train.num_steps=2"]
+    (end,) = run_ranks(1, ["-c", tell, "launch/train.py", "--config", TINY, *settings])
+    assert end.status == 0, end.output[-2000:]
+    entered = {
+        name.split(".")[1] for name in end.output.split("\nmodules ")[1].split() if name.startswith("tokenflex.")
+    }
+    assert {"model", "evaluate", "train"} <= entered and not entered & set(NOT_OF_A_RUN)
