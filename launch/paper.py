@@ -33,6 +33,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results" / "paper.json", help="the record")
     parser.add_argument(
+        "--beside",
+        type=Path,
+        metavar="RECORD",
+        help="another record under the same protocol, shown as well and both together",
+    )
+    parser.add_argument(
         "--page", type=Path, default=ROOT / "docs" / "paper.md", help="the page whose tables are filled in"
     )
     parser.add_argument("--arms", default="core", help="core, all, or names with commas between them (default: core)")
@@ -78,7 +84,7 @@ def main(arguments: argparse.Namespace, say: Say) -> int:
         if left:
             say(f"failed    {', '.join(job.name for job in left)}; the same command tries them again")
             return FAILED
-    judge(study, seeds, arguments.page, say)
+    judge(study, seeds, arguments.page, say, arguments.beside)
     return DONE
 
 

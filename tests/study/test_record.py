@@ -177,6 +177,30 @@ def test_every_table_and_plot_is_made_of_the_record(study, tmp_path):
         filled("<!-- table: paper/nothing -->\n<!-- end -->", findings, "paper")
 
 
+def test_two_records_together_keep_their_own_pairs(study):
+    """Of the other record, an arm is missing and the flexible runs are all right: no other pair gains by that."""
+    record, arms, _ = study
+    runs = {name: dict(run) for name, run in record.runs.items() if not name.startswith("fixed-64-equal")}
+    for name in ("flexible-seed0", "flexible-seed1"):
+        runs[name]["right"] = dict.fromkeys(runs[name]["right"], "ff" * 8)
+        runs[name]["parts"] = "others"
+    for name in runs:
+        runs[name]["parts"] = "others"
+    one, other = (Findings.of(Record("p", record.questions, some), arms, [0, 1]) for some in (record.runs, runs))
+    both = Findings.together([one, other])
+    assert [arm.name for arm in both.arms] == [arm.name for arm in other.arms] and both.seeds == [0, 1, 2, 3]
+    differences = [found.difference("flexible", 9, "fixed-9", 9) for found in (one, other, both)]
+    assert differences[2].num_seeds == 4 and differences[1].mean > differences[0].mean + 0.2
+    assert differences[2].mean == pytest.approx((differences[0].mean + differences[1].mean) / 2)
+    assert (both.answers("flexible", 9)[2:] == other.answers("flexible", 9)).all() and both.answers("flexible", 9)[
+        2:
+    ].all()
+    assert TABLES["verdicts"](both).count("\n") == 1 + 3 + 2  # with no specialist for 64 at equal tokens
+    strange = Record("p", {**record.questions, "digest": "0"}, runs)
+    with pytest.raises(UserError, match="records of different questions"):
+        Findings.together([one, Findings.of(strange, arms, [0, 1])])
+
+
 RECORDS = [name for name in ("paper", "paper-x4", "paper-many") if (ROOT / f"docs/results/{name}.json").exists()]
 """Those that have been made, by the command of their name in the Makefile."""
 

@@ -51,6 +51,27 @@ class Findings:
             raise UserError(f"study: the arm {FLEXIBLE} is not whole ({'; '.join(problems)}); run it first")
         return Findings(record, [arm for arm in arms if arm.name in runs], runs, list(seeds), problems)
 
+    @staticmethod
+    def together(parts: Sequence["Findings"]) -> "Findings":
+        """Several records of the same questions as one of all their seeds: the arms that are whole in each.
+
+        A pair is still of one record, so it shares its pretrained parts; what is drawn anew in an interval are runs of all records.
+
+        Raises:
+            UserError: they were asked different questions.
+        """
+        digests = [part.record.questions["digest"] for part in parts]
+        if len(set(digests)) > 1:
+            raise UserError(f"study: records of different questions ({', '.join(digests)}) have nothing in common")
+        arms = [arm for arm in parts[0].arms if all(arm.name in part.runs for part in parts)]
+        named = {f"{number}/{name}": run for number, part in enumerate(parts) for name, run in part.record.runs.items()}
+        runs = {
+            arm.name: [f"{number}/{name}" for number, part in enumerate(parts) for name in part.runs[arm.name]]
+            for arm in arms
+        }
+        record = Record(parts[0].record.protocol, parts[0].record.questions, named)
+        return Findings(record, arms, runs, list(range(len(runs[FLEXIBLE]))), [])
+
     def answers(self, arm: str, count: int) -> np.ndarray:
         """[S, Q] bool: by seed, which questions an arm answered at a count."""
         return np.stack([self.record.right(name, count) for name in self.runs[arm]])

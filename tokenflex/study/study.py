@@ -20,6 +20,8 @@ from .times import measure
 
 TIMED_STEPS = 60
 """Of a run that is timed; the first ten are not."""
+TOGETHER = "together"
+"""What stands in the page's comments for two records read as one."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,14 @@ def take_times(study: Study, rounds: int, say: Say) -> None:
     study.record.save(study.results)
 
 
-def judge(study: Study, seeds: Sequence[int], page: Path, say: Say) -> Findings:
+def judge(study: Study, seeds: Sequence[int], page: Path, say: Say, beside: Path | None = None) -> Findings:
     """Tables into the page, plots beside the record, and the verdicts said.
 
+    beside: another record under the same protocol, with pretrained parts of its own. It has its tables on the page, and so has what
+    both come to: `TOGETHER`.
+
     Raises:
-        UserError: the flexible arm is not whole.
+        UserError: the flexible arm is not whole, or the other record is of another protocol or other questions.
     """
     findings = Findings.of(study.record, study.all_arms, seeds)
     for line in findings.problems:
@@ -121,6 +126,12 @@ def judge(study: Study, seeds: Sequence[int], page: Path, say: Say) -> Findings:
     for name, plot in PLOTS.items():
         if len(seeds) > 1 or plot is not plot_differences:  # an interval needs two seeds
             plot(findings, study.results.with_name(f"{study.results.stem}-{name}.png"))
+    all_findings = {study.results.stem: findings}
+    if beside:
+        other = Findings.of(Record.open(beside, study.record.protocol), study.all_arms, seeds)
+        all_findings |= {beside.stem: other, TOGETHER: Findings.together([findings, other])}
+        say(f"\ntogether with {beside}\n\n{TABLES['verdicts'](all_findings[TOGETHER])}")
     if page.exists():
-        write_whole(page, filled(page.read_text(), findings, study.results.stem))
+        for stem, found in all_findings.items():
+            write_whole(page, filled(page.read_text(), found, stem))
     return findings
