@@ -12,7 +12,7 @@ import torch
 from conftest import STRANGER
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tokenflex.config import BudgetConfig
 from tokenflex.data import Limits, find_shards
@@ -23,7 +23,7 @@ from tokenflex.evaluate.questions import read_questions
 from tokenflex.export import export_model
 from tokenflex.infer import Generator, check_auto, parse_num_visual_tokens
 from tokenflex.layout import RunLayout
-from tokenflex.model import build_model
+from tokenflex.model import build_model, build_processor
 from tokenflex.model.router import CountRouter, question_mask
 from tokenflex.router import (
     Asked,
@@ -278,6 +278,82 @@ def test_auto_is_the_chosen_numbers_per_image_and_row(choosy, processor, samples
     found = choosy.generate(**once, num_visual_tokens=mixed, effort=effort, max_new_tokens=3, do_sample=False)
     wanted = choosy.generate(**once, num_visual_tokens=[12, *chosen[1:]], max_new_tokens=3, do_sample=False)
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("sides", ["square", "aspect"])
+def test_auto_in_a_batch_with_tiles_is_each_prompt_alone(tiny_config, sides, tmp_path):
+    """Wide, tall and small images, one and several in a prompt and none: choices and answers are those of single calls."""
+    budget = tiny_config.budget.model_copy(update={"sides": sides})
+    model_config = tiny_config.model.model_copy(update={"max_tiles": 4})
+    processor = build_processor(model_config, budget)
+    torch.manual_seed(5)
+    model = build_model(model_config, budget, processor, torch.float32)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(8)
+    export_model(model, dict(model.state_dict()), processor, tmp_path / "bare")
+    config = tiny_config.model_copy(update={"model": model_config, "budget": budget})
+    train_router(tmp_path / "bare", config, lambda text: None, QUICK, 12)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "bare").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "bare")
+    sizes = [[(64, 48)], [(210, 50), (50, 150)], [], [(130, 100), (64, 48), (260, 60)]]
+    images = [
+        [Image.effect_noise(size, 70 + 20 * place).convert("RGB") for place, size in enumerate(row)] for row in sizes
+    ]
+    asked = [
+        [
+            {
+                "role": "user",
+                "content": [
+                    *({"type": "image", "image": one} for one in row),
+                    {"type": "text", "text": f"digit at A{n}"},
+                ],
+            }
+        ]
+        for n, row in enumerate(images)
+    ]
+    inputs = processor.apply_chat_template(asked, tokenize=True, add_generation_prompt=True)
+    assert sorted(set(inputs["num_tiles"].tolist()))[-1] > 2
+    _let_disagree(model, inputs)
+    chosen = {effort: model.choose_num_visual_tokens(**_seen(inputs), effort=effort) for effort in EFFORTS}
+    effort = next(effort for effort, counts in chosen.items() if len(set(counts)) > 1)
+    alone = [processor.apply_chat_template([one], tokenize=True, add_generation_prompt=True) for one in asked]
+    by_row = [
+        model.choose_num_visual_tokens(**_seen(one), effort=effort) if "num_tiles" in one else [] for one in alone
+    ]
+    assert [count for row in by_row for count in row] == chosen[effort]
+    with Calls(model) as calls:
+        logits = _logits(model, inputs, num_visual_tokens="auto", effort=effort)
+    assert calls == [int(inputs["num_tiles"].sum())]
+    torch.testing.assert_close(logits, _logits(model, inputs, num_visual_tokens=chosen[effort]), rtol=0, atol=0)
+    for number, (one, counts) in enumerate(zip(alone, by_row)):
+        ways = [{"num_visual_tokens": "auto", "effort": effort}, {"num_visual_tokens": counts} if counts else {}]
+        for options in ways:
+            torch.testing.assert_close(_logits(model, one, **options), logits[number : number + 1])
+        if counts:
+            others = [sum(COUNTS) - count for count in counts]
+            assert (_logits(model, one, num_visual_tokens=others) - logits[number]).abs().max() > 0.01
+
+
+def _let_disagree(model, inputs):
+    """Give a model's router weights drawn at random, standardised and priced by these prompts."""
+    features = model.router_features(**_seen(inputs))
+    torch.manual_seed(3)
+    for weight in (model.router.hidden.weight, model.router.out.weight):
+        torch.nn.init.normal_(weight, std=1.0)
+    model.router.center.copy_(features.mean(0))
+    model.router.scale.copy_(features.std(0).clamp(min=1e-4))
+    calibrate(model.router, features, torch.ones(len(features), 2))
+
+
+def _seen(inputs):
+    return {name: inputs[name] for name in ("input_ids", "pixel_values", "attention_mask", "num_tiles")}
+
+
+def _logits(model, inputs, **options):
+    """[B, steps, vocabulary] of an answer's first tokens."""
+    settings = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "output_logits": True}
+    output = model.generate(**inputs, **options, **settings, return_dict_in_generate=True)
+    return torch.stack(output.logits, dim=1)
 
 
 def test_an_endpoint_gives_each_request_the_routers_count(routed, processor, samples):
