@@ -156,12 +156,21 @@ TRANSFORMERS ?= 5.24.0
 test-versions:
 	$(PYTHON) tests/versions.py --torch $(TORCH) --transformers $(TRANSFORMERS) $(ARGS)
 
-# lmms-eval itself over an export; of what it requires only what its registry and its base class import
-test-evaluators: $(VENV)/installed build/evaluators/installed
+# lmms-eval itself over an export, of what it requires only what its registry and its base class import; and VLMEvalKit itself, which GitHub
+# alone has: VLMEVALKIT=DIR names a clone, run in an environment of its own (7 GB), since it wants other releases than the pinned ones
+VLMEVALKIT ?=
+test-evaluators: $(VENV)/installed build/evaluators/installed $(if $(VLMEVALKIT),build/vlmevalkit/installed)
 	PYTHONPATH=build/evaluators $(BIN)/python -m pytest -q -p no:cacheprovider tests/evaluate/test_harness.py --no-skips -rs $(ARGS)
+	@$(if $(VLMEVALKIT),,echo "VLMEvalKit itself was not run: git clone https://github.com/open-compass/VLMEvalKit && make test-evaluators VLMEVALKIT=VLMEvalKit")
+	$(if $(VLMEVALKIT),build/vlmevalkit/bin/python -m pytest -q -p no:cacheprovider tests/evaluate/test_vlmevalkit.py --no-skips -rs $(ARGS))
 
 build/evaluators/installed:
 	$(BIN)/python -m pip install --quiet --no-deps --target build/evaluators lmms-eval==0.7.3 loguru==0.7.3 pytz==2026.6
+	@touch $@
+
+build/vlmevalkit/installed: pyproject.toml
+	$(PYTHON) -m venv build/vlmevalkit
+	build/vlmevalkit/bin/python -m pip install --quiet --editable ".[quickstart]" --editable "$(VLMEVALKIT)" rouge-score pytest pytest-timeout
 	@touch $@
 
 # docs/models.md: every language model and vision encoder that transformers has, through the probe; some minutes

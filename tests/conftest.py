@@ -1,6 +1,7 @@
 """Shared pieces of the suite: the tiny recipe, its corpus (built once per session), and ranks as real processes."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -151,6 +152,21 @@ def thrifty_export(tiny_export, tmp_path_factory):
     model.router.prices.copy_(model.router.prices.new_full((NUM_PRICES,), 1e6))
     folder = tmp_path_factory.mktemp("thrifty") / "tiny"
     export_router(model, generator.processor, tiny_export, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def telling_export(thrifty_export, tmp_path_factory):
+    """The same with weights so large that its answer differs with the image, the question and the count."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("telling") / "tiny"
+    shutil.copytree(thrifty_export, folder)
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        if name.startswith("language_model.") and "_proj." in name:
+            weight.mul_(16)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

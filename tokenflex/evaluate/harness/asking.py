@@ -22,9 +22,7 @@ class Asker:
     """
 
     def __init__(self, folder: str | PathLike, num_visual_tokens: int | str | None = None, device: str = ""):
-        self.num_visual_tokens = _one_count(num_visual_tokens)
-        if self.num_visual_tokens == "auto":
-            check_auto(folder)
+        self.num_visual_tokens = check_count(folder, num_visual_tokens)
         self.generator = Generator(folder)
         if device:
             self.generator.model.to(device)
@@ -61,16 +59,21 @@ class Asker:
         return [_before(text.strip(), stop) for text in texts]
 
 
-def _before(text: str, stop: Sequence[str]) -> str:
-    return text[: min((place for place in map(text.find, stop) if place >= 0), default=None)].rstrip()
+def check_count(folder: str | PathLike, value: int | str | None) -> Count | None:
+    """The one count that was asked for, before a model's weights are loaded.
 
-
-def _one_count(value: int | str | None) -> Count | None:
+    Raises:
+        UserError: none, several, or "auto" where the model has no router.
+    """
     if value is None or value == "":
         return None
-    if value == "auto":
-        return "auto"
     counts = parse_num_visual_tokens(str(value))
     if isinstance(counts, list):
         raise UserError(f"num_visual_tokens={value}: an evaluation has one count for all images; run it once per count")
+    if counts == "auto":
+        check_auto(folder)
     return counts
+
+
+def _before(text: str, stop: Sequence[str]) -> str:
+    return text[: min((place for place in map(text.find, stop) if place >= 0), default=None)].rstrip()

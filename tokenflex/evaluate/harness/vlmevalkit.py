@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from .asking import MAX_NEW_TOKENS, Asker
+from ...export import is_exported
+from .asking import MAX_NEW_TOKENS, Asker, check_count
 
 
 def model_class() -> type:
@@ -27,6 +28,7 @@ def model_class() -> type:
 
         INSTALL_REQ = False
         INTERLEAVE = True
+        allowed_types = ["text", "image"]  # a film is refused; by frames it is images
 
         def __init__(
             self,
@@ -54,7 +56,19 @@ def model_class() -> type:
 
 
 def register(folder: str | os.PathLike, counts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """Enter an export into VLMEvalKit's models, once per count; returns their names there."""
+    """Enter an export into VLMEvalKit's models, once per count; returns their names there.
+
+    What is wrong is told here: its program would log it once per benchmark, go on and end as if all were well.
+
+    Raises:
+        UserError: no exported model, or a count that is none or that the model cannot be asked at.
+    """
+    if not is_exported(folder):
+        raise UserError(
+            f"--pretrained {folder}: no exported model there (no config.json); give the folder that training wrote, runs/NAME/model"
+        )
+    for count in counts:
+        check_count(folder, count)
     from vlmeval.config import supported_VLM
 
     kind, names = model_class(), []
@@ -84,7 +98,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         names = register(arguments.pretrained, arguments.num_visual_tokens.split(","), arguments.max_new_tokens)
     except ModuleNotFoundError as error:
-        raise SystemExit(f"error: {error.name} is not installed; install VLMEvalKit from its repository") from None
+        mend = "install VLMEvalKit from its repository"
+        if error.name != "vlmeval":
+            mend = "VLMEvalKit imports it, and its requirements do not name all that it imports"
+        raise SystemExit(f"error: {error.name} is not installed; {mend}") from None
     sys.argv = [arguments.program, "--model", *names, *given[end + 1 :]]
     runpy.run_path(arguments.program, run_name="__main__")
 
