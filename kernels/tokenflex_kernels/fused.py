@@ -115,7 +115,7 @@ def launch(
 def pooled_gated(
     source: Tensor, plan: PoolPlan | None, norm: NormOf | None, weight: Tensor, bias: Tensor | None, store_gate_up: bool
 ) -> tuple[Tensor | None, ...]:
-    """``reference.pooled_gated``, of at least one row: in two launches, or in one by a configuration that was chosen."""
+    """``reference.pooled_gated`` in two launches, or in one by a configuration that was chosen."""
     width, inner = source.shape[1], weight.shape[0] // 2
     if plan is None or not choose.allows_one_launch() or width > pool.SHARED_ROW_WIDTH:
         return launch(UNFUSED, source, plan, norm, weight, bias, store_gate_up)

@@ -62,17 +62,10 @@ def forward(
     """
     check(features, weights)
     norm = NormOf(weights.norm_weight, weights.norm_bias, eps, keep) if has_norm else None
-    num_rows = features.shape[0] if plan is None else plan.num_tokens
-    backend = _backend(features)
-    if num_rows == 0:
-        tokens, rows, rstd = backend.pooled(features, plan, norm=norm)
-        out = tokens.new_empty(0, weights.down_weight.shape[0])
-        gate_up = tokens.new_empty(0, weights.gate_up_weight.shape[0]) if keep and not recompute else None
-    else:
-        tokens, rows, rstd, inner, gate_up = backend.pooled_gated(
-            features, plan, norm, weights.gate_up_weight, weights.gate_up_bias, keep and not recompute
-        )
-        out = F.linear(inner, weights.down_weight, weights.down_bias)
+    tokens, rows, rstd, inner, gate_up = _backend(features).pooled_gated(
+        features, plan, norm, weights.gate_up_weight, weights.gate_up_bias, keep and not recompute
+    )
+    out = F.linear(inner, weights.down_weight, weights.down_bias)
     if keep and plan is not None and not has_norm:
         rows = tokens
     return out, Kept(*(features.new_empty(0) if x is None else x for x in (rows, rstd, gate_up)))
@@ -86,11 +79,6 @@ def backward(
     ``in_place``: those of gate and up are written over ``kept.gate_up``: 2H values a token less at the peak.
     """
     rows, rstd, gate_up = kept
-    if rows.shape[0] == 0:
-        d_features = None
-        if needs.features:
-            d_features = rows.new_zeros(0 if plan is None else plan.num_patches, rows.shape[1])
-        return (d_features, *(torch.zeros_like(x) if need else None for x, need in zip(weights, needs[1:])))
     grads: dict[str, Tensor] = {}
     if needs.down_bias:
         grads["down_bias"] = d_out.sum(0)

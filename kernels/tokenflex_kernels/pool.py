@@ -399,10 +399,6 @@ def pooled(
     if norm is not None and width > SHARED_ROW_WIDTH:  # no program holds such a row
         return reference.pooled(pooled(source, plan)[0], None, norm=norm)
     source, num_rows = strided(source), rows_of(source, plan, transposed)
-    if num_rows == 0 or width == 0:
-        empty = source.new_empty(num_rows, width)
-        keep = norm is not None and norm.keep
-        return empty, empty if keep else None, empty.new_empty(num_rows, dtype=torch.float32) if keep else None
     shape = (width, 0, False, False)
     if plan is not None:
         shape = (width, plan.patch_cells if transposed else plan.cells, plan.is_resize, transposed)

@@ -69,7 +69,7 @@ def pool(rows: Tensor, plan: PoolPlan, transposed: bool = False) -> Tensor:
             stop = start + num_images * per_image
             x = rows[start:stop].double().reshape(num_images, by_line.shape[1], by_cell.shape[1], rows.shape[1])
             x = torch.matmul(by_cell, torch.matmul(by_line, x.flatten(2)).unflatten(2, x.shape[2:]))
-            outputs.append(x.to(rows.dtype).reshape(-1, rows.shape[1]))
+            outputs.append(x.to(rows.dtype).flatten(0, 2))
             start, left = stop, left - num_images
     return torch.cat(outputs) if outputs else rows.clone()
 
