@@ -62,7 +62,7 @@ def forward(
     """
     check(features, weights)
     norm = NormOf(weights.norm_weight, weights.norm_bias, eps, keep) if has_norm else None
-    tokens, rows, rstd, inner, gate_up = _backend(features).pooled_gated(
+    tokens, rows, rstd, inner, gate_up = backend_of(features).pooled_gated(
         features, plan, norm, weights.gate_up_weight, weights.gate_up_bias, keep and not recompute
     )
     out = F.linear(inner, weights.down_weight, weights.down_bias)
@@ -89,7 +89,7 @@ def backward(
     # product, without the product [T, 2H] x [2H, C] that would give d_tokens: a fifth of the projector's arithmetic.
     needs_norm = has_norm and (needs.norm_weight or needs.norm_bias)
     is_shortcut = needs_norm and not needs.features and rows.shape[0] >= SHORTCUT_ROWS
-    tokens, backend = None, _backend(rows)
+    tokens, backend = None, backend_of(rows)
 
     def affine() -> Tensor:
         return backend.affine(rows, weights.norm_weight, weights.norm_bias) if has_norm else rows
@@ -139,12 +139,12 @@ def _grads_of_frozen_features(product: Tensor, bias_sum: Tensor, weights: Weight
     dW = E * scale + e (x) shift; dscale = sum over W's rows of W * E; dshift = e W. ``product`` (E) becomes dW.
     """
     weight, dtype = weights.gate_up_weight, product.dtype
-    product, sums = _backend(product).weight_grads(weight, product, bias_sum, weights.norm_weight, weights.norm_bias)
+    product, sums = backend_of(product).weight_grads(weight, product, bias_sum, weights.norm_weight, weights.norm_bias)
     return {"gate_up_weight": product} | _apart(sums, dtype)
 
 
-def _backend(tensor: Tensor) -> Any:
-    """The module that computes on tensors like ``tensor``."""
+def backend_of(tensor: Tensor) -> Any:
+    """What computes on tensors like ``tensor``: launches.py or reference.py."""
     if not target.runs_kernels(tensor):
         return reference
     from . import launches

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import mlp, reference, target
+from . import mlp, reference
 from .geometry import PoolPlan
 from .reference import Linear, Norm
 
@@ -207,11 +207,7 @@ def _pool_like(source, table, num_patches, num_tokens, cells, patch_cells, is_re
 @_operator("pool", f"(Tensor source, Tensor table, {_PLAN}, bool transposed) -> Tensor", _pool_like)
 def _pool(source, table, num_patches, num_tokens, cells, patch_cells, is_resize, transposed):
     plan = PoolPlan(table, num_patches, num_tokens, cells, patch_cells, is_resize)
-    if not target.runs_kernels(source):
-        return reference.pool(source, plan, transposed)
-    from . import pool
-
-    return pool.pooled(source, plan, transposed)[0]
+    return mlp.backend_of(source).pooled(source, plan, transposed)[0]
 
 
 def _parts(arguments: tuple) -> tuple[mlp.Weights, PoolPlan | None, tuple]:
@@ -296,11 +292,7 @@ def _splice(text, visual, positions):
         raise ValueError(f"{visual.shape[0]} visual rows do not fit into {text.shape[0]} packed rows")
     if positions.device.type == "cpu" and positions.unique().numel() != positions.numel():
         raise ValueError("positions repeat: every visual row needs a row of its own")
-    if not target.runs_kernels(text):
-        return reference.splice_rows(text, visual, positions)
-    from . import splice
-
-    return splice.splice(text, visual, positions)
+    return mlp.backend_of(text).splice_rows(text, visual, positions)
 
 
 @_operator(
@@ -312,14 +304,7 @@ def _splice(text, visual, positions):
     ),
 )
 def _splice_backward(grad, positions, needs):
-    if target.runs_kernels(grad):
-        from . import splice
-
-        return splice.splice_backward(grad, positions, bool(needs & 1), bool(needs & 2))
-    return (
-        grad.index_fill(0, positions, 0.0) if needs & 1 else grad.new_empty(0),
-        grad.index_select(0, positions) if needs & 2 else grad.new_empty(0),
-    )
+    return mlp.backend_of(grad).splice_backward(grad, positions, bool(needs & 1), bool(needs & 2))
 
 
 _OPS = torch.ops.tokenflex_kernels

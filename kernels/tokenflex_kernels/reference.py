@@ -119,7 +119,7 @@ def splice_rows(text: Tensor, visual: Tensor, positions: Tensor) -> Tensor:
     return text.index_copy(0, positions, visual)
 
 
-# ----------------------------------------------------------------------- what mlp asks a back end for; see launches.py
+# --------------------------------------------------------- what else mlp and ops ask a back end for; see launches.py
 
 
 class NormOf(NamedTuple):
@@ -208,3 +208,11 @@ def weight_grads(
     if shift is not None:
         product = torch.addcmul(product, row_sums[:, None], shift[None, :])
     return product.to(dtype), sums
+
+
+def splice_backward(grad: Tensor, positions: Tensor, need_text: bool, need_visual: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of ``text`` and ``visual`` of ``splice_rows``; an empty tensor for the one not asked for."""
+    return (
+        grad.index_fill(0, positions, 0.0) if need_text else grad.new_empty(0),
+        grad.index_select(0, positions) if need_visual else grad.new_empty(0),
+    )

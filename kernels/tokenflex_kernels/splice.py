@@ -55,14 +55,14 @@ def source_of(positions: Tensor, num_rows: int) -> Tensor:
 
 
 def splice(text: Tensor, visual: Tensor, positions: Tensor) -> Tensor:
-    """``text`` [T, D] with row ``positions[v]`` replaced by ``visual[v]``."""
+    """``reference.splice_rows``."""
     has_visual = visual.shape[0] > 0
     source = source_of(positions, text.shape[0])
     return _route(text.contiguous(), visual.contiguous() if has_visual else None, source, text.shape[0], text)
 
 
 def splice_backward(grad: Tensor, positions: Tensor, need_text: bool, need_visual: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of ``text`` and ``visual``; an empty tensor for the one not asked for."""
+    """``reference.splice_backward``."""
     grad = grad.contiguous()
     d_text, d_visual = grad.new_empty(0), grad.new_empty(0)
     if need_text:
