@@ -92,6 +92,13 @@ def pool_plan(
     return PoolPlan(table, patches[-1], tokens[-1], max(widest[0], 2), max(widest[1], 2), mode == "resize")
 
 
+def rows_of(source: Tensor, plan: PoolPlan | None, transposed: bool = False) -> int:
+    """How many rows ``plan`` makes of those of ``source``; without one as many as there are."""
+    if plan is None:
+        return source.shape[0]
+    return plan.num_patches if transposed else plan.num_tokens
+
+
 def images_of(table: Tensor) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """((H, W), (n_h, n_w)) of every image of a plan's table; waits for the device if it lies on one."""
     return [((h, w), (n_h, n_w)) for _, _, h, w, n_h, n_w in table[:-1].tolist()]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import choose, reference, target
 from .choose import UNFUSED
-from .geometry import PoolPlan
+from .geometry import PoolPlan, rows_of
 from .reference import NormOf
 from .rounding import OPTIONS, round_to
 
@@ -323,13 +323,6 @@ def pieces_of(width: int) -> tuple[int, int, int]:
         pieces.append(whole)
         rest -= whole
     return tuple(pieces)
-
-
-def rows_of(source: Tensor, plan: PoolPlan | None, transposed: bool) -> int:
-    """How many rows come out."""
-    if plan is None:
-        return source.shape[0]
-    return plan.num_patches if transposed else plan.num_tokens
 
 
 def prepare(
