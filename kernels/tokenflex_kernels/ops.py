@@ -146,7 +146,7 @@ def _check_matrix(name: str, tensor: Tensor) -> None:
 
 def _check_features(features: Tensor, plan: PoolPlan) -> None:
     _check_matrix("features", features)
-    reference.check_rows("features", features.shape[0], plan.num_patches, "grids")
+    reference.check_rows(features, plan)
     if plan.table.device != features.device:
         raise ValueError(f"the plan is on {plan.table.device}, features on {features.device}: plan.to(features.device)")
 

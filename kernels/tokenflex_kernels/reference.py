@@ -39,15 +39,15 @@ def adaptive_pool(features: Tensor, plan: PoolPlan) -> Tensor:
 
     Raises ``ValueError`` for a row count that differs from the plan's.
     """
-    check_rows("features", features.shape[0], plan.num_patches, "grids")
+    check_rows(features, plan)
     return pool(features, plan)
 
 
-def check_rows(name: str, num_rows: int, wanted: int, what: str) -> None:
-    """Raise ``ValueError`` unless ``num_rows`` is what the plan's grids (or sides) hold."""
-    if num_rows != wanted:
+def check_rows(features: Tensor, plan: PoolPlan) -> None:
+    """Raise ``ValueError`` unless there are as many rows as the plan's grids hold."""
+    if features.shape[0] != plan.num_patches:
         raise ValueError(
-            f"{name} has {num_rows} rows, but the plan's {what} hold {wanted}: "
+            f"features has {features.shape[0]} rows, but the plan's grids hold {plan.num_patches}: "
             "lay the images' rows one after another, row-major, with nothing between them"
         )
 
