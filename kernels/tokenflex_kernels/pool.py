@@ -47,8 +47,8 @@ def _divide(a, inverse):
 @triton.jit
 def _window(index, size, side, RESIZE: tl.constexpr, TRANSPOSED: tl.constexpr):
     """(first, count) of what output ``index`` of one axis sums: patches of a token, or (TRANSPOSED) tokens of a patch."""
-    by_side, by_size = 1.0 / side.to(tl.float32), 1.0 / size.to(tl.float32)
     if RESIZE:
+        by_side = 1.0 / side.to(tl.float32)
         per = _divide(size + side - 1, by_side)  # resized rows per token; row k lies at patch k * step / span
         step, span = size - 1, tl.maximum(side * per - 1, 1)
         by_span, by_step = 1.0 / span.to(tl.float32), 1.0 / tl.maximum(step, 1).to(tl.float32)
@@ -61,12 +61,11 @@ def _window(index, size, side, RESIZE: tl.constexpr, TRANSPOSED: tl.constexpr):
         else:
             first = _divide(index * per * step, by_span)
             last = _divide(((index + 1) * per - 1) * step + span - 1, by_span)
-    elif TRANSPOSED:
-        first = _divide(index * side, by_size)
-        last = _divide((index + 1) * side + size - 1, by_size) - 1
     else:
-        first = _divide(index * size, by_side)
-        last = _divide((index + 1) * size + side - 1, by_side) - 1
+        summed, made = (side, size) if TRANSPOSED else (size, side)
+        by_made = 1.0 / made.to(tl.float32)
+        first = _divide(index * summed, by_made)
+        last = _divide((index + 1) * summed + made - 1, by_made) - 1
     return first, last - first + 1
 
 
@@ -78,8 +77,9 @@ def _rising(first, last, at, step, span):
 
 
 @triton.jit
-def _share(token, patch, size, side, RESIZE: tl.constexpr):
-    """(a, b): the weight of ``patch`` in ``token`` along one axis is a / b."""
+def _share(index, inner, size, side, RESIZE: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """(a, b): along one axis the weight of ``inner``, which lies in the window of output ``index``, is a / b."""
+    token, patch = (inner, index) if TRANSPOSED else (index, inner)
     by_side = 1.0 / side.to(tl.float32)
     if RESIZE:
         # Every resized row k of the token gives patch y the share max(0, 1 - |k * step / span - y|).
@@ -96,16 +96,6 @@ def _share(token, patch, size, side, RESIZE: tl.constexpr):
     else:
         whole = (_divide((token + 1) * size + side - 1, by_side) - _divide(token * size, by_side)).to(tl.float32)
         parts = whole * 0.0 + 1.0
-    return parts, whole
-
-
-@triton.jit
-def _share_of(index, inner, size, side, RESIZE: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """``_share`` of output ``index`` and ``inner``, which lies in its window."""
-    if TRANSPOSED:
-        parts, whole = _share(inner, index, size, side, RESIZE)
-    else:
-        parts, whole = _share(index, inner, size, side, RESIZE)
     return parts, whole
 
 
@@ -192,7 +182,7 @@ def pool_tile(
         most_lines, most_cells = tl.max(lines, 0), tl.max(cells, 0)
         for i in range(most_lines):
             if WEIGHTED:
-                line_share, line_parts = _share_of(line, first_line + i, height, n_h, RESIZE, TRANSPOSED)
+                line_share, line_parts = _share(line, first_line + i, height, n_h, RESIZE, TRANSPOSED)
             at_line = first + i * pitch
             for start in range(0, most_cells, CELLS):
                 for k in tl.static_range(CELLS):
@@ -200,7 +190,7 @@ def pool_tile(
                     used = (i < lines) & (j < cells)
                     share = factor
                     if WEIGHTED:
-                        cell_share, cell_parts = _share_of(cell, first_cell + j, width, n_w, RESIZE, TRANSPOSED)
+                        cell_share, cell_parts = _share(cell, first_cell + j, width, n_w, RESIZE, TRANSPOSED)
                         share = line_share * cell_share / (line_parts * cell_parts)
                     at = source + (at_line + j) * stride
                     a0 = _add_piece(a0, at, used, share, c0, channels, WEIGHTED)
