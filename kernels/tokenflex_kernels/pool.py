@@ -100,10 +100,25 @@ def _share(index, inner, size, side, RESIZE: tl.constexpr, TRANSPOSED: tl.conste
 
 
 @triton.jit
-def _add_piece(total, source, used, share, c, channels, WEIGHTED: tl.constexpr):
-    """``total`` plus the channels ``c`` of the rows at ``source``, where ``used``."""
-    values = tl.load(source[:, None] + c[None, :], mask=used[:, None] & (c < channels)[None, :], other=0.0)
-    return total + values.to(tl.float32) * share[:, None] if WEIGHTED else total + values.to(tl.float32)
+def _pieces(begin, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr):
+    """The channels from ``begin`` on, of each piece that there is."""
+    c = (begin + tl.arange(0, P0),)
+    if P1 > 0:
+        c = c + (begin + P0 + tl.arange(0, P1),)
+    if P2 > 0:
+        c = c + (begin + P0 + P1 + tl.arange(0, P2),)
+    return c
+
+
+@triton.jit
+def _add_rows(total, source, used, share, c, channels, WEIGHTED: tl.constexpr):
+    """``total`` plus the channels ``c`` of the rows at ``source``, where ``used``, piece by piece."""
+    added = ()
+    for i in tl.static_range(len(c)):
+        inside = used[:, None] & (c[i] < channels)[None, :]
+        values = tl.load(source[:, None] + c[i][None, :], mask=inside, other=0.0).to(tl.float32)
+        added = added + (total[i] + values * share[:, None] if WEIGHTED else total[i] + values,)
+    return added
 
 
 @triton.jit
@@ -147,12 +162,8 @@ def pool_tile(
     r = first_row + tl.arange(0, ROWS)
     # of the 2^31 rows that there may be, the last block's numbers past the end must not wrap
     in_rows = (r >= 0) & (r < num_rows)
-    c0 = begin + tl.arange(0, P0)
-    c1 = begin + P0 + tl.arange(0, P1 if P1 > 0 else 1)
-    c2 = begin + P0 + P1 + tl.arange(0, P2 if P2 > 0 else 1)
-    a0 = tl.zeros((ROWS, P0), tl.float32)
-    a1 = tl.zeros((ROWS, P1 if P1 > 0 else 1), tl.float32)
-    a2 = tl.zeros((ROWS, P2 if P2 > 0 else 1), tl.float32)
+    c = _pieces(begin, P0, P1, P2)
+    total = [tl.zeros((ROWS, x.shape[0]), tl.float32) for x in c]
     factor = tl.full((ROWS,), 1.0, tl.float32)
     if table is not None:
         WEIGHTED: tl.constexpr = RESIZE or TRANSPOSED
@@ -193,47 +204,32 @@ def pool_tile(
                         cell_share, cell_parts = _share(cell, first_cell + j, width, n_w, RESIZE, TRANSPOSED)
                         share = line_share * cell_share / (line_parts * cell_parts)
                     at = source + (at_line + j) * stride
-                    a0 = _add_piece(a0, at, used, share, c0, channels, WEIGHTED)
-                    if P1 > 0:
-                        a1 = _add_piece(a1, at, used, share, c1, channels, WEIGHTED)
-                    if P2 > 0:
-                        a2 = _add_piece(a2, at, used, share, c2, channels, WEIGHTED)
+                    total = _add_rows(total, at, used, share, c, channels, WEIGHTED)
         if not WEIGHTED:
             factor = 1.0 / tl.maximum(lines * cells, 1).to(tl.float32)
     else:
         at = source + r.to(tl.int64) * stride
-        a0 = _add_piece(a0, at, in_rows, factor, c0, channels, False)
-        if P1 > 0:
-            a1 = _add_piece(a1, at, in_rows, factor, c1, channels, False)
-        if P2 > 0:
-            a2 = _add_piece(a2, at, in_rows, factor, c2, channels, False)
+        total = _add_rows(total, at, in_rows, factor, c, channels, False)
     if eps is not None:
         # Mean and variance of the row before rounding, in registers, one after the other: no cancellation.
-        mean = tl.sum(a0, 1)
-        if P1 > 0:
-            mean += tl.sum(a1, 1)
-        if P2 > 0:
-            mean += tl.sum(a2, 1)
+        mean = tl.sum(total[0], 1)
+        for i in tl.static_range(1, len(c)):
+            mean += tl.sum(total[i], 1)
         mean = mean / channels
-        a0 = _centre(a0, mean, c0, channels)
-        squares = tl.sum(a0 * a0, 1)
-        if P1 > 0:
-            a1 = _centre(a1, mean, c1, channels)
-            squares += tl.sum(a1 * a1, 1)
-        if P2 > 0:
-            a2 = _centre(a2, mean, c2, channels)
-            squares += tl.sum(a2 * a2, 1)
+        centred = (_centre(total[0], mean, c[0], channels),)
+        squares = tl.sum(centred[0] * centred[0], 1)
+        for i in tl.static_range(1, len(c)):
+            centred = centred + (_centre(total[i], mean, c[i], channels),)
+            squares += tl.sum(centred[i] * centred[i], 1)
+        total = centred
         variance = squares * factor * factor / channels
         inverse = 1.0 / tl.sqrt(variance + eps)
         if rstd is not None:
             tl.store(rstd + r, inverse, mask=in_rows)
         factor = factor * inverse
     rows = tl.where(in_rows, r, num_rows)
-    _store_piece(a0, factor, rows, num_rows, c0, channels, scale, shift, out, hat)
-    if P1 > 0:
-        _store_piece(a1, factor, rows, num_rows, c1, channels, scale, shift, out, hat)
-    if P2 > 0:
-        _store_piece(a2, factor, rows, num_rows, c2, channels, scale, shift, out, hat)
+    for i in tl.static_range(len(c)):
+        _store_piece(total[i], factor, rows, num_rows, c[i], channels, scale, shift, out, hat)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_images", "halvings"])
