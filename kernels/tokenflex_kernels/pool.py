@@ -339,8 +339,12 @@ def launch(
     config: PoolConfig | str, source: Tensor, plan: PoolPlan | None, transposed: bool, norm: NormOf | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``pooled`` by one configuration, on rows that lie close or ``stride(0)`` apart."""
-    if config == UNFUSED:
-        return _unfused(source, plan, transposed, norm)
+    if config == UNFUSED:  # plain torch, the LayerNorm from rows that were not rounded in between
+        if norm is None:
+            return reference.pooled(source, plan, transposed)
+        hat, rstd = reference.normalise(reference.pooled(source.float(), plan)[0], norm.eps)
+        hat = hat.to(source.dtype)
+        return reference.affine(hat, norm.scale, norm.shift), hat if norm.keep else None, rstd if norm.keep else None
     channels = source.shape[1]
     span = channels if norm is not None else min(config.span or SHARED_ROW_WIDTH, channels)
     made, read, constants = prepare(source, plan, transposed, norm, span)
@@ -350,17 +354,6 @@ def launch(
         num_warps=config.num_warps, maxnreg=MAX_REGISTERS, **OPTIONS,
     )  # fmt: skip
     return made
-
-
-def _unfused(
-    source: Tensor, plan: PoolPlan | None, transposed: bool, norm: NormOf | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The same in plain torch, the LayerNorm from rows that were not rounded in between."""
-    if norm is None:
-        return reference.pooled(source, plan, transposed)
-    hat, rstd = reference.normalise(reference.pooled(source.float(), plan)[0], norm.eps)
-    hat = hat.to(source.dtype)
-    return reference.affine(hat, norm.scale, norm.shift), hat if norm.keep else None, rstd if norm.keep else None
 
 
 def strided(source: Tensor) -> Tensor:
