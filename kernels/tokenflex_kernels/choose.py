@@ -103,12 +103,9 @@ def key(kernel: str, tensor: Tensor, rows: int, *shape: Any) -> tuple:
 def text_of(key: tuple) -> str:
     """``key`` as tables of choices have it: the device by its model."""
     kernel, device, dtype, rows, *shape = key
-    words = (kernel, target.device_name(device), str(dtype).removeprefix("torch."), *map(_word, shape), rows)
+    shape = (int(x) if isinstance(x, bool) else x for x in shape)
+    words = (kernel, target.device_name(device), str(dtype).removeprefix("torch."), *shape, rows)
     return "|".join(map(str, words))
-
-
-def _word(value: Any) -> Any:
-    return int(value) if isinstance(value, bool) else value
 
 
 def bucket(rows: int) -> int:

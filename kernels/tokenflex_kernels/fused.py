@@ -98,24 +98,19 @@ def launch(
         made = pool.pooled(source, plan, norm=norm)
         return (*made, *gated.gated(made[0], weight, bias, True, store_gate_up))
     made, read, constants = pool.prepare(source, plan, False, norm, source.shape[1])
-    (num_rows, depth), width = made[0].shape, weight.shape[0] // 2
-    inner = source.new_empty(num_rows, width)
-    gate_up = source.new_empty(num_rows, 2 * width) if store_gate_up else None
+    num_rows, width = made[0].shape
     counters = torch.zeros(2 + target.cdiv(num_rows, config.m), dtype=torch.int32, device=source.device)
-    grid, programs = gated.grid_of(config, num_rows, width, source.device)
-    pooled_gated_tma[grid](
-        *read, *made, counters, gated.descriptor(made[0], config.m, config.k), gated.weight_of(config, weight), bias,
-        gated.parts_of(inner, 1, config.m, 1, config.n), gated.parts_of(gate_up, 2, config.m, 1, config.n),
-        num_rows, width, depth, ROWS=rows_per_ticket(config, depth), NUM_PROGRAMS=programs, **constants,
-        **gated.options_of(config),
+    inner_and_gate_up = gated.launch_gated(
+        config, made[0], weight, bias, True, store_gate_up, pooled_gated_tma, (*read, *made, counters),
+        ROWS=rows_per_ticket(config, width), **constants,
     )  # fmt: skip
-    return (*made, inner, gate_up)
+    return (*made, *inner_and_gate_up)
 
 
 def pooled_gated(
     source: Tensor, plan: PoolPlan | None, norm: NormOf | None, weight: Tensor, bias: Tensor | None, store_gate_up: bool
 ) -> tuple[Tensor | None, ...]:
-    """``reference.pooled_gated``, of at least one row: in two launches, or in one by a configuration that was chosen."""
+    """``reference.pooled_gated`` in two launches, or in one by a configuration that was chosen."""
     width, inner = source.shape[1], weight.shape[0] // 2
     if plan is None or not choose.allows_one_launch() or width > pool.SHARED_ROW_WIDTH:
         return launch(UNFUSED, source, plan, norm, weight, bias, store_gate_up)

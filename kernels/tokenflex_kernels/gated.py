@@ -389,14 +389,20 @@ def options_of(config: TileConfig) -> dict:
     )  # fmt: skip
 
 
-def grid_of(config: TileConfig, num_rows: int, width: int, device: torch.device) -> tuple[tuple[int], int]:
-    """(the grid of a persistent kernel, what NUM_PROGRAMS is compiled in): small batches launch fewer."""
-    programs = target.num_processors(device) * config.per_sm
-    return (min(_tiles(config, num_rows, width), programs),), programs
-
-
-def _tiles(config: TileConfig, num_rows: int, width: int) -> int:
-    return target.cdiv(num_rows, config.m) * target.cdiv(width, config.n)
+def launch_tiles(
+    kernel: triton.JITFunction,
+    config: TileConfig,
+    operands: tuple,
+    sizes: tuple[int, int, int],
+    device: torch.device,
+    **constants: int,
+) -> None:
+    """``kernel`` over tiles of M, N, K = ``sizes``: a program for each, or persistent ones, fewer in small batches."""
+    programs = target.cdiv(sizes[0], config.m) * target.cdiv(sizes[1], config.n)
+    if config.path == "tma":
+        constants["NUM_PROGRAMS"] = target.num_processors(device) * config.per_sm
+        programs = min(programs, constants["NUM_PROGRAMS"])
+    kernel[(programs,)](*operands, *sizes, **constants, **options_of(config))
 
 
 def _elementwise(kernel: triton.JITFunction, num_rows: int, width: int, *tensors: Tensor | None) -> None:
@@ -412,8 +418,14 @@ def launch_gated(
     bias: Tensor | None,
     store_inner: bool,
     store_gate_up: bool,
+    kernel: triton.JITFunction | None = None,
+    before: tuple = (),
+    **constants: int,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``gated`` by one configuration, on contiguous and non-empty operands."""
+    """``gated`` by one configuration, on contiguous and non-empty operands.
+
+    Another ``kernel`` than the configuration's own takes ``before`` ahead of its operands, and ``constants``.
+    """
     (num_rows, depth), width = tokens.shape, weight.shape[0] // 2
     inner = tokens.new_empty(num_rows, width) if store_inner else None
     if config == UNFUSED:
@@ -422,16 +434,14 @@ def launch_gated(
             _elementwise(swiglu_rows, num_rows, width, gate_up, inner)
         return inner, gate_up if store_gate_up else None
     gate_up = tokens.new_empty(num_rows, 2 * width) if store_gate_up else None
-    sizes, options = (num_rows, width, depth), options_of(config)
-    if config.path == "pointer":
-        gated_pointer[(_tiles(config, num_rows, width),)](tokens, weight, bias, inner, gate_up, *sizes, **options)
-        return inner, gate_up
-    grid, programs = grid_of(config, num_rows, width, tokens.device)
-    gated_tma[grid](
-        descriptor(tokens, config.m, config.k), weight_of(config, weight), bias,
-        parts_of(inner, 1, config.m, 1, config.n), parts_of(gate_up, 2, config.m, 1, config.n),
-        *sizes, NUM_PROGRAMS=programs, **options,
-    )  # fmt: skip
+    own, operands = gated_pointer, (tokens, weight, bias, inner, gate_up)
+    if config.path == "tma":
+        own, m, n, k = gated_tma, config.m, config.n, config.k
+        operands = (
+            descriptor(tokens, m, k), descriptor(weight.view(2, width, depth), 2, n, k), bias,
+            parts_of(inner, 1, m, 1, n), parts_of(gate_up, 2, m, 1, n),
+        )  # fmt: skip
+    launch_tiles(kernel or own, config, (*before, *operands), (num_rows, width, depth), tokens.device, **constants)
     return inner, gate_up
 
 
@@ -452,31 +462,23 @@ def launch_dgated(
     sums = None
     if sum_bias:
         sums = torch.empty(target.cdiv(num_rows, tile_rows), 2 * width, dtype=torch.float32, device=d_out.device)
+    sizes, made = (num_rows, width, depth), (gate_up, d_gate_up, inner, sums)
     if config == UNFUSED:
-        d_inner = torch.mm(d_out, weight)
-        _elementwise(swiglu_grad_rows, num_rows, width, d_inner, gate_up, d_gate_up, inner, sums)
-        return d_gate_up, inner, None if sums is None else sums.sum(0)
-    sizes, options = (num_rows, width, depth), options_of(config)
-    if config.path == "pointer":
-        grid = (_tiles(config, num_rows, width),)
-        dgated_pointer[grid](d_out, weight, gate_up, d_gate_up, inner, sums, *sizes, **options)
+        _elementwise(swiglu_grad_rows, num_rows, width, torch.mm(d_out, weight), *made)
+    elif config.path == "pointer":
+        launch_tiles(dgated_pointer, config, (d_out, weight, *made), sizes, d_out.device)
     else:
-        (grid, programs), strip = grid_of(config, num_rows, width, d_out.device), config.n // config.pieces
-        dgated_tma[grid](
-            descriptor(d_out, config.m, config.k), descriptor(weight, config.k, config.n),
-            parts_of(gate_up, 2, config.m, 2, strip), parts_of(d_gate_up, 2, config.m, 2, strip),
-            descriptor(inner, config.m, strip), sums, *sizes, NUM_PROGRAMS=programs, PIECES=config.pieces, **options,
+        m, n, k, strip = config.m, config.n, config.k, config.n // config.pieces
+        operands = (
+            descriptor(d_out, m, k), descriptor(weight, k, n), parts_of(gate_up, 2, m, 2, strip),
+            parts_of(d_gate_up, 2, m, 2, strip), descriptor(inner, m, strip), sums,
         )  # fmt: skip
+        launch_tiles(dgated_tma, config, operands, sizes, d_out.device, PIECES=config.pieces)
     return d_gate_up, inner, None if sums is None else sums.sum(0)
 
 
 def descriptor(tensor: Tensor | None, *block: int) -> TensorDescriptor | None:
     return None if tensor is None else TensorDescriptor.from_tensor(tensor, list(block))
-
-
-def weight_of(config: TileConfig, weight: Tensor) -> TensorDescriptor | None:
-    """The descriptor of gate and up's weight [2H, C]."""
-    return descriptor(weight.view(2, -1, weight.shape[1]), 2, config.n, config.k)
 
 
 def parts_of(tensor: Tensor | None, parts: int, rows: int, at_once: int, columns: int) -> TensorDescriptor | None:

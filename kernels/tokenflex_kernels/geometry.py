@@ -88,8 +88,15 @@ def pool_plan(
     elif device.type != "cpu":
         table = table.to(device)
     axes = {(grid[1], side[1]) for grid, side in zip(grids, sides)}
-    widest = [max((_widest(*axis, mode, back) for axis in axes), default=2) for back in (False, True)]
-    return PoolPlan(table, patches[-1], tokens[-1], max(widest[0], 2), max(widest[1], 2), mode == "resize")
+    widest = (max([2, *(_widest(*axis, mode, back) for axis in axes)]) for back in (False, True))
+    return PoolPlan(table, patches[-1], tokens[-1], *widest, mode == "resize")
+
+
+def rows_of(source: Tensor, plan: PoolPlan | None, transposed: bool = False) -> int:
+    """How many rows ``plan`` makes of those of ``source``; without one as many as there are."""
+    if plan is None:
+        return source.shape[0]
+    return plan.num_patches if transposed else plan.num_tokens
 
 
 def images_of(table: Tensor) -> list[tuple[tuple[int, int], tuple[int, int]]]:

@@ -41,16 +41,7 @@ class Weights(NamedTuple):
     down_bias: Tensor | None
 
 
-class Needs(NamedTuple):
-    """Which gradients are wanted: the features' and each weight's."""
-
-    features: bool
-    norm_weight: bool
-    norm_bias: bool
-    gate_up_weight: bool
-    gate_up_bias: bool
-    down_weight: bool
-    down_bias: bool
+INPUTS = ("features", *Weights._fields)  # what a projector has gradients for
 
 
 def forward(
@@ -62,46 +53,34 @@ def forward(
     """
     check(features, weights)
     norm = NormOf(weights.norm_weight, weights.norm_bias, eps, keep) if has_norm else None
-    num_rows = features.shape[0] if plan is None else plan.num_tokens
-    backend = _backend(features)
-    if num_rows == 0:
-        tokens, rows, rstd = backend.pooled(features, plan, norm=norm)
-        out = tokens.new_empty(0, weights.down_weight.shape[0])
-        gate_up = tokens.new_empty(0, weights.gate_up_weight.shape[0]) if keep and not recompute else None
-    else:
-        tokens, rows, rstd, inner, gate_up = backend.pooled_gated(
-            features, plan, norm, weights.gate_up_weight, weights.gate_up_bias, keep and not recompute
-        )
-        out = F.linear(inner, weights.down_weight, weights.down_bias)
+    tokens, rows, rstd, inner, gate_up = backend_of(features).pooled_gated(
+        features, plan, norm, weights.gate_up_weight, weights.gate_up_bias, keep and not recompute
+    )
+    out = F.linear(inner, weights.down_weight, weights.down_bias)
     if keep and plan is not None and not has_norm:
         rows = tokens
     return out, Kept(*(features.new_empty(0) if x is None else x for x in (rows, rstd, gate_up)))
 
 
 def backward(
-    d_out: Tensor, kept: Kept, plan: PoolPlan | None, weights: Weights, has_norm: bool, needs: Needs, in_place: bool
-) -> tuple[Tensor | None, ...]:
-    """The gradients that ``needs`` asks for, None for the others. Of ``kept`` the rows must be there.
+    d_out: Tensor, kept: Kept, plan: PoolPlan | None, weights: Weights, has_norm: bool, needs: set[str], in_place: bool
+) -> dict[str, Tensor]:
+    """Gradients by name, among them those that ``needs`` asks for. Of ``kept`` the rows must be there.
 
     ``in_place``: those of gate and up are written over ``kept.gate_up``: 2H values a token less at the peak.
     """
     rows, rstd, gate_up = kept
-    if rows.shape[0] == 0:
-        d_features = None
-        if needs.features:
-            d_features = rows.new_zeros(0 if plan is None else plan.num_patches, rows.shape[1])
-        return (d_features, *(torch.zeros_like(x) if need else None for x, need in zip(weights, needs[1:])))
     grads: dict[str, Tensor] = {}
-    if needs.down_bias:
+    if "down_bias" in needs:
         grads["down_bias"] = d_out.sum(0)
-    if not any(needs._replace(down_bias=False)):
-        return tuple(grads.get(name) for name in Needs._fields)
+    if needs <= {"down_bias"}:
+        return grads
 
     # With features that need no gradient (a frozen vision tower) the LayerNorm's own gradients follow from the weight's
     # product, without the product [T, 2H] x [2H, C] that would give d_tokens: a fifth of the projector's arithmetic.
-    needs_norm = has_norm and (needs.norm_weight or needs.norm_bias)
-    is_shortcut = needs_norm and not needs.features and rows.shape[0] >= SHORTCUT_ROWS
-    tokens, backend = None, _backend(rows)
+    needs_features, needs_norm = "features" in needs, has_norm and not needs.isdisjoint(("norm_weight", "norm_bias"))
+    is_shortcut = needs_norm and not needs_features and rows.shape[0] >= SHORTCUT_ROWS
+    tokens, backend = None, backend_of(rows)
 
     def affine() -> Tensor:
         return backend.affine(rows, weights.norm_weight, weights.norm_bias) if has_norm else rows
@@ -110,33 +89,29 @@ def backward(
         tokens, in_place = affine(), True  # nobody else has what is made here
         gate_up = backend.gated(tokens, weights.gate_up_weight, weights.gate_up_bias, False, True)[1]
     d_gate_up, inner, bias_sum = backend.dgated(
-        d_out, weights.down_weight, gate_up, needs.gate_up_bias or is_shortcut, needs.down_weight, in_place
+        d_out, weights.down_weight, gate_up, "gate_up_bias" in needs or is_shortcut, "down_weight" in needs, in_place
     )
     del gate_up
-    if needs.down_weight:
+    if "down_weight" in needs:
         grads["down_weight"] = d_out.T @ inner
     del inner
-    if needs.gate_up_bias:
+    if "gate_up_bias" in needs:
         grads["gate_up_bias"] = bias_sum.to(rows.dtype)
     if is_shortcut:
-        return _finish(grads | _grads_of_frozen_features(d_gate_up.T @ rows, bias_sum, weights), needs)
-    if needs.gate_up_weight:
+        return grads | _grads_of_frozen_features(d_gate_up.T @ rows, bias_sum, weights)
+    if "gate_up_weight" in needs:
         tokens = affine() if tokens is None else tokens
         grads["gate_up_weight"] = d_gate_up.T @ tokens
     del tokens
-    if needs.features or needs_norm:
+    if needs_features or needs_norm:
         d_rows = d_gate_up @ weights.gate_up_weight
         if has_norm:
-            d_rows, sums = backend.norm_grad(d_rows, rows, rstd, weights.norm_weight, needs.features, needs_norm)
+            d_rows, sums = backend.norm_grad(d_rows, rows, rstd, weights.norm_weight, needs_features, needs_norm)
             if needs_norm:
                 grads |= _apart(sums, rows.dtype)
-        if needs.features:
+        if needs_features:
             grads["features"] = backend.pooled(d_rows, plan, transposed=True)[0]
-    return _finish(grads, needs)
-
-
-def _finish(grads: dict[str, Tensor], needs: Needs) -> tuple[Tensor | None, ...]:
-    return tuple(grads.get(name) if need else None for name, need in zip(Needs._fields, needs))
+    return grads
 
 
 def _apart(sums: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -151,12 +126,12 @@ def _grads_of_frozen_features(product: Tensor, bias_sum: Tensor, weights: Weight
     dW = E * scale + e (x) shift; dscale = sum over W's rows of W * E; dshift = e W. ``product`` (E) becomes dW.
     """
     weight, dtype = weights.gate_up_weight, product.dtype
-    product, sums = _backend(product).weight_grads(weight, product, bias_sum, weights.norm_weight, weights.norm_bias)
+    product, sums = backend_of(product).weight_grads(weight, product, bias_sum, weights.norm_weight, weights.norm_bias)
     return {"gate_up_weight": product} | _apart(sums, dtype)
 
 
-def _backend(tensor: Tensor) -> Any:
-    """The module that computes on tensors like ``tensor``."""
+def backend_of(tensor: Tensor) -> Any:
+    """What computes on tensors like ``tensor``: launches.py or reference.py."""
     if not target.runs_kernels(tensor):
         return reference
     from . import launches

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import mlp, reference, target
-from .geometry import PoolPlan
+from . import mlp, reference
+from .geometry import PoolPlan, rows_of
 from .reference import Linear, Norm
 
 NAMESPACE = "tokenflex_kernels"
@@ -77,7 +77,7 @@ def _project(
     scale, shift, eps = norm if norm is not None else (None, None, 0.0)
     tensors = (features, scale, shift, *gate_up, *down)
     is_autocast = _is_autocast(features)
-    _check_alike(_PROJECTOR, tensors, is_autocast)
+    _check_alike(mlp.INPUTS, tensors, is_autocast)
     if is_autocast and features.dtype != torch.float64:  # matmul's rule; float64 stays, as in torch
         dtype = torch.get_autocast_dtype(features.device.type)
         # Features keep their precision up to the end of the pooling, as torch's pooling does.
@@ -129,7 +129,6 @@ def splice_rows(text: Tensor, visual: Tensor, positions: Tensor) -> Tensor:
     return _OPS.splice(text, visual, positions)
 
 
-_PROJECTOR = mlp.Needs._fields
 _NO_PLAN = (None, 0, 0, 0, 0, False)
 
 
@@ -147,7 +146,7 @@ def _check_matrix(name: str, tensor: Tensor) -> None:
 
 def _check_features(features: Tensor, plan: PoolPlan) -> None:
     _check_matrix("features", features)
-    reference.check_rows("features", features.shape[0], plan.num_patches, "grids")
+    reference.check_rows(features, plan)
     if plan.table.device != features.device:
         raise ValueError(f"the plan is on {plan.table.device}, features on {features.device}: plan.to(features.device)")
 
@@ -169,9 +168,9 @@ def _check_alike(names: tuple[str, ...], tensors: Any, is_autocast: bool) -> Non
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _PLAN = "SymInt num_patches, SymInt num_tokens, SymInt cells, SymInt patch_cells, bool is_resize"
-_WEIGHTS = (
+_PROJECTOR = (
     "Tensor? norm_weight, Tensor? norm_bias, Tensor gate_up_weight, Tensor? gate_up_bias, Tensor down_weight, "
-    "Tensor? down_bias"
+    f"Tensor? down_bias, Tensor? table, {_PLAN}, bool has_norm"
 )
 
 
@@ -200,18 +199,15 @@ def _operator(name: str, schema: str, fake: Callable) -> Callable[[Callable], Ca
     return register
 
 
-def _pool_like(source, table, num_patches, num_tokens, cells, patch_cells, is_resize, transposed):
-    return source.new_empty(num_patches if transposed else num_tokens, source.shape[1])
+def _pool_like(source, *arguments):
+    *plan, transposed = arguments
+    return source.new_empty(rows_of(source, PoolPlan(*plan), transposed), source.shape[1])
 
 
 @_operator("pool", f"(Tensor source, Tensor table, {_PLAN}, bool transposed) -> Tensor", _pool_like)
-def _pool(source, table, num_patches, num_tokens, cells, patch_cells, is_resize, transposed):
-    plan = PoolPlan(table, num_patches, num_tokens, cells, patch_cells, is_resize)
-    if not target.runs_kernels(source):
-        return reference.pool(source, plan, transposed)
-    from . import pool
-
-    return pool.pooled(source, plan, transposed)[0]
+def _pool(source, *arguments):
+    *plan, transposed = arguments
+    return mlp.backend_of(source).pooled(source, PoolPlan(*plan), transposed)[0]
 
 
 def _parts(arguments: tuple) -> tuple[mlp.Weights, PoolPlan | None, tuple]:
@@ -222,14 +218,10 @@ def _parts(arguments: tuple) -> tuple[mlp.Weights, PoolPlan | None, tuple]:
 
 def _project_like(features, *arguments):
     weights, plan, _ = _parts(arguments)
-    return features.new_empty(features.shape[0] if plan is None else plan.num_tokens, weights.down_weight.shape[0])
+    return features.new_empty(rows_of(features, plan), weights.down_weight.shape[0])
 
 
-@_operator(
-    "project",
-    f"(Tensor features, {_WEIGHTS}, Tensor? table, {_PLAN}, bool has_norm, float eps) -> Tensor",
-    _project_like,
-)
+@_operator("project", f"(Tensor features, {_PROJECTOR}, float eps) -> Tensor", _project_like)
 def _project_only(features, *arguments):
     weights, plan, (has_norm, eps) = _parts(arguments)
     return mlp.forward(features, plan, weights, has_norm, eps, False, False)[0]
@@ -237,7 +229,7 @@ def _project_only(features, *arguments):
 
 def _project_training_like(features, *arguments):
     weights, plan, (has_norm, _, recompute) = _parts(arguments)
-    num_rows = features.shape[0] if plan is None else plan.num_tokens
+    num_rows = rows_of(features, plan)
     rstd = torch.float64 if features.dtype == torch.float64 else torch.float32
     return (
         features.new_empty(num_rows, weights.down_weight.shape[0]),
@@ -249,8 +241,7 @@ def _project_training_like(features, *arguments):
 
 @_operator(
     "project_training",
-    f"(Tensor features, {_WEIGHTS}, Tensor? table, {_PLAN}, bool has_norm, float eps, bool recompute) "
-    "-> (Tensor out, Tensor rows, Tensor rstd, Tensor gate_up)",
+    f"(Tensor features, {_PROJECTOR}, float eps, bool recompute) -> (Tensor out, Tensor rows, Tensor rstd, Tensor gate_up)",
     _project_training_like,
 )
 def _project_training(features, *arguments):
@@ -261,25 +252,23 @@ def _project_training(features, *arguments):
 
 def _project_backward_like(grad, rows, rstd, gate_up, *arguments):
     weights, plan, (_, needs) = _parts(arguments)
-    num_rows = rows.shape[0] if plan is None else plan.num_patches
-    sizes = [(num_rows, rows.shape[1]), *((0,) if x is None else x.shape for x in weights)]
+    sizes = [(rows_of(rows, plan, transposed=True), rows.shape[1]), *((0,) if x is None else x.shape for x in weights)]
     return tuple(rows.new_empty(size if needs >> i & 1 else (0,)) for i, size in enumerate(sizes))
 
 
 def _project_backward(grad, rows, rstd, gate_up, *arguments, in_place=False):
     """``needs`` has bit i for the i-th of the seven inputs; the gradients of the others are empty."""
     weights, plan, (has_norm, needs) = _parts(arguments)
-    wanted = mlp.Needs(*(bool(needs >> i & 1) for i in range(7)))
+    wanted = {name for i, name in enumerate(mlp.INPUTS) if needs >> i & 1}
     grads = mlp.backward(grad, mlp.Kept(rows, rstd, gate_up), plan, weights, has_norm, wanted, in_place)
-    return tuple(rows.new_empty(0) if x is None else x for x in grads)
+    return tuple(grads[name] if name in wanted else rows.new_empty(0) for name in mlp.INPUTS)
 
 
 # The second writes over ``gate_up``, and says so.
 for _name, _kept in (("project_backward", "Tensor gate_up"), ("project_backward_", "Tensor(a!) gate_up")):
     _operator(
         _name,
-        f"(Tensor grad, Tensor rows, Tensor rstd, {_kept}, {_WEIGHTS}, Tensor? table, {_PLAN}, bool has_norm, "
-        "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        f"(Tensor grad, Tensor rows, Tensor rstd, {_kept}, {_PROJECTOR}, int needs) -> ({', '.join(['Tensor'] * 7)})",
         _project_backward_like,
     )(functools.partial(_project_backward, in_place=_name.endswith("_")))
 
@@ -296,11 +285,7 @@ def _splice(text, visual, positions):
         raise ValueError(f"{visual.shape[0]} visual rows do not fit into {text.shape[0]} packed rows")
     if positions.device.type == "cpu" and positions.unique().numel() != positions.numel():
         raise ValueError("positions repeat: every visual row needs a row of its own")
-    if not target.runs_kernels(text):
-        return reference.splice_rows(text, visual, positions)
-    from . import splice
-
-    return splice.splice(text, visual, positions)
+    return mlp.backend_of(text).splice_rows(text, visual, positions)
 
 
 @_operator(
@@ -312,14 +297,7 @@ def _splice(text, visual, positions):
     ),
 )
 def _splice_backward(grad, positions, needs):
-    if target.runs_kernels(grad):
-        from . import splice
-
-        return splice.splice_backward(grad, positions, bool(needs & 1), bool(needs & 2))
-    return (
-        grad.index_fill(0, positions, 0.0) if needs & 1 else grad.new_empty(0),
-        grad.index_select(0, positions) if needs & 2 else grad.new_empty(0),
-    )
+    return mlp.backend_of(grad).splice_backward(grad, positions, bool(needs & 1), bool(needs & 2))
 
 
 _OPS = torch.ops.tokenflex_kernels
@@ -360,10 +338,10 @@ class _Pool(torch.autograd.Function):
     """Pooling is linear, so its gradient is the transposed pooling, whose gradient is the pooling again."""
 
     @staticmethod
-    def forward(ctx, source, table, num_patches, num_tokens, cells, patch_cells, is_resize, transposed):
+    def forward(ctx, source, table, *numbers):
         ctx.save_for_backward(table)
-        ctx.numbers = (num_patches, num_tokens, cells, patch_cells, is_resize, not transposed)
-        return _OPS.pool(source, table, num_patches, num_tokens, cells, patch_cells, is_resize, transposed)
+        ctx.numbers = (*numbers[:-1], not numbers[-1])
+        return _OPS.pool(source, table, *numbers)
 
     @staticmethod
     def backward(ctx, grad):

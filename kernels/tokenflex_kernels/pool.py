@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import choose, reference, target
 from .choose import UNFUSED
-from .geometry import PoolPlan
+from .geometry import PoolPlan, rows_of
 from .reference import NormOf
 from .rounding import OPTIONS, round_to
 
@@ -47,8 +47,8 @@ def _divide(a, inverse):
 @triton.jit
 def _window(index, size, side, RESIZE: tl.constexpr, TRANSPOSED: tl.constexpr):
     """(first, count) of what output ``index`` of one axis sums: patches of a token, or (TRANSPOSED) tokens of a patch."""
-    by_side, by_size = 1.0 / side.to(tl.float32), 1.0 / size.to(tl.float32)
     if RESIZE:
+        by_side = 1.0 / side.to(tl.float32)
         per = _divide(size + side - 1, by_side)  # resized rows per token; row k lies at patch k * step / span
         step, span = size - 1, tl.maximum(side * per - 1, 1)
         by_span, by_step = 1.0 / span.to(tl.float32), 1.0 / tl.maximum(step, 1).to(tl.float32)
@@ -61,12 +61,11 @@ def _window(index, size, side, RESIZE: tl.constexpr, TRANSPOSED: tl.constexpr):
         else:
             first = _divide(index * per * step, by_span)
             last = _divide(((index + 1) * per - 1) * step + span - 1, by_span)
-    elif TRANSPOSED:
-        first = _divide(index * side, by_size)
-        last = _divide((index + 1) * side + size - 1, by_size) - 1
     else:
-        first = _divide(index * size, by_side)
-        last = _divide((index + 1) * size + side - 1, by_side) - 1
+        summed, made = (side, size) if TRANSPOSED else (size, side)
+        by_made = 1.0 / made.to(tl.float32)
+        first = _divide(index * summed, by_made)
+        last = _divide((index + 1) * summed + made - 1, by_made) - 1
     return first, last - first + 1
 
 
@@ -78,8 +77,9 @@ def _rising(first, last, at, step, span):
 
 
 @triton.jit
-def _share(token, patch, size, side, RESIZE: tl.constexpr):
-    """(a, b): the weight of ``patch`` in ``token`` along one axis is a / b."""
+def _share(index, inner, size, side, RESIZE: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """(a, b): along one axis the weight of ``inner``, which lies in the window of output ``index``, is a / b."""
+    token, patch = (inner, index) if TRANSPOSED else (index, inner)
     by_side = 1.0 / side.to(tl.float32)
     if RESIZE:
         # Every resized row k of the token gives patch y the share max(0, 1 - |k * step / span - y|).
@@ -100,20 +100,25 @@ def _share(token, patch, size, side, RESIZE: tl.constexpr):
 
 
 @triton.jit
-def _share_of(index, inner, size, side, RESIZE: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """``_share`` of output ``index`` and ``inner``, which lies in its window."""
-    if TRANSPOSED:
-        parts, whole = _share(inner, index, size, side, RESIZE)
-    else:
-        parts, whole = _share(index, inner, size, side, RESIZE)
-    return parts, whole
+def _pieces(begin, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr):
+    """The channels from ``begin`` on, of each piece that there is."""
+    c = (begin + tl.arange(0, P0),)
+    if P1 > 0:
+        c = c + (begin + P0 + tl.arange(0, P1),)
+    if P2 > 0:
+        c = c + (begin + P0 + P1 + tl.arange(0, P2),)
+    return c
 
 
 @triton.jit
-def _add_piece(total, source, used, share, c, channels, WEIGHTED: tl.constexpr):
-    """``total`` plus the channels ``c`` of the rows at ``source``, where ``used``."""
-    values = tl.load(source[:, None] + c[None, :], mask=used[:, None] & (c < channels)[None, :], other=0.0)
-    return total + values.to(tl.float32) * share[:, None] if WEIGHTED else total + values.to(tl.float32)
+def _add_rows(total, source, used, share, c, channels, WEIGHTED: tl.constexpr):
+    """``total`` plus the channels ``c`` of the rows at ``source``, where ``used``, piece by piece."""
+    added = ()
+    for i in tl.static_range(len(c)):
+        inside = used[:, None] & (c[i] < channels)[None, :]
+        values = tl.load(source[:, None] + c[i][None, :], mask=inside, other=0.0).to(tl.float32)
+        added = added + (total[i] + values * share[:, None] if WEIGHTED else total[i] + values,)
+    return added
 
 
 @triton.jit
@@ -157,12 +162,8 @@ def pool_tile(
     r = first_row + tl.arange(0, ROWS)
     # of the 2^31 rows that there may be, the last block's numbers past the end must not wrap
     in_rows = (r >= 0) & (r < num_rows)
-    c0 = begin + tl.arange(0, P0)
-    c1 = begin + P0 + tl.arange(0, P1 if P1 > 0 else 1)
-    c2 = begin + P0 + P1 + tl.arange(0, P2 if P2 > 0 else 1)
-    a0 = tl.zeros((ROWS, P0), tl.float32)
-    a1 = tl.zeros((ROWS, P1 if P1 > 0 else 1), tl.float32)
-    a2 = tl.zeros((ROWS, P2 if P2 > 0 else 1), tl.float32)
+    c = _pieces(begin, P0, P1, P2)
+    total = [tl.zeros((ROWS, x.shape[0]), tl.float32) for x in c]
     factor = tl.full((ROWS,), 1.0, tl.float32)
     if table is not None:
         WEIGHTED: tl.constexpr = RESIZE or TRANSPOSED
@@ -192,7 +193,7 @@ def pool_tile(
         most_lines, most_cells = tl.max(lines, 0), tl.max(cells, 0)
         for i in range(most_lines):
             if WEIGHTED:
-                line_share, line_parts = _share_of(line, first_line + i, height, n_h, RESIZE, TRANSPOSED)
+                line_share, line_parts = _share(line, first_line + i, height, n_h, RESIZE, TRANSPOSED)
             at_line = first + i * pitch
             for start in range(0, most_cells, CELLS):
                 for k in tl.static_range(CELLS):
@@ -200,50 +201,35 @@ def pool_tile(
                     used = (i < lines) & (j < cells)
                     share = factor
                     if WEIGHTED:
-                        cell_share, cell_parts = _share_of(cell, first_cell + j, width, n_w, RESIZE, TRANSPOSED)
+                        cell_share, cell_parts = _share(cell, first_cell + j, width, n_w, RESIZE, TRANSPOSED)
                         share = line_share * cell_share / (line_parts * cell_parts)
                     at = source + (at_line + j) * stride
-                    a0 = _add_piece(a0, at, used, share, c0, channels, WEIGHTED)
-                    if P1 > 0:
-                        a1 = _add_piece(a1, at, used, share, c1, channels, WEIGHTED)
-                    if P2 > 0:
-                        a2 = _add_piece(a2, at, used, share, c2, channels, WEIGHTED)
+                    total = _add_rows(total, at, used, share, c, channels, WEIGHTED)
         if not WEIGHTED:
             factor = 1.0 / tl.maximum(lines * cells, 1).to(tl.float32)
     else:
         at = source + r.to(tl.int64) * stride
-        a0 = _add_piece(a0, at, in_rows, factor, c0, channels, False)
-        if P1 > 0:
-            a1 = _add_piece(a1, at, in_rows, factor, c1, channels, False)
-        if P2 > 0:
-            a2 = _add_piece(a2, at, in_rows, factor, c2, channels, False)
+        total = _add_rows(total, at, in_rows, factor, c, channels, False)
     if eps is not None:
         # Mean and variance of the row before rounding, in registers, one after the other: no cancellation.
-        mean = tl.sum(a0, 1)
-        if P1 > 0:
-            mean += tl.sum(a1, 1)
-        if P2 > 0:
-            mean += tl.sum(a2, 1)
+        mean = tl.sum(total[0], 1)
+        for i in tl.static_range(1, len(c)):
+            mean += tl.sum(total[i], 1)
         mean = mean / channels
-        a0 = _centre(a0, mean, c0, channels)
-        squares = tl.sum(a0 * a0, 1)
-        if P1 > 0:
-            a1 = _centre(a1, mean, c1, channels)
-            squares += tl.sum(a1 * a1, 1)
-        if P2 > 0:
-            a2 = _centre(a2, mean, c2, channels)
-            squares += tl.sum(a2 * a2, 1)
+        centred = (_centre(total[0], mean, c[0], channels),)
+        squares = tl.sum(centred[0] * centred[0], 1)
+        for i in tl.static_range(1, len(c)):
+            centred = centred + (_centre(total[i], mean, c[i], channels),)
+            squares += tl.sum(centred[i] * centred[i], 1)
+        total = centred
         variance = squares * factor * factor / channels
         inverse = 1.0 / tl.sqrt(variance + eps)
         if rstd is not None:
             tl.store(rstd + r, inverse, mask=in_rows)
         factor = factor * inverse
     rows = tl.where(in_rows, r, num_rows)
-    _store_piece(a0, factor, rows, num_rows, c0, channels, scale, shift, out, hat)
-    if P1 > 0:
-        _store_piece(a1, factor, rows, num_rows, c1, channels, scale, shift, out, hat)
-    if P2 > 0:
-        _store_piece(a2, factor, rows, num_rows, c2, channels, scale, shift, out, hat)
+    for i in tl.static_range(len(c)):
+        _store_piece(total[i], factor, rows, num_rows, c[i], channels, scale, shift, out, hat)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_images", "halvings"])
@@ -325,13 +311,6 @@ def pieces_of(width: int) -> tuple[int, int, int]:
     return tuple(pieces)
 
 
-def rows_of(source: Tensor, plan: PoolPlan | None, transposed: bool) -> int:
-    """How many rows come out."""
-    if plan is None:
-        return source.shape[0]
-    return plan.num_patches if transposed else plan.num_tokens
-
-
 def prepare(
     source: Tensor, plan: PoolPlan | None, transposed: bool, norm: NormOf | None, span: int
 ) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], tuple, dict]:
@@ -360,8 +339,12 @@ def launch(
     config: PoolConfig | str, source: Tensor, plan: PoolPlan | None, transposed: bool, norm: NormOf | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``pooled`` by one configuration, on rows that lie close or ``stride(0)`` apart."""
-    if config == UNFUSED:
-        return _unfused(source, plan, transposed, norm)
+    if config == UNFUSED:  # plain torch, the LayerNorm from rows that were not rounded in between
+        if norm is None:
+            return reference.pooled(source, plan, transposed)
+        hat, rstd = reference.normalise(reference.pooled(source.float(), plan)[0], norm.eps)
+        hat = hat.to(source.dtype)
+        return reference.affine(hat, norm.scale, norm.shift), hat if norm.keep else None, rstd if norm.keep else None
     channels = source.shape[1]
     span = channels if norm is not None else min(config.span or SHARED_ROW_WIDTH, channels)
     made, read, constants = prepare(source, plan, transposed, norm, span)
@@ -371,17 +354,6 @@ def launch(
         num_warps=config.num_warps, maxnreg=MAX_REGISTERS, **OPTIONS,
     )  # fmt: skip
     return made
-
-
-def _unfused(
-    source: Tensor, plan: PoolPlan | None, transposed: bool, norm: NormOf | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The same in plain torch, the LayerNorm from rows that were not rounded in between."""
-    if norm is None:
-        return reference.pooled(source, plan, transposed)
-    hat, rstd = reference.normalise(reference.pooled(source.float(), plan)[0], norm.eps)
-    hat = hat.to(source.dtype)
-    return reference.affine(hat, norm.scale, norm.shift), hat if norm.keep else None, rstd if norm.keep else None
 
 
 def strided(source: Tensor) -> Tensor:
@@ -399,10 +371,6 @@ def pooled(
     if norm is not None and width > SHARED_ROW_WIDTH:  # no program holds such a row
         return reference.pooled(pooled(source, plan)[0], None, norm=norm)
     source, num_rows = strided(source), rows_of(source, plan, transposed)
-    if num_rows == 0 or width == 0:
-        empty = source.new_empty(num_rows, width)
-        keep = norm is not None and norm.keep
-        return empty, empty if keep else None, empty.new_empty(num_rows, dtype=torch.float32) if keep else None
     shape = (width, 0, False, False)
     if plan is not None:
         shape = (width, plan.patch_cells if transposed else plan.cells, plan.is_resize, transposed)

@@ -39,15 +39,15 @@ def adaptive_pool(features: Tensor, plan: PoolPlan) -> Tensor:
 
     Raises ``ValueError`` for a row count that differs from the plan's.
     """
-    check_rows("features", features.shape[0], plan.num_patches, "grids")
+    check_rows(features, plan)
     return pool(features, plan)
 
 
-def check_rows(name: str, num_rows: int, wanted: int, what: str) -> None:
-    """Raise ``ValueError`` unless ``num_rows`` is what the plan's grids (or sides) hold."""
-    if num_rows != wanted:
+def check_rows(features: Tensor, plan: PoolPlan) -> None:
+    """Raise ``ValueError`` unless there are as many rows as the plan's grids hold."""
+    if features.shape[0] != plan.num_patches:
         raise ValueError(
-            f"{name} has {num_rows} rows, but the plan's {what} hold {wanted}: "
+            f"features has {features.shape[0]} rows, but the plan's grids hold {plan.num_patches}: "
             "lay the images' rows one after another, row-major, with nothing between them"
         )
 
@@ -69,7 +69,7 @@ def pool(rows: Tensor, plan: PoolPlan, transposed: bool = False) -> Tensor:
             stop = start + num_images * per_image
             x = rows[start:stop].double().reshape(num_images, by_line.shape[1], by_cell.shape[1], rows.shape[1])
             x = torch.matmul(by_cell, torch.matmul(by_line, x.flatten(2)).unflatten(2, x.shape[2:]))
-            outputs.append(x.to(rows.dtype).reshape(-1, rows.shape[1]))
+            outputs.append(x.to(rows.dtype).flatten(0, 2))
             start, left = stop, left - num_images
     return torch.cat(outputs) if outputs else rows.clone()
 
@@ -119,7 +119,7 @@ def splice_rows(text: Tensor, visual: Tensor, positions: Tensor) -> Tensor:
     return text.index_copy(0, positions, visual)
 
 
-# ----------------------------------------------------------------------- what mlp asks a back end for; see launches.py
+# --------------------------------------------------------- what else mlp and ops ask a back end for; see launches.py
 
 
 class NormOf(NamedTuple):
@@ -208,3 +208,11 @@ def weight_grads(
     if shift is not None:
         product = torch.addcmul(product, row_sums[:, None], shift[None, :])
     return product.to(dtype), sums
+
+
+def splice_backward(grad: Tensor, positions: Tensor, need_text: bool, need_visual: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of ``text`` and ``visual`` of ``splice_rows``; an empty tensor for the one not asked for."""
+    return (
+        grad.index_fill(0, positions, 0.0) if need_text else grad.new_empty(0),
+        grad.index_select(0, positions) if need_visual else grad.new_empty(0),
+    )

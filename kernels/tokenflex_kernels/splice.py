@@ -34,16 +34,17 @@ def route_rows(
     tl.store(out + r[:, None] * width + c[None, :], row, mask=inside)
 
 
-def _route(text: Tensor | None, visual: Tensor | None, source: Tensor, num_rows: int, like: Tensor) -> Tensor:
-    out = like.new_empty(num_rows, like.shape[1])
+def _route(text: Tensor | None, visual: Tensor | None, source: Tensor) -> Tensor:
+    like = visual if text is None else text
+    out = like.new_empty(source.shape[0], like.shape[1])
     if out.numel() == 0:
         return out
-    columns = COLUMN_BYTES // like.element_size()
-    grid = (target.cdiv(num_rows, ROWS) * target.cdiv(like.shape[1], columns),)
-    with choose.on_device(like.device):
+    columns = COLUMN_BYTES // out.element_size()
+    grid = (target.cdiv(out.shape[0], ROWS) * target.cdiv(out.shape[1], columns),)
+    with choose.on_device(out.device):
         route_rows[grid](
-            text, visual, source, out, num_rows, like.shape[1], ROWS=ROWS, COLUMNS=columns, num_warps=NUM_WARPS, **OPTIONS
-        )  # fmt: skip
+            text, visual, source, out, *out.shape, ROWS=ROWS, COLUMNS=columns, num_warps=NUM_WARPS, **OPTIONS
+        )
     return out
 
 
@@ -55,18 +56,15 @@ def source_of(positions: Tensor, num_rows: int) -> Tensor:
 
 
 def splice(text: Tensor, visual: Tensor, positions: Tensor) -> Tensor:
-    """``text`` [T, D] with row ``positions[v]`` replaced by ``visual[v]``."""
-    has_visual = visual.shape[0] > 0
-    source = source_of(positions, text.shape[0])
-    return _route(text.contiguous(), visual.contiguous() if has_visual else None, source, text.shape[0], text)
+    """``reference.splice_rows``."""
+    visual = visual.contiguous() if visual.shape[0] > 0 else None
+    return _route(text.contiguous(), visual, source_of(positions, text.shape[0]))
 
 
 def splice_backward(grad: Tensor, positions: Tensor, need_text: bool, need_visual: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of ``text`` and ``visual``; an empty tensor for the one not asked for."""
+    """``reference.splice_backward``."""
     grad = grad.contiguous()
-    d_text, d_visual = grad.new_empty(0), grad.new_empty(0)
-    if need_text:
-        d_text = _route(grad, None, source_of(positions, grad.shape[0]), grad.shape[0], grad)
-    if need_visual:
-        d_visual = _route(None, grad, positions, positions.shape[0], grad)
-    return d_text, d_visual
+    return (
+        _route(grad, None, source_of(positions, grad.shape[0])) if need_text else grad.new_empty(0),
+        _route(None, grad, positions) if need_visual else grad.new_empty(0),
+    )

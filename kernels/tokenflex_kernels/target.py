@@ -61,11 +61,11 @@ def num_processors(device: torch.device) -> int:
 
 
 def runs_kernels(tensor: Tensor) -> bool:
-    """Whether the Triton kernels serve ``tensor``; otherwise the reference does."""
-    if tensor.dtype not in KERNEL_DTYPES:
+    """Whether the Triton kernels serve ``tensor``; otherwise, and where it is empty, the reference does."""
+    if tensor.dtype not in KERNEL_DTYPES or tensor.numel() == 0:
         return False
     if tensor.is_cuda:
-        return has_triton() and torch.version.cuda is not None and capability(tensor.device) >= OLDEST_CAPABILITY
+        return _has_cuda() and capability(tensor.device) >= OLDEST_CAPABILITY
     return tensor.device.type == "cpu" and is_interpreted()
 
 
