@@ -39,9 +39,9 @@ test-quickstart: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow tests/test_quickstart.py $(ARGS)
 
 # The claim under docs/paper-protocol.md: trains what is missing (two hours on two cores), writes docs/results/paper.json and
-# docs/paper.md, the first record (of other pretrained parts) beside it; what is stopped goes on. ARGS="--arms all", ARGS="--seeds 1 --arms flexible,fixed-9", ARGS="--report"
+# docs/paper.md; what is stopped goes on. ARGS="--arms all", ARGS="--seeds 1 --arms flexible,fixed-9", ARGS="--report"
 paper: $(VENV)/installed
-	$(BIN)/python launch/paper.py --beside docs/results/paper-first.json $(ARGS)
+	$(BIN)/python launch/paper.py $(ARGS)
 
 # Two questions beyond its core, a record each and one seed, beside the first in docs/paper.md: four times the data (25 minutes); eight counts at once
 paper-x4: $(VENV)/installed

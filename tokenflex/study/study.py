@@ -114,10 +114,10 @@ def judge(study: Study, seeds: Sequence[int], page: Path, say: Say, beside: Path
     """Tables into the page, plots beside the record, and the verdicts said.
 
     beside: another record under the same protocol, with pretrained parts of its own. It has its tables on the page, and so has what
-    both come to: `TOGETHER`.
+    both come to: `TOGETHER`. Where it cannot be judged, it is named and left out.
 
     Raises:
-        UserError: the flexible arm is not whole, or the other record is of another protocol or other questions.
+        UserError: the flexible arm is not whole.
     """
     findings = Findings.of(study.record, study.all_arms, seeds)
     for line in findings.problems:
@@ -128,9 +128,12 @@ def judge(study: Study, seeds: Sequence[int], page: Path, say: Say, beside: Path
             plot(findings, study.results.with_name(f"{study.results.stem}-{name}.png"))
     all_findings = {study.results.stem: findings}
     if beside:
-        other = Findings.of(Record.open(beside, study.record.protocol), study.all_arms, seeds)
-        all_findings |= {beside.stem: other, TOGETHER: Findings.together([findings, other])}
-        say(f"\ntogether with {beside}\n\n{TABLES['verdicts'](all_findings[TOGETHER])}")
+        try:
+            other = Findings.of(Record.open(beside, study.record.protocol), study.all_arms, seeds)
+            all_findings |= {beside.stem: other, TOGETHER: Findings.together([findings, other])}
+            say(f"\ntogether with {beside}\n\n{TABLES['verdicts'](all_findings[TOGETHER])}")
+        except UserError as error:  # what was trained is not lost for it
+            say(f"left out  {beside}: {error}")
     if page.exists():
         for stem, found in all_findings.items():
             write_whole(page, filled(page.read_text(), found, stem))
