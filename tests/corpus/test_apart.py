@@ -8,23 +8,21 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
 
-from tokenflex.corpus.apart import pretrain_apart
+from tokenflex.corpus.apart import has_avx2, pretrain_apart
 from tokenflex.errors import UserError
 
 
-@pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="a processor without AVX2 has sums of its own")
+@pytest.mark.skipif(not has_avx2(), reason="a processor without AVX2 has sums of its own")
 def test_sums_do_not_follow_the_settings_they_are_begun_under(tmp_path, monkeypatch):
-    """Each of these alone gives the same steps other bits, in a process that heeds them."""
+    """In a process that heeds these settings the same steps have other bits."""
     folders = [pretrain_apart("language", tmp_path / "one", 0, num_steps=2)]
     for name, value in (("OMP_NUM_THREADS", "1"), ("ATEN_CPU_CAPABILITY", "default"), ("MKL_CBWR", "AVX2")):
         monkeypatch.setenv(name, value)
     folders.append(pretrain_apart("language", tmp_path / "two", 0, num_steps=2))
     one, two = [(folder / "model.safetensors").read_bytes() for folder in folders]
     assert one == two
-    # what would differ is there to differ: the same call with the settings that were given
     command = [sys.executable, "-m", "tokenflex.corpus.apart", "language", str(tmp_path / "heeding"), "0", "2"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as heeding:
         assert heeding.wait() == 0
@@ -39,7 +37,7 @@ def test_what_fails_there_is_one_line_here(tmp_path):
 
 
 def test_it_ends_with_the_process_that_began_it(tmp_path):
-    script = "import sys; from pathlib import Path; from tokenflex.corpus.apart import pretrain_apart; "
+    script = "import sys; from pathlib import Path; from tokenflex.corpus.apart import has_avx2, pretrain_apart; "
     script += "pretrain_apart('encoder', Path(sys.argv[1]), 0)"
     parent = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "part")], cwd=ROOT)
     try:

@@ -73,14 +73,18 @@ def samples(corpus):
 def choosy(routed, processor, samples):
     """A model whose router, by weights drawn at random, gives images and questions different counts at the effort 0.5."""
     model = AutoModelForImageTextToText.from_pretrained(routed).eval()
+    _let_disagree(model, measure(model, processor, samples, COUNTS, 8).features)
+    return model
+
+
+def _let_disagree(model, features):
+    """Give a model's router weights drawn at random, standardised and priced by these features."""
     torch.manual_seed(3)
     for weight in (model.router.hidden.weight, model.router.out.weight):
         torch.nn.init.normal_(weight, std=1.0)
-    features = measure(model, processor, samples, COUNTS, 8).features
     model.router.center.copy_(features.mean(0))
     model.router.scale.copy_(features.std(0).clamp(min=1e-4))
     calibrate(model.router, features, torch.ones(len(features), 2))
-    return model
 
 
 def prompts(processor, samples, **options):
@@ -313,7 +317,7 @@ def test_auto_in_a_batch_with_tiles_is_each_prompt_alone(tiny_config, sides, tmp
     ]
     inputs = processor.apply_chat_template(asked, tokenize=True, add_generation_prompt=True)
     assert sorted(set(inputs["num_tiles"].tolist()))[-1] > 2
-    _let_disagree(model, inputs)
+    _let_disagree(model, model.router_features(**_seen(inputs)))
     chosen = {effort: model.choose_num_visual_tokens(**_seen(inputs), effort=effort) for effort in EFFORTS}
     effort = next(effort for effort, counts in chosen.items() if len(set(counts)) > 1)
     alone = [processor.apply_chat_template([one], tokenize=True, add_generation_prompt=True) for one in asked]
@@ -332,17 +336,6 @@ def test_auto_in_a_batch_with_tiles_is_each_prompt_alone(tiny_config, sides, tmp
         if counts:
             others = [sum(COUNTS) - count for count in counts]
             assert (_logits(model, one, num_visual_tokens=others) - logits[number]).abs().max() > 0.01
-
-
-def _let_disagree(model, inputs):
-    """Give a model's router weights drawn at random, standardised and priced by these prompts."""
-    features = model.router_features(**_seen(inputs))
-    torch.manual_seed(3)
-    for weight in (model.router.hidden.weight, model.router.out.weight):
-        torch.nn.init.normal_(weight, std=1.0)
-    model.router.center.copy_(features.mean(0))
-    model.router.scale.copy_(features.std(0).clamp(min=1e-4))
-    calibrate(model.router, features, torch.ones(len(features), 2))
 
 
 def _seen(inputs):

@@ -12,8 +12,6 @@ import sys
 import threading
 from pathlib import Path
 
-import torch
-
 from ..errors import UserError
 
 SAME_SUMS = {
@@ -31,8 +29,7 @@ def pretrain_apart(part: str, folder: Path, seed: int, num_steps: int | None = N
     Raises:
         UserError: it failed; names what it said last.
     """
-    has_avx2 = torch.cpu._is_avx2_supported()  # what torch.backends tells follows ATEN_CPU_CAPABILITY
-    environment = {**os.environ, **(SAME_SUMS if has_avx2 else {})}
+    environment = {**os.environ, **(SAME_SUMS if has_avx2() else {})}
     command = [sys.executable, "-m", __name__, part, str(folder), str(seed), *([str(num_steps)] if num_steps else [])]
     # Its input stays open for as long as this process and this block live.
     with subprocess.Popen(
@@ -44,6 +41,11 @@ def pretrain_apart(part: str, folder: Path, seed: int, num_steps: int | None = N
             last = (said.strip().splitlines() or ["nothing"])[-1]
             raise UserError(f"pretraining the {part} into {folder}: ended with status {process.returncode}: {last}")
     return folder
+
+
+def has_avx2() -> bool:
+    """Whether the processor has AVX2, whatever torch was told to use of it (`ATEN_CPU_CAPABILITY`)."""
+    return "avx2" in Path("/proc/cpuinfo").read_text().split()
 
 
 def _end_with_parent() -> None:
